@@ -1,0 +1,157 @@
+"""An owned file descriptor, and the one place where an ioctl is issued and its failure told."""
+
+from __future__ import annotations
+
+import errno as _errno
+import os
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from .cdefs import guest_memfd, kvm, restrictedmem_v10
+from .libc import ioctl as _ioctl
+from .libc import last_errno, os_error
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+__all__ = ["REQUEST_NAMES", "Fd", "describe"]
+
+#: Names for messages.  Where generations use a number twice, mainline's name wins.
+REQUEST_NAMES: dict[int, str] = {
+    **restrictedmem_v10.REQUESTS,
+    **guest_memfd.REQUESTS,
+    **kvm.REQUESTS,
+}
+
+_ffi = kvm.ffi  # any FFI can cast any pointer
+_Self = TypeVar("_Self", bound="Fd")
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, int):
+        return hex(value) if value > 9 else str(value)
+    return "…"
+
+
+def describe(argument: Any) -> str:
+    """An ioctl's argument for a message: a number, or a struct's fields that are not 0."""
+    if isinstance(argument, int):
+        return _show(argument)
+    kind = _ffi.typeof(argument)
+    if kind.kind != "pointer" or kind.item.kind != "struct":
+        return str(kind.cname)
+    shown = []
+    for name, _ in kind.item.fields or ():
+        try:
+            value = getattr(argument, name)
+        except (AttributeError, TypeError):  # an anonymous union
+            continue
+        if isinstance(value, int):
+            if value:
+                shown.append(f"{name}={_show(value)}")
+        elif isinstance(value, _ffi.CData) and _ffi.typeof(value).kind == "struct":
+            shown.append(f"{name}=({describe(_ffi.addressof(value))})")
+    return ", ".join(shown) or "all 0"
+
+
+class Fd:
+    """A file descriptor with one owner.
+
+    A context manager; `close` may be called twice; after it every use is a ValueError.  The
+    descriptor is close-on-exec.
+    """
+
+    #: What an error calls it.
+    _what = "fd"
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def fileno(self) -> int:
+        """The descriptor's number.  ValueError when closed."""
+        if self._fd < 0:
+            raise self._closed_error()
+        return self._fd
+
+    @property
+    def closed(self) -> bool:
+        return self._fd < 0
+
+    def close(self) -> None:
+        """Give the descriptor back to the system.  What KVM still needs lives on in KVM."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def ioctl(self, request: int, argument: Any = 0) -> int:
+        """Issue an ioctl and return its result, 0 or more.
+
+        `argument` is an int, or a cffi pointer to a struct (any FFI's).  Raises OSError, with the
+        ioctl's name and its argument in the message; ValueError for a struct that is smaller
+        than the request says (the kernel would write beyond it).
+        """
+        result: int = _ioctl(self._fd, request, self._address(request, argument))
+        if result < 0:
+            raise self._error(request, argument)
+        return result
+
+    def ioctl_errno(self, request: int, argument: Any = 0) -> int:
+        """The same, for those who test refusals: 0 for success, else the errno.
+
+        A result other than 0 (a new fd, a count) is lost: use :meth:`ioctl` where it matters.
+        """
+        if _ioctl(self._fd, request, self._address(request, argument)) >= 0:
+            return 0
+        errno = last_errno()
+        if errno == _errno.EBADF and self._fd < 0:
+            raise self._closed_error()
+        return errno
+
+    @staticmethod
+    def _address(request: int, argument: Any) -> int:
+        if isinstance(argument, int):
+            return argument & 0xFFFFFFFFFFFFFFFF
+        kind = _ffi.typeof(argument)
+        size = request >> 16 & 0x3FFF  # _IOC_SIZE
+        if kind.kind == "pointer" and kind.item.kind != "void":
+            given = _ffi.sizeof(kind.item)
+        elif kind.kind == "array":
+            given = _ffi.sizeof(argument)
+        else:
+            given = size
+        if given < size:
+            name = REQUEST_NAMES.get(request, hex(request))
+            raise ValueError(f"{name} takes {size} bytes, {kind.cname} has {given}")
+        return int(_ffi.cast("uintptr_t", argument))
+
+    def _error(self, request: int, argument: Any = 0) -> OSError | ValueError:
+        """The exception for the ioctl that has just failed."""
+        errno = last_errno()
+        if errno == _errno.EBADF and self._fd < 0:
+            return self._closed_error()
+        name = REQUEST_NAMES.get(request, hex(request))
+        return os_error(errno, f"{name}({describe(argument)})")
+
+    def _closed_error(self) -> ValueError:
+        return ValueError(f"{self._what} is closed")
+
+    def __enter__(self: _Self) -> _Self:
+        if self._fd < 0:
+            raise self._closed_error()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # An object forgotten is no leak; one that __init__ never finished has no _fd.
+        if getattr(self, "_fd", -1) >= 0:
+            self.close()
+
+    def __repr__(self) -> str:
+        state = "CLOSED" if self._fd < 0 else f"fd={self._fd}"
+        return f"<{type(self).__name__} {state}>"

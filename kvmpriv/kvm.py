@@ -1,0 +1,113 @@
+"""/dev/kvm itself."""
+
+from __future__ import annotations
+
+import errno as _errno
+import os
+
+from .cdefs import kvm
+from .fd import Fd
+from .libc import ioctl as _ioctl
+from .libc import last_errno, os_error
+from .vcpu import CpuidEntry, read_cpuid_growing
+from .vm import Vm
+
+__all__ = ["Kvm"]
+
+_ffi = kvm.ffi
+_CHECK_EXTENSION = kvm.KVM_CHECK_EXTENSION
+
+
+class Kvm(Fd):
+    """The system's KVM: an open /dev/kvm.
+
+    Raises OSError: ENOENT (no such device node: is the module loaded?), EACCES (not permitted:
+    group kvm), ENXIO or ENODEV (a node without a driver), ENOTTY (not KVM), EPROTO (an API
+    version other than 12).
+    """
+
+    _what = "/dev/kvm"
+
+    def __init__(self, path: str | os.PathLike[str] = "/dev/kvm") -> None:
+        name = os.fspath(path)
+        try:
+            fd = os.open(name, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror}{_hint(error.errno)}", name) from None
+        super().__init__(fd)
+        try:
+            version = _ioctl(fd, kvm.KVM_GET_API_VERSION, 0)
+            if version < 0:
+                errno = last_errno()
+                raise OSError(errno, f"not KVM: KVM_GET_API_VERSION: {os.strerror(errno)}", name)
+            if version != kvm.KVM_API_VERSION:
+                raise OSError(_errno.EPROTO, f"KVM's API version is {version}, not 12", name)
+            self._vcpu_mmap_size = self.ioctl(kvm.KVM_GET_VCPU_MMAP_SIZE)
+        except BaseException:
+            self.close()
+            raise
+
+    def get_api_version(self) -> int:
+        """12, since 2007."""
+        return self.ioctl(kvm.KVM_GET_API_VERSION)
+
+    def get_vcpu_mmap_size(self) -> int:
+        """How many bytes of a vCPU's fd are to be mapped: struct kvm_run and what follows it."""
+        return self._vcpu_mmap_size
+
+    def check_extension(self, cap: int) -> int:
+        """What KVM can do, as an int: 0 no, 1 yes, or more than that says the capability.
+
+        A VM may be able to do less or more: :meth:`Vm.check_extension`.
+        """
+        result: int = _ioctl(self._fd, _CHECK_EXTENSION, cap)
+        if result < 0:
+            raise self._error(_CHECK_EXTENSION, cap)
+        return result
+
+    def create_vm(self, vm_type: int = 0) -> Vm:
+        """A VM of a type that KVM_CAP_VM_TYPES lists (0, the default, always works).
+
+        OSError: EINVAL for a type that is not offered, ENOMEM, EMFILE.
+        """
+        while True:
+            fd: int = _ioctl(self._fd, kvm.KVM_CREATE_VM, vm_type)
+            if fd >= 0:
+                return Vm(fd, self._vcpu_mmap_size)
+            if last_errno() != _errno.EINTR or self._fd < 0:
+                raise self._error(kvm.KVM_CREATE_VM, vm_type)
+
+    def get_supported_cpuid(self) -> list[CpuidEntry]:
+        """The CPUID leaves that KVM can give a guest here."""
+        return read_cpuid_growing(self, kvm.KVM_GET_SUPPORTED_CPUID)
+
+    def get_emulated_cpuid(self) -> list[CpuidEntry]:
+        """The CPUID leaves that KVM emulates, slower than the hardware would."""
+        return read_cpuid_growing(self, kvm.KVM_GET_EMULATED_CPUID)
+
+    def get_msr_index_list(self) -> list[int]:
+        """The model specific registers that a guest's state consists of."""
+        return self._msr_list(kvm.KVM_GET_MSR_INDEX_LIST)
+
+    def get_msr_feature_index_list(self) -> list[int]:
+        """The model specific registers that say what the host can do."""
+        return self._msr_list(kvm.KVM_GET_MSR_FEATURE_INDEX_LIST)
+
+    def _msr_list(self, request: int) -> list[int]:
+        count = 0
+        while True:
+            msrs = _ffi.new("struct kvm_msr_list *", {"nmsrs": count, "indices": count})
+            errno = self.ioctl_errno(request, msrs)
+            if not errno:
+                return list(msrs.indices[0 : msrs.nmsrs])
+            if errno != _errno.E2BIG or msrs.nmsrs <= count:
+                raise os_error(errno, "KVM_GET_MSR_INDEX_LIST")
+            count = msrs.nmsrs
+
+
+def _hint(errno: int | None) -> str:
+    if errno in (_errno.EACCES, _errno.EPERM):
+        return " (may this user use KVM? it needs read and write, often by the group kvm)"
+    if errno in (_errno.ENOENT, _errno.ENXIO, _errno.ENODEV):
+        return " (is KVM loaded? modprobe kvm_amd or kvm_intel; in a VM: is nesting enabled?)"
+    return ""

@@ -1,0 +1,142 @@
+"""Mainline: guest_memfd files, KVM_SET_USER_MEMORY_REGION2, memory attributes.
+
+Linux 6.8, commit a7800aa80ea4 ("KVM: Add KVM_CREATE_GUEST_MEMFD ioctl() for guest-specific backing
+memory"); files that can be mapped since 6.18, commit 44c6cb9fe988.
+"""
+
+from __future__ import annotations
+
+import errno as _errno
+from typing import TYPE_CHECKING
+
+from ..cdefs import guest_memfd
+from ..exits import FaultLayout, register_fault_layout
+from ..fd import Fd
+from ..vm import Slot
+
+if TYPE_CHECKING:
+    from ..memory import HostMemory
+    from ..vcpu import Vcpu
+    from ..vm import Vm
+
+__all__ = [
+    "FAULT_LAYOUT",
+    "GuestMemfd",
+    "pre_fault_memory",
+    "set_memory_attributes",
+    "set_user_memory_region2",
+]
+
+#: KVM_RUN fails with EFAULT (EHWPOISON for a poisoned page) and describes the fault in kvm_run.
+FAULT_LAYOUT = FaultLayout(
+    abi="guest_memfd",
+    reason=guest_memfd.KVM_EXIT_MEMORY_FAULT,
+    struct="struct kvm_run_memory_fault",
+    ffi=guest_memfd.ffi,
+    private_flag=guest_memfd.KVM_MEMORY_EXIT_FLAG_PRIVATE,
+    errnos=frozenset((_errno.EFAULT, _errno.EHWPOISON)),
+)
+register_fault_layout(FAULT_LAYOUT)
+
+
+class GuestMemfd(Fd):
+    """A file made by KVM_CREATE_GUEST_MEMFD for one VM, close-on-exec.
+
+    `size` in bytes, page aligned; `flags` of ``GUEST_MEMFD_FLAG_*`` (KVM_CAP_GUEST_MEMFD_FLAGS says
+    which).  OSError: EINVAL for a bad size or flag, ENOTTY where KVM has no guest_memfd.
+
+    The file does not stay by being bound: closing its last fd takes the memory from the guest.  A
+    slot made here therefore keeps the fd open until it is deleted.
+    """
+
+    _what = "guest_memfd file"
+
+    def __init__(self, vm: Vm, size: int, flags: int = 0) -> None:
+        argument = guest_memfd.ffi.new(
+            "struct kvm_create_guest_memfd *", {"size": size, "flags": flags}
+        )
+        super().__init__(vm.ioctl(guest_memfd.KVM_CREATE_GUEST_MEMFD, argument))
+        self.size = size
+        self.flags = flags
+        self._slots = 0
+        self._wanted = True
+
+    @property
+    def closed(self) -> bool:
+        return not self._wanted or super().closed
+
+    def fileno(self) -> int:
+        if not self._wanted:
+            raise self._closed_error()
+        return super().fileno()
+
+    def hold(self) -> None:
+        """A slot begins to use the file."""
+        self.fileno()
+        self._slots += 1
+
+    def release(self) -> None:
+        """A slot has ended."""
+        self._slots -= 1
+        self._close_if_unused()
+
+    def close(self) -> None:
+        """End the use through this object; the fd goes with the last slot that has it."""
+        self._wanted = False
+        self._close_if_unused()
+
+    def _close_if_unused(self) -> None:
+        if not self._wanted and self._slots == 0:
+            super().close()
+
+
+def set_user_memory_region2(
+    vm: Vm,
+    slot: int,
+    guest_phys_addr: int,
+    memory_size: int,
+    memory: HostMemory | None,
+    file: GuestMemfd | int = 0,
+    guest_memfd_offset: int = 0,
+    *,
+    memory_offset: int = 0,
+    flags: int = guest_memfd.KVM_MEM_GUEST_MEMFD,
+) -> Slot:
+    """KVM_SET_USER_MEMORY_REGION2.
+
+    Private pages come from `file` at `guest_memfd_offset`, shared ones from `memory` at
+    `memory_offset` (None: userspace_addr 0); all in bytes, page aligned.  OSError: EBADF for a bad
+    fd, EEXIST when it overlaps another slot, EINVAL for whatever else is not right.
+    """
+    region = guest_memfd.ffi.new("struct kvm_userspace_memory_region2 *")
+    region.slot = slot
+    region.flags = flags
+    region.guest_phys_addr = guest_phys_addr
+    region.memory_size = memory_size
+    region.userspace_addr = memory.userspace_addr + memory_offset if memory else 0
+    region.guest_memfd_offset = guest_memfd_offset
+    region.guest_memfd = (file if isinstance(file, int) else file.fileno()) & 0xFFFFFFFF
+    held = tuple(thing for thing in (memory, file) if thing and not isinstance(thing, int))
+    new = Slot(vm, slot, guest_phys_addr, memory_size, flags, held)
+    vm.set_region(guest_memfd.KVM_SET_USER_MEMORY_REGION2, region, new)
+    return new
+
+
+def set_memory_attributes(vm: Vm, address: int, size: int, attributes: int) -> None:
+    """KVM_SET_MEMORY_ATTRIBUTES: KVM_MEMORY_ATTRIBUTE_PRIVATE makes a range private, 0 shared.
+
+    Guest physical addresses, bytes, page aligned; all or nothing.  OSError: EINVAL for a bad range
+    or an attribute that this VM does not have, ENOTTY where KVM has none.
+    """
+    argument = guest_memfd.ffi.new("struct kvm_memory_attributes *", (address, size, attributes, 0))
+    vm.ioctl(guest_memfd.KVM_SET_MEMORY_ATTRIBUTES, argument)
+
+
+def pre_fault_memory(vcpu: Vcpu, gpa: int, size: int) -> int:
+    """KVM_PRE_FAULT_MEMORY: map a range ahead; returns how many bytes were left undone.
+
+    OSError: ENOENT where no slot is, EINVAL for a bad range, ENOTTY before Linux 6.11.
+    """
+    argument = guest_memfd.ffi.new("struct kvm_pre_fault_memory *", {"gpa": gpa, "size": size})
+    vcpu.ioctl(guest_memfd.KVM_PRE_FAULT_MEMORY, argument)
+    return int(argument.size)

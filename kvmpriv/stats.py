@@ -1,0 +1,97 @@
+"""KVM's own counters, as its statistics fds give them (api.rst, "KVM_GET_STATS_FD")."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+from .cdefs import kvm
+from .fd import Fd
+
+__all__ = ["StatsDesc", "StatsFd"]
+
+_ffi = kvm.ffi
+
+_UNITS = {
+    kvm.KVM_STATS_UNIT_NONE: "",
+    kvm.KVM_STATS_UNIT_BYTES: "bytes",
+    kvm.KVM_STATS_UNIT_SECONDS: "seconds",
+    kvm.KVM_STATS_UNIT_CYCLES: "cycles",
+    kvm.KVM_STATS_UNIT_BOOLEAN: "boolean",
+}
+_TYPES = {
+    kvm.KVM_STATS_TYPE_CUMULATIVE: "cumulative",
+    kvm.KVM_STATS_TYPE_INSTANT: "instant",
+    kvm.KVM_STATS_TYPE_PEAK: "peak",
+    kvm.KVM_STATS_TYPE_LINEAR_HIST: "linear histogram",
+    kvm.KVM_STATS_TYPE_LOG_HIST: "logarithmic histogram",
+}
+
+
+class StatsDesc(NamedTuple):
+    """One counter.  A value counts `unit` times `base` to the power of `exponent`."""
+
+    name: str
+    type: str
+    unit: str
+    base: int
+    exponent: int
+    size: int  # how many 64-bit values; more than 1 for a histogram
+    offset: int  # bytes, from the start of the data
+    bucket_size: int
+
+
+class StatsFd(Fd):
+    """The counters of a VM or a vCPU.  It outlives neither: it holds its VM."""
+
+    _what = "statistics fd"
+
+    def __init__(self, fd: int) -> None:
+        super().__init__(fd)
+        try:
+            self._read_descriptors()
+        except BaseException:
+            self.close()
+            raise
+
+    def _read_descriptors(self) -> None:
+        header = _ffi.new("struct kvm_stats_header *")
+        _ffi.buffer(header)[:] = self._pread(_ffi.sizeof("struct kvm_stats_header"), 0)
+        self.id = self._pread(header.name_size, header.id_offset).split(b"\0")[0].decode()
+        each = _ffi.sizeof("struct kvm_stats_desc") + header.name_size
+        raw = self._pread(each * header.num_desc, header.desc_offset)
+        self._data_offset = header.data_offset
+        #: name -> description, in KVM's order
+        self.descriptors: dict[str, StatsDesc] = {}
+        keep = _ffi.from_buffer("char[]", raw)
+        for number in range(header.num_desc):
+            desc = _ffi.cast("struct kvm_stats_desc *", keep + number * each)
+            name = _ffi.string(desc.name, header.name_size)
+            assert isinstance(name, bytes)
+            pow2 = desc.flags & kvm.KVM_STATS_BASE_MASK == kvm.KVM_STATS_BASE_POW2
+            self.descriptors[name.decode()] = StatsDesc(
+                name.decode(),
+                _TYPES.get(desc.flags & kvm.KVM_STATS_TYPE_MASK, "unknown"),
+                _UNITS.get(desc.flags & kvm.KVM_STATS_UNIT_MASK, "unknown"),
+                2 if pow2 else 10,
+                desc.exponent,
+                desc.size,
+                desc.offset,
+                desc.bucket_size,
+            )
+        self._size = max((d.offset + 8 * d.size for d in self.descriptors.values()), default=0)
+
+    def _pread(self, size: int, offset: int) -> bytes:
+        data = os.pread(self.fileno(), size, offset)
+        if len(data) != size:
+            raise OSError(f"statistics fd: {len(data)} of {size} bytes at {offset:#x}")
+        return data
+
+    def read(self) -> dict[str, int | list[int]]:
+        """Every counter's value now; a histogram's is a list."""
+        data = memoryview(self._pread(self._size, self._data_offset))
+        values: dict[str, int | list[int]] = {}
+        for desc in self.descriptors.values():
+            numbers = data[desc.offset : desc.offset + 8 * desc.size].cast("Q").tolist()
+            values[desc.name] = numbers[0] if desc.size == 1 else numbers
+        return values

@@ -1,0 +1,344 @@
+"""A virtual machine: its memory slots, its vCPUs, its interrupt controllers."""
+
+from __future__ import annotations
+
+import errno as _errno
+import os
+import threading
+from typing import Any, Protocol
+
+from .cdefs import kvm
+from .fd import Fd
+from .libc import ioctl as _ioctl
+from .memory import PAGE_SIZE, HostMemory
+from .stats import StatsFd
+from .vcpu import Vcpu, enable_cap
+
+__all__ = ["Lifeline", "Slot", "Vm"]
+
+_ffi = kvm.ffi
+
+
+class Held(Protocol):
+    """What a slot keeps alive: host memory, a private file."""
+
+    def hold(self) -> None: ...
+    def release(self) -> None: ...
+
+
+class Lifeline:
+    """Keeps what the slots use until the VM and the last of its vCPUs are closed.
+
+    A VM's fd may be closed while a vCPU runs on: the kernel's VM goes with the last of its fds,
+    and so does what we hold for it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._users = 1
+        self._held: dict[int, tuple[Held, ...]] = {}
+
+    def join(self) -> None:
+        with self._lock:
+            self._users += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                for slot in list(self._held):
+                    self.drop(slot)
+
+    def keep(self, slot: int, held: tuple[Held, ...]) -> None:
+        """Slot number `slot` uses `held` from now on, and no longer what it used before."""
+        with self._lock:
+            for thing in held:
+                thing.hold()
+            self.drop(slot)
+            self._held[slot] = held
+
+    def drop(self, slot: int) -> None:
+        with self._lock:
+            for thing in self._held.pop(slot, ()):
+                thing.release()
+
+
+class Slot:
+    """A memory slot of a VM; :meth:`delete` takes it away.
+
+    `slot` is KVM's number for it (address space in bits 16 to 31); `guest_phys_addr` and
+    `memory_size` in bytes; `held` what it keeps alive.
+    """
+
+    def __init__(
+        self,
+        vm: Vm,
+        slot: int,
+        guest_phys_addr: int,
+        memory_size: int,
+        flags: int = 0,
+        held: tuple[Held, ...] = (),
+    ) -> None:
+        self.vm = vm
+        self.slot = slot
+        self.guest_phys_addr = guest_phys_addr
+        self.memory_size = memory_size
+        self.flags = flags
+        self.held = held
+
+    @property
+    def end(self) -> int:
+        """The first guest physical address behind the slot."""
+        return self.guest_phys_addr + self.memory_size
+
+    def delete(self) -> None:
+        """Take the slot away from the guest.  Nothing happens when it is gone already."""
+        if self.vm.slots.get(self.slot) is self:
+            self.vm.set_user_memory_region(self.slot, self.guest_phys_addr, 0, 0)
+
+    def __repr__(self) -> str:
+        return (
+            f"<Slot {self.slot}: {self.guest_phys_addr:#x}…{self.end:#x}"
+            f"{f' flags {self.flags:#x}' if self.flags else ''}>"
+        )
+
+
+class Vm(Fd):
+    """A virtual machine; made by :meth:`Kvm.create_vm`."""
+
+    _what = "VM"
+
+    def __init__(self, fd: int, vcpu_mmap_size: int) -> None:
+        super().__init__(fd)
+        self._vcpu_mmap_size = vcpu_mmap_size
+        self._lifeline = Lifeline()
+        self._pid = os.getpid()
+        #: slot number -> the slot; those set through the raw layer are not here
+        self.slots: dict[int, Slot] = {}
+
+    def close(self) -> None:
+        """Close the VM's fd.  Its vCPUs and their memory live until they are closed too."""
+        if not self.closed:
+            super().close()
+            self._lifeline.leave()
+
+    def _error(self, request: int, argument: Any = 0) -> OSError | ValueError:
+        error = super()._error(request, argument)
+        if isinstance(error, OSError) and error.errno == _errno.EIO and os.getpid() != self._pid:
+            return OSError(error.errno, f"{error.strerror} (the VM belongs to process {self._pid})")
+        return error
+
+    def check_extension(self, cap: int) -> int:
+        """What this VM can do, as an int: 0 no, 1 yes, or more than that says the capability."""
+        result: int = _ioctl(self._fd, kvm.KVM_CHECK_EXTENSION, cap)
+        if result < 0:
+            raise self._error(kvm.KVM_CHECK_EXTENSION, cap)
+        return result
+
+    def enable_cap(self, cap: int, *args: int, flags: int = 0) -> None:
+        """KVM_ENABLE_CAP; up to four arguments of 64 bits."""
+        enable_cap(self, cap, args, flags)
+
+    def create_vcpu(self, vcpu_id: int = 0) -> Vcpu:
+        """KVM_CREATE_VCPU.
+
+        OSError: EEXIST for an id in use, EINVAL for one beyond KVM_CAP_MAX_VCPU_ID.
+        """
+        fd = self.ioctl(kvm.KVM_CREATE_VCPU, vcpu_id)
+        return Vcpu(fd, self._vcpu_mmap_size, self._lifeline, vcpu_id)
+
+    # -- memory --------------------------------------------------------------------------------
+
+    def map(
+        self,
+        memory: HostMemory,
+        guest_phys_addr: int,
+        *,
+        size: int | None = None,
+        offset: int = 0,
+        flags: int = 0,
+        slot: int | None = None,
+    ) -> Slot:
+        """Give the guest `size` bytes of `memory` from `offset` at `guest_phys_addr`.
+
+        The slot number is the lowest free one if none is given.  The mapping lives as long as the
+        slot does.  Raises what :meth:`set_user_memory_region` raises; ValueError when the range
+        is not inside `memory`, OSError (ENOSPC) when every slot is in use.
+        """
+        size = memory.size - offset if size is None else size
+        if offset < 0 or size <= 0 or offset + size > memory.size:
+            raise ValueError(
+                f"{size:#x} bytes at {offset:#x} are not inside host memory of {memory.size:#x}"
+            )
+        new = Slot(
+            self,
+            self.free_slot() if slot is None else slot,
+            guest_phys_addr,
+            size,
+            flags,
+            (memory,),
+        )
+        region = self._region(
+            new.slot, guest_phys_addr, size, memory.userspace_addr + offset, flags
+        )
+        self.set_region(kvm.KVM_SET_USER_MEMORY_REGION, region, new)
+        return new
+
+    def set_user_memory_region(
+        self,
+        slot: int,
+        guest_phys_addr: int,
+        memory_size: int,
+        userspace_addr: int,
+        flags: int = 0,
+    ) -> None:
+        """KVM_SET_USER_MEMORY_REGION, with addresses that the caller keeps valid.
+
+        All in bytes, page aligned; memory_size 0 deletes the slot.  OSError: EINVAL (alignment,
+        flags, slot number, a change that is not allowed), EEXIST (overlaps another slot).
+        """
+        region = self._region(slot, guest_phys_addr, memory_size, userspace_addr, flags)
+        self.set_region(
+            kvm.KVM_SET_USER_MEMORY_REGION,
+            region,
+            Slot(self, slot, guest_phys_addr, memory_size, flags),
+        )
+
+    def set_region(self, request: int, region: Any, slot: Slot) -> None:
+        """Set or delete a slot by any generation's request and struct.
+
+        `slot` describes what `region` says; once the kernel has agreed it is the VM's, and keeps
+        what it holds alive.
+        """
+        self._lifeline.keep(-1, slot.held)  # nothing may vanish under the ioctl
+        try:
+            if _ioctl(self._fd, request, self._address(request, region)) < 0:
+                raise self._region_error(request, region, slot)
+            if slot.memory_size:
+                self._lifeline.keep(slot.slot, slot.held)
+                self.slots[slot.slot] = slot
+            else:
+                self._lifeline.drop(slot.slot)
+                self.slots.pop(slot.slot, None)
+        finally:
+            self._lifeline.drop(-1)
+
+    def free_slot(self, address_space: int = 0) -> int:
+        """The lowest slot number that is not in use.  OSError (ENOSPC) when there is none."""
+        number = address_space << 16
+        limit = number + self.check_extension(kvm.KVM_CAP_NR_MEMSLOTS)
+        while number in self.slots:
+            number += 1
+        if number >= limit:
+            raise OSError(
+                _errno.ENOSPC,
+                f"all {len(self.slots)} memory slots are in use (KVM_CAP_NR_MEMSLOTS)",
+            )
+        return number
+
+    @staticmethod
+    def _region(
+        slot: int, guest_phys_addr: int, memory_size: int, userspace_addr: int, flags: int
+    ) -> Any:
+        return _ffi.new(
+            "struct kvm_userspace_memory_region *",
+            (slot, flags, guest_phys_addr, memory_size, userspace_addr),
+        )
+
+    def _region_error(self, request: int, region: Any, slot: Slot) -> OSError | ValueError:
+        error = self._error(request, region)
+        if not isinstance(error, OSError):
+            return error
+        hint = ""
+        if error.errno == _errno.EEXIST:
+            for other in self.slots.values():
+                if (
+                    other.slot != slot.slot
+                    and other.slot >> 16 == slot.slot >> 16
+                    and other.guest_phys_addr < slot.end
+                    and slot.guest_phys_addr < other.end
+                ):
+                    hint = f": {slot!r} overlaps {other!r}"
+                    break
+        elif error.errno == _errno.EINVAL:
+            for name in ("guest_phys_addr", "memory_size"):
+                if getattr(slot, name) % PAGE_SIZE:
+                    hint = f": {name} {getattr(slot, name):#x} is not page aligned"
+        return OSError(error.errno, f"{error.strerror}{hint}")
+
+    def get_dirty_log(self, slot: int) -> bytes:
+        """One bit a page, first page in bit 0 of byte 0; a slot with KVM_MEM_LOG_DIRTY_PAGES."""
+        size = self.slots[slot].memory_size // PAGE_SIZE
+        bitmap = _ffi.new("unsigned char[]", (size + 63) // 64 * 8)
+        self.ioctl(
+            kvm.KVM_GET_DIRTY_LOG,
+            _ffi.new("struct kvm_dirty_log *", {"slot": slot, "dirty_bitmap": bitmap}),
+        )
+        return bytes(_ffi.buffer(bitmap))
+
+    # -- interrupts, timers and time -----------------------------------------------------------
+
+    def set_tss_addr(self, address: int) -> None:
+        """Where Intel's real mode emulation may have three pages; below 4 GiB."""
+        self.ioctl(kvm.KVM_SET_TSS_ADDR, address)
+
+    def set_identity_map_addr(self, address: int) -> None:
+        """Where Intel's real mode emulation may have one more page; below 4 GiB."""
+        self.ioctl(kvm.KVM_SET_IDENTITY_MAP_ADDR, _ffi.new("__u64 *", address))
+
+    def create_irqchip(self) -> None:
+        """Two PICs, an IOAPIC, and a local APIC for each vCPU made afterwards, in the kernel."""
+        self.ioctl(kvm.KVM_CREATE_IRQCHIP)
+
+    def create_pit2(self, flags: int = 0) -> None:
+        """An i8254 in the kernel; needs the irqchip."""
+        self.ioctl(kvm.KVM_CREATE_PIT2, _ffi.new("struct kvm_pit_config *", {"flags": flags}))
+
+    def irq_line(self, irq: int, level: int) -> None:
+        """Raise (1) or lower (0) an input of the in-kernel irqchip."""
+        self.ioctl(kvm.KVM_IRQ_LINE, _ffi.new("struct kvm_irq_level *", ([irq], level)))
+
+    def set_gsi_routing(self, entries: list[dict[str, Any]]) -> None:
+        """Replace the routing table; each entry a dict of struct kvm_irq_routing_entry."""
+        routing = _ffi.new("struct kvm_irq_routing *", {"nr": len(entries), "entries": entries})
+        self.ioctl(kvm.KVM_SET_GSI_ROUTING, routing)
+
+    def irqfd(self, fd: int, gsi: int, *, flags: int = 0, resamplefd: int = 0) -> None:
+        """An eventfd that raises `gsi` when written to."""
+        self.ioctl(
+            kvm.KVM_IRQFD,
+            _ffi.new(
+                "struct kvm_irqfd *",
+                {"fd": fd, "gsi": gsi, "flags": flags, "resamplefd": resamplefd},
+            ),
+        )
+
+    def ioeventfd(
+        self, fd: int, addr: int, length: int, *, datamatch: int = 0, flags: int = 0
+    ) -> None:
+        """An eventfd that a guest's write to `addr` signals, without an exit."""
+        self.ioctl(
+            kvm.KVM_IOEVENTFD,
+            _ffi.new(
+                "struct kvm_ioeventfd *",
+                {"fd": fd, "addr": addr, "len": length, "datamatch": datamatch, "flags": flags},
+            ),
+        )
+
+    def signal_msi(self, address: int, data: int) -> int:
+        """Deliver a message signalled interrupt; more than 0 when it was delivered."""
+        message = _ffi.new("struct kvm_msi *")
+        message.address_lo, message.address_hi = address & 0xFFFFFFFF, address >> 32
+        message.data = data
+        return self.ioctl(kvm.KVM_SIGNAL_MSI, message)
+
+    def get_clock(self) -> Any:
+        clock = _ffi.new("struct kvm_clock_data *")
+        self.ioctl(kvm.KVM_GET_CLOCK, clock)
+        return clock
+
+    def set_clock(self, clock: Any) -> None:
+        self.ioctl(kvm.KVM_SET_CLOCK, clock)
+
+    def get_stats_fd(self) -> StatsFd:
+        return StatsFd(self.ioctl(kvm.KVM_GET_STATS_FD))

@@ -1,0 +1,138 @@
+"""Getting a thread out of KVM_RUN, with no wake-up lost.
+
+Two things may want a vCPU's thread back: another thread (`Vcpu.kick`), and a signal that has a
+Python handler (Ctrl-C).  Both can come at the worst moment, after the last look and before the
+ioctl.
+
+*A kick* sets ``kvm_run.immediate_exit`` and then sends KICK_SIGNAL to the thread: before the
+ioctl the flag makes KVM_RUN return at once, inside it the signal does.  KICK_SIGNAL is SIGRTMIN,
+as with other users of KVM.  kvmpriv installs its handler, a C function that does nothing, when a
+vCPU first runs in a thread; a handler that is there already is left alone.  A thread that runs a
+vCPU has the signal unblocked.
+
+*A signal with a Python handler* (SIGINT) is only noted by Python's handler in C; Python code runs
+when the main thread is back from C.  So as long as the main thread has vCPUs that it runs, kvmpriv
+has `signal.set_wakeup_fd`: a thread of ours reads there that a signal has come, and kicks them.
+The wake-up fd that was set before is given every byte it would have had, and is set again when
+the last of those vCPUs is closed.
+
+Off the main thread there is nothing to watch: Python runs signal handlers in the main thread
+alone, whose waiting (``Thread.join``, ``Event.wait``) they interrupt.  The handler, or the code
+that catches KeyboardInterrupt, kicks the vCPUs it wants back (`VcpuThread` does).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import weakref
+from contextlib import suppress
+from typing import Protocol
+
+from . import libc
+
+__all__ = ["KICK_SIGNAL", "prepare_thread", "unwatch", "watch"]
+
+#: Interrupts KVM_RUN; 34 on x86-64 with glibc.
+KICK_SIGNAL: int = signal.SIGRTMIN
+
+_STOP = 0  # no signal has this number
+
+
+class Kickable(Protocol):
+    """What the watch kicks."""
+
+    def kick(self) -> None: ...
+
+
+def prepare_thread() -> None:
+    """Make the calling thread one that KICK_SIGNAL interrupts."""
+    libc.signal_ignored_in_c(KICK_SIGNAL)
+    libc.pthread_sigmask_unblock(KICK_SIGNAL)
+
+
+# Re-entrant: a signal handler may come in the middle and run, kick or close a vCPU itself.
+_lock = threading.RLock()
+_watched: weakref.WeakSet[Kickable] = weakref.WeakSet()
+_watch: _SignalWatch | None = None
+
+
+def in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def watch(vcpu: Kickable) -> None:
+    """Kick `vcpu` whenever a signal with a Python handler comes.  In the main thread only."""
+    global _watch
+    with _lock:
+        _watched.add(vcpu)
+        if _watch is not None and not _watch.alive:
+            _watch.close()
+            _watch = None
+        if _watch is None:
+            _watch = _SignalWatch()
+
+
+def unwatch(vcpu: Kickable) -> None:
+    """The vCPU is closed.  The watch ends with the last one, when the main thread says so."""
+    global _watch
+    with _lock:
+        _watched.discard(vcpu)
+        if _watched or _watch is None or not in_main_thread():
+            return
+        ending, _watch = _watch, None
+    ending.close()  # not under the lock, which its thread may be waiting for
+
+
+def _kick_all() -> None:
+    with _lock:
+        vcpus = list(_watched)
+    for vcpu in vcpus:
+        with suppress(ValueError):  # closed meanwhile
+            vcpu.kick()
+
+
+class _SignalWatch:
+    """A pipe as wake-up fd and the thread that reads it."""
+
+    def __init__(self) -> None:
+        self._pid = os.getpid()
+        self._read, self._write = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(self._write, False)
+        self._previous = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._serve, name="kvmpriv-signals", daemon=True)
+        try:
+            self._thread.start()
+        except BaseException:
+            self._restore()
+            raise
+
+    @property
+    def alive(self) -> bool:
+        """False in a child made by fork, which has the pipe but not the thread."""
+        return os.getpid() == self._pid
+
+    def _serve(self) -> None:
+        while True:
+            numbers = os.read(self._read, 512)
+            if self._previous >= 0:
+                with suppress(OSError):  # its owner may have closed it, or not be reading
+                    os.write(self._previous, numbers.replace(bytes((_STOP,)), b""))
+            _kick_all()
+            if _STOP in numbers:
+                return
+
+    def _restore(self) -> None:
+        current = signal.set_wakeup_fd(self._previous)
+        if current != self._write:  # somebody has set another one since: it stays
+            signal.set_wakeup_fd(current)
+        os.close(self._read)
+        os.close(self._write)
+
+    def close(self) -> None:
+        """Give the wake-up fd back."""
+        if self.alive:
+            os.write(self._write, bytes((_STOP,)))
+            self._thread.join()
+        self._restore()
