@@ -60,6 +60,7 @@ struct kvm_pre_fault_memory {
 	__u64 padding[5];
 };
 
+#define EHWPOISON			133	/* <asm-generic/errno.h> */
 #define KVM_EXIT_MEMORY_FAULT		39
 #define KVM_MEMORY_EXIT_FLAG_PRIVATE	(1ULL << 3)
 

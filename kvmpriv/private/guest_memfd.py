@@ -34,7 +34,7 @@ FAULT_LAYOUT = FaultLayout(
     struct="struct kvm_run_memory_fault",
     ffi=guest_memfd.ffi,
     private_flag=guest_memfd.KVM_MEMORY_EXIT_FLAG_PRIVATE,
-    errnos=frozenset((_errno.EFAULT, _errno.EHWPOISON)),
+    errnos=frozenset((_errno.EFAULT, guest_memfd.EHWPOISON)),
 )
 register_fault_layout(FAULT_LAYOUT)
 

@@ -39,6 +39,7 @@ FAULT_LAYOUT = FaultLayout(
 )
 register_fault_layout(FAULT_LAYOUT)
 
+_SYS_MEMFD_RESTRICTED = restrictedmem.__NR_memfd_restricted  # noqa: SLF001  # the kernel's name
 _BAD_FLAGS = 0xFFFFFFFF
 
 
@@ -49,7 +50,7 @@ def ask_memfd_restricted() -> int:
     6.5 (commit cf264e1329fb).  ENOSYS: neither; EPERM, EACCES: a seccomp filter hides it.
     """
     # As cachestat's fd, -1 can't be open, so its other arguments are never looked at.
-    if libc.syscall(restrictedmem.__NR_memfd_restricted, _BAD_FLAGS) >= 0:
+    if libc.syscall(_SYS_MEMFD_RESTRICTED, _BAD_FLAGS) >= 0:
         return 0
     return libc.last_errno()
 
@@ -69,7 +70,7 @@ class RestrictedMem(Fd):
             if errno in (0, _errno.EBADF):
                 errno = _errno.ENOSYS
             raise libc.os_error(errno, "memfd_restricted")
-        fd = libc.syscall(restrictedmem.__NR_memfd_restricted, 0)
+        fd = libc.syscall(_SYS_MEMFD_RESTRICTED, 0)
         if fd < 0:
             raise libc.os_error(libc.last_errno(), "memfd_restricted(0)")
         super().__init__(fd)
@@ -82,7 +83,7 @@ class RestrictedMem(Fd):
                     _errno.ENOSYS,
                     f"system call 451 made a file of type {magic:#x}, not RESTRICTEDMEM_MAGIC",
                 )
-            os.set_inheritable(fd, False)  # v9 has no flag for it
+            os.set_inheritable(fd, False)  # noqa: FBT003  # v9 has no flag for it
         except BaseException:
             self.close()
             raise
@@ -140,5 +141,5 @@ def memory_encrypt_reg_region(vm: Vm, gpa: int, size: int) -> None:
 
 
 def memory_encrypt_unreg_region(vm: Vm, gpa: int, size: int) -> None:
-    """KVM_MEMORY_ENCRYPT_UNREG_REGION: make a range shared; as :func:`memory_encrypt_reg_region`."""
+    """KVM_MEMORY_ENCRYPT_UNREG_REGION: make a range shared, on the terms of its opposite."""
     _convert(vm, kvm.KVM_MEMORY_ENCRYPT_UNREG_REGION, gpa, size)
