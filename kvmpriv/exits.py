@@ -97,11 +97,11 @@ class HypercallExit(NamedTuple):
     reason: int
     nr: int
     args: tuple[int, ...]
-    flags: int
+    longmode: bool
 
     def __str__(self) -> str:
         shown = ", ".join(f"{value:#x}" for value in self.args)
-        return f"{exit_name(self.reason)}: nr {self.nr} ({shown}), flags {self.flags:#x}"
+        return f"{exit_name(self.reason)}: nr {self.nr} ({shown})"
 
 
 class MemoryFaultExit(NamedTuple):
@@ -281,7 +281,7 @@ def decode(run: Any, errno: int = 0) -> Any:
         return MmioExit(reason, bool(mmio.is_write), mmio.phys_addr, mmio.len, data)
     if reason == kvm.KVM_EXIT_HYPERCALL:
         call = run.hypercall
-        return HypercallExit(reason, call.nr, tuple(call.args), call.flags)
+        return HypercallExit(reason, call.nr, tuple(call.args), bool(call.longmode & 1))
     if reason in FAULT_LAYOUTS:
         return decode_memory_fault(run, FAULT_LAYOUTS[reason], errno)
     if reason == kvm.KVM_EXIT_FAIL_ENTRY:

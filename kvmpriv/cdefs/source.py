@@ -55,6 +55,15 @@ struct kvm_hyperv_exit {
 			__u64 result;
 			__u64 params[2];
 		} hcall;
+		struct {
+			__u32 msr;
+			__u32 pad2;
+			__u64 control;
+			__u64 status;
+			__u64 send_page;
+			__u64 recv_page;
+			__u64 pending_page;
+		} syndbg;
 	} u;
 };
 struct kvm_debug_exit_arch {
@@ -186,10 +195,8 @@ struct kvm_run {
 			__u64 nr;
 			__u64 args[6];
 			__u64 ret;
-			union {
-				__u32 longmode;
-				__u64 flags;
-			};
+			__u32 longmode;
+			__u32 pad;
 		} hypercall;
 		struct {
 			__u64 rip;

@@ -1,0 +1,361 @@
+"""What is asked of KVM and tried on it.
+
+Everything is made for the purpose and closed again.  Nothing runs in a guest, at most one page is
+converted, and no restrictedmem file is ever given to stat(2): an unknown kernel may not survive it.
+"""
+
+from __future__ import annotations
+
+import errno as _errno
+import os
+import signal
+from contextlib import ExitStack, suppress
+from typing import TYPE_CHECKING, Any
+
+from ..cdefs import guest_memfd as gmem
+from ..cdefs import kvm as shared
+from ..cdefs import restrictedmem as v9
+from ..cdefs import restrictedmem_v10 as v10
+from ..kvm import Kvm
+from ..memory import PAGE_SIZE, HostMemory
+from ..private import guest_memfd, restrictedmem
+from . import host as _host
+from .records import FAIL, PASS, SKIP, Asked, Check
+
+if TYPE_CHECKING:
+    from ..fd import Fd
+    from ..vm import Vm
+
+__all__ = ["VM_TYPES", "run"]
+
+VM_TYPES = {
+    gmem.KVM_X86_DEFAULT_VM: "default",
+    gmem.KVM_X86_SW_PROTECTED_VM: "sw_protected",
+    gmem.KVM_X86_SEV_VM: "sev",
+    gmem.KVM_X86_SEV_ES_VM: "sev_es",
+    gmem.KVM_X86_SNP_VM: "snp",
+    gmem.KVM_X86_TDX_VM: "tdx",
+}
+_GROUPS = ("kvm", "v9", "v10", "guest_memfd")
+
+# The slot lies away from 0 in the guest and in the file: a mistake of either shows.
+_GPA = 0x100000
+_OFFSET = PAGE_SIZE
+_SIZE = 2 * PAGE_SIZE
+
+_V9_KERNEL = "a kernel with the v9 patches (CONFIG_RESTRICTEDMEM)"
+
+
+def _name(errno: int | None) -> str:
+    return _errno.errorcode.get(errno or 0, f"errno {errno}")
+
+
+class _Recorder:
+    """The checks so far."""
+
+    def __init__(self, host: dict[str, Any]) -> None:
+        self.host = host
+        self.checks: list[Check] = []
+
+    def add(
+        self,
+        name: str,
+        status: str,
+        result: str,
+        *asked: Asked,
+        tried: str = "",
+        hint: str = "",
+    ) -> None:
+        self.checks.append(Check(name, status, asked, tried, result, hint))
+
+    def failed(self, name: str, error: OSError, *asked: Asked, tried: str, hint: str = "") -> None:
+        hint = _host.refusal_hint(error.errno, self.host, tried.partition("(")[0]) or hint
+        self.add(name, FAIL, _name(error.errno), *asked, tried=tried, hint=hint)
+
+    def passed(self, name: str) -> bool:
+        return any(check.name == name and check.status == PASS for check in self.checks)
+
+
+def _ask(fd: Kvm | Vm, module: Any, *capabilities: str) -> tuple[Asked, ...]:
+    return tuple(Asked(name, fd.check_extension(getattr(module, name))) for name in capabilities)
+
+
+def run(device: str, host: dict[str, Any]) -> tuple[Check, ...]:
+    """Probe KVM at `device`; adds to `host` what KVM says of itself."""
+    out = _Recorder(host)
+    _check_syscall(out)
+    with ExitStack() as stack:
+        file = _check_v9_file(out, stack)
+        try:
+            system = stack.enter_context(Kvm(device))
+        except OSError as error:
+            out.add(
+                "kvm/device",
+                FAIL,
+                _name(error.errno),
+                tried=f"open {device}",
+                hint=_host.device_hint(device, error.errno, host),
+            )
+            for name in ("kvm/default", "v9/capability", "v10/attributes", "guest_memfd/default"):
+                out.add(name, SKIP, "KVM could not be asked")
+        else:
+            out.add(
+                "kvm/device",
+                PASS,
+                f"API version {system.get_api_version()}",
+                tried=f"open {device}",
+            )
+            host.update(_host.kvm_facts(system))
+            _check_system(out, system, file)
+    return tuple(sorted(out.checks, key=lambda check: _GROUPS.index(check.name.split("/")[0])))
+
+
+def _check_system(out: _Recorder, system: Kvm, file: restrictedmem.RestrictedMem | None) -> None:
+    (private_mem,) = _ask(system, v9, "KVM_CAP_PRIVATE_MEM")
+    out.add(
+        "v9/capability",
+        PASS if private_mem.value else FAIL,
+        "advertised" if private_mem.value else "not advertised",
+        private_mem,
+    )
+    (types,) = _ask(system, gmem, "KVM_CAP_VM_TYPES")
+    offered = types.value or 1 << gmem.KVM_X86_DEFAULT_VM  # before there were types
+    sev = None
+    for number in sorted({*VM_TYPES, *(bit for bit in range(32) if offered >> bit & 1)}):
+        vm_type = VM_TYPES.get(number, f"type_{number}")
+        if not offered >> number & 1:
+            reason, hint = _host.why_not_offered(vm_type, out.host)
+            out.add(
+                f"kvm/{vm_type}",
+                SKIP,
+                f"not offered: {reason}",
+                types,
+                tried=sev or "" if vm_type == "sev" else "",
+                hint=hint,
+            )
+            continue
+        tried = f"KVM_CREATE_VM({number})"
+        try:
+            vm = system.create_vm(number)
+        except OSError as error:
+            out.failed(f"kvm/{vm_type}", error, types, tried=tried)
+            continue
+        with vm:
+            out.add(f"kvm/{vm_type}", PASS, "made", types, tried=tried)
+            if number == gmem.KVM_X86_DEFAULT_VM:
+                sev = _ask_sev(vm)
+                _check_v10(out, vm)
+            _check_v9_slot(out, vm, vm_type, file)
+            _check_guest_memfd(out, vm, vm_type)
+
+
+def _ask_sev(vm: Vm) -> str:
+    """Documentation/virt/kvm/x86/amd-memory-encryption.rst: a null pointer asks whether SEV is on.
+
+    It tells of SEV also where that is not a VM type yet.
+    """
+    errno = vm.ioctl_errno(shared.KVM_MEMORY_ENCRYPT_OP, 0)
+    return f"KVM_MEMORY_ENCRYPT_OP(NULL) {_name(errno) if errno else 0}"
+
+
+# -- v9 ----------------------------------------------------------------------------------------
+
+
+def _check_syscall(out: _Recorder) -> None:
+    """Ask what system call 451 is, without any effect, and in a child where a filter may kill."""
+    name, tried = "v9/syscall", "memfd_restricted(0xffffffff)"
+    filtered = out.host["seccomp"] != 0
+    errno = _ask_in_child() if filtered else restrictedmem.ask_memfd_restricted()
+    if errno == _errno.EINVAL:
+        out.add(name, PASS, "EINVAL, as it must", tried=tried)
+    elif errno == _errno.EBADF:
+        out.add(name, FAIL, "EBADF, so 451 is cachestat(2)", tried=tried, hint=_V9_KERNEL)
+    elif errno < 0 or errno in (_errno.EPERM, _errno.EACCES) or filtered:
+        answer = f"killed by {signal.Signals(-errno).name}" if errno < 0 else _name(errno)
+        hint = _host.refusal_hint(_errno.EPERM, out.host, "system call 451")
+        out.add(name, SKIP, f"{answer}, undecided", tried=tried, hint=hint)
+    else:
+        out.add(name, FAIL, _name(errno) if errno else "0", tried=tried, hint=_V9_KERNEL)
+
+
+def _ask_in_child() -> int:
+    """The errno, or minus the signal that a filter killed the child with."""
+    pid = os.fork()
+    if pid == 0:
+        errno = _errno.EPERM
+        try:
+            import resource
+
+            with suppress(OSError, ValueError):
+                resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # leaves nothing behind
+            errno = restrictedmem.ask_memfd_restricted()
+        finally:
+            os._exit(errno)
+    status = os.waitpid(pid, 0)[1]
+    return os.waitstatus_to_exitcode(status)
+
+
+def _check_v9_file(out: _Recorder, stack: ExitStack) -> restrictedmem.RestrictedMem | None:
+    name, tried = "v9/file", "memfd_restricted(0)"
+    if not out.passed("v9/syscall"):
+        out.add(name, SKIP, "system call 451 is not known to make one")
+        return None
+    try:
+        file = stack.enter_context(restrictedmem.RestrictedMem())
+        file.ftruncate(_OFFSET + _SIZE)
+    except OSError as error:
+        out.failed(name, error, tried=tried)
+        return None
+    out.add(name, PASS, "made, f_type RESTRICTEDMEM_MAGIC", tried=tried)
+    return file
+
+
+def _check_v9_slot(
+    out: _Recorder, vm: Vm, vm_type: str, file: restrictedmem.RestrictedMem | None
+) -> None:
+    slot_name, conversion_name = f"v9/{vm_type}/slot", f"v9/{vm_type}/conversion"
+    asked = _ask(vm, v9, "KVM_CAP_PRIVATE_MEM")
+    # Without both, bit 2 and REG_REGION are another generation's, or SEV's with a host address.
+    if file is None or not (asked[0].value or out.passed("v9/capability")):
+        why = "there is no v9 file" if file is None else "KVM_CAP_PRIVATE_MEM is 0"
+        out.add(slot_name, SKIP, why)
+        out.add(conversion_name, SKIP, why)
+        return
+    tried = f"KVM_SET_USER_MEMORY_REGION(KVM_MEM_PRIVATE, restricted_offset {_OFFSET:#x})"
+    with HostMemory(_SIZE) as memory:
+        try:
+            slot = restrictedmem.set_user_memory_region_ext(
+                vm, 0, _GPA, _SIZE, memory, file, _OFFSET
+            )
+        except OSError as error:
+            hint = (
+                "the kernel's hook for private memory says no to this VM: v9 needs TDX or SNP "
+                "beneath it, or a test option that says yes"
+            )
+            out.failed(slot_name, error, *asked, tried=tried, hint=hint)
+            out.add(conversion_name, SKIP, "there is no private slot")
+            return
+        out.add(slot_name, PASS, "bound", *asked, tried=tried)
+        try:
+            tried = "KVM_MEMORY_ENCRYPT_UNREG_REGION(1 page)"  # a gfn begins private
+            restrictedmem.memory_encrypt_unreg_region(vm, _GPA, PAGE_SIZE)
+            tried = "KVM_MEMORY_ENCRYPT_REG_REGION(1 page)"
+            restrictedmem.memory_encrypt_reg_region(vm, _GPA, PAGE_SIZE)
+            tried = "delete the slot"
+            slot.delete()
+        except OSError as error:
+            out.failed(conversion_name, error, tried=tried)
+        else:
+            tried = "KVM_MEMORY_ENCRYPT_{UNREG,REG}_REGION(1 page)"
+            out.add(conversion_name, PASS, "to shared and back, slot deleted", tried=tried)
+
+
+def _check_v10(out: _Recorder, vm: Vm) -> None:
+    asked = _ask(vm, v10, "KVM_CAP_MEMORY_ATTRIBUTES")
+    out.add(
+        "v10/capability",
+        PASS if asked[0].value else FAIL,
+        "advertised" if asked[0].value else "not advertised",
+        *asked,
+    )
+    attributes = v10.ffi.new("__u64 *")
+    tried = "KVM_GET_SUPPORTED_MEMORY_ATTRIBUTES"
+    try:
+        vm.ioctl(v10.KVM_GET_SUPPORTED_MEMORY_ATTRIBUTES, attributes)
+    except OSError as error:
+        out.failed("v10/attributes", error, tried=tried)
+    else:
+        out.add("v10/attributes", PASS, f"{attributes[0]:#x}", tried=tried)
+
+
+# -- mainline ----------------------------------------------------------------------------------
+
+
+def _check_guest_memfd(out: _Recorder, vm: Vm, vm_type: str) -> None:
+    prefix = f"guest_memfd/{vm_type}"
+    asked = _ask(vm, gmem, "KVM_CAP_GUEST_MEMFD")
+    tried = f"KVM_CREATE_GUEST_MEMFD({_OFFSET + _SIZE:#x} bytes)"
+    try:
+        file = guest_memfd.GuestMemfd(vm, _OFFSET + _SIZE)
+    except OSError as error:
+        hint = "CONFIG_KVM_SW_PROTECTED_VM, SNP or TDX from Linux 6.8 on; any VM from 6.18 on"
+        out.failed(f"{prefix}/file", error, *asked, tried=tried, hint=hint)
+        for step in ("slot", "conversion", "mmap", "pre_fault"):
+            out.add(f"{prefix}/{step}", SKIP, "there is no guest_memfd file")
+        return
+    with file, HostMemory(_SIZE) as memory:
+        out.add(f"{prefix}/file", PASS, "made", *asked, tried=tried)
+        asked = _ask(vm, gmem, "KVM_CAP_USER_MEMORY2")
+        tried = f"KVM_SET_USER_MEMORY_REGION2(guest_memfd_offset {_OFFSET:#x})"
+        try:
+            slot = guest_memfd.set_user_memory_region2(vm, 0, _GPA, _SIZE, memory, file, _OFFSET)
+        except OSError as error:
+            hint = "this VM type takes no guest_memfd slot before Linux 6.18"
+            out.failed(f"{prefix}/slot", error, *asked, tried=tried, hint=hint)
+            slot = None
+        else:
+            out.add(f"{prefix}/slot", PASS, "bound", *asked, tried=tried)
+        _check_attributes(out, vm, prefix)
+        _check_mmap(out, vm, prefix)
+        _check_pre_fault(out, vm, prefix)
+        if slot:
+            slot.delete()
+
+
+def _check_attributes(out: _Recorder, vm: Vm, prefix: str) -> None:
+    asked = _ask(vm, gmem, "KVM_CAP_MEMORY_ATTRIBUTES")
+    tried = "KVM_SET_MEMORY_ATTRIBUTES(PRIVATE, 1 page)"
+    try:
+        guest_memfd.set_memory_attributes(vm, _GPA, PAGE_SIZE, gmem.KVM_MEMORY_ATTRIBUTE_PRIVATE)
+        tried = "KVM_SET_MEMORY_ATTRIBUTES(0, 1 page)"
+        guest_memfd.set_memory_attributes(vm, _GPA, PAGE_SIZE, 0)
+    except OSError as error:
+        hint = "no private memory in this VM type: sw_protected, snp and tdx VMs have it"
+        out.failed(f"{prefix}/conversion", error, *asked, tried=tried, hint=hint)
+    else:
+        tried = "KVM_SET_MEMORY_ATTRIBUTES(1 page)"
+        out.add(f"{prefix}/conversion", PASS, "to private and back", *asked, tried=tried)
+
+
+def _check_mmap(out: _Recorder, vm: Vm, prefix: str) -> None:
+    asked = _ask(vm, gmem, "KVM_CAP_GUEST_MEMFD_FLAGS")
+    flags = asked[0].value & (gmem.GUEST_MEMFD_FLAG_MMAP | gmem.GUEST_MEMFD_FLAG_INIT_SHARED)
+    if not flags & gmem.GUEST_MEMFD_FLAG_MMAP:
+        out.add(f"{prefix}/mmap", SKIP, "GUEST_MEMFD_FLAG_MMAP is not offered", *asked)
+        return
+    tried = f"mmap of a file with flags {flags:#x}"
+    try:
+        with (
+            guest_memfd.GuestMemfd(vm, PAGE_SIZE, flags) as file,
+            HostMemory(PAGE_SIZE, fd=file.fileno()) as memory,
+        ):
+            result = "mapped"
+            if flags & gmem.GUEST_MEMFD_FLAG_INIT_SHARED:  # touching any other is SIGBUS
+                memory.write(0, b"kvm")
+                result = "mapped, written and read"
+                if memory.read(0, 3) != b"kvm":
+                    out.add(f"{prefix}/mmap", FAIL, "read other bytes", *asked, tried=tried)
+                    return
+    except OSError as error:
+        out.failed(f"{prefix}/mmap", error, *asked, tried=tried)
+    else:
+        out.add(f"{prefix}/mmap", PASS, result, *asked, tried=tried)
+
+
+def _check_pre_fault(out: _Recorder, vm: Vm, prefix: str) -> None:
+    name = f"{prefix}/pre_fault"
+    asked = _ask(vm, gmem, "KVM_CAP_PRE_FAULT_MEMORY")
+    if not asked[0].value:
+        out.add(name, SKIP, "not offered", *asked)
+    elif prefix.endswith(("/default", "/sw_protected")) and out.passed(f"{prefix}/slot"):
+        tried = "KVM_PRE_FAULT_MEMORY(1 page)"
+        try:
+            with vm.create_vcpu() as vcpu:
+                left = guest_memfd.pre_fault_memory(vcpu, _GPA, PAGE_SIZE)
+        except OSError as error:
+            out.failed(name, error, *asked, tried=tried)
+        else:
+            result = f"{left:#x} bytes left" if left else "filled"
+            out.add(name, FAIL if left else PASS, result, *asked, tried=tried)
+    else:
+        out.add(name, SKIP, "takes a slot, and a vCPU that this VM type starts by itself", *asked)

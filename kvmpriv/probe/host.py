@@ -1,0 +1,292 @@
+"""Facts about the host, read from /proc, /sys and KVM; no verdict follows from them.
+
+They explain a refusal: each function that says why something is missing takes facts as data.
+"""
+
+from __future__ import annotations
+
+import errno as _errno
+import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..kvm import Kvm
+
+__all__ = ["device_hint", "facts", "holders", "kvm_facts", "refusal_hint", "why_not_offered"]
+
+# CPUID: AMD APM volume 3, Fn8000_0001_ECX; Intel SDM volume 2, leaf 1.
+_SVM = (0x80000001, 1 << 2)
+_VMX = (1, 1 << 5)
+
+#: What KVM itself or confidential computing shows in /proc/cpuinfo's flags.
+_CPU_FLAGS = ("svm", "vmx", "sme", "sev", "sev_es", "sev_snp", "tdx_host_platform")
+_PARAMETERS = {
+    "kvm": ("tdp_mmu",),
+    "kvm_amd": ("nested", "npt", "sev", "sev_es", "sev_snp"),
+    "kvm_intel": ("ept", "nested", "tdx"),
+}
+
+
+def _read(path: str, size: int = 65536) -> str | None:
+    """The beginning of a file of /proc or /sys, None if it can't be read."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        return os.read(fd, size).decode(errors="replace").strip("\0\n ")
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+
+
+def _list(path: str) -> list[str]:
+    try:
+        return sorted(os.listdir(path))
+    except OSError:
+        return []
+
+
+def _fields(text: str | None) -> dict[str, str]:
+    """``name: value`` lines."""
+    lines = (line.partition(":") for line in (text or "").splitlines())
+    return {name.strip(): value.strip() for name, _, value in lines}
+
+
+def _number(text: str | None) -> int | None:
+    digits = (text or "").split(" ")[0]
+    return int(digits) if digits.isdigit() else None
+
+
+def facts(root: str = "") -> dict[str, Any]:
+    """What can be said without KVM; None where the host doesn't tell.
+
+    `root` is put before /proc, /sys and /dev: for a host that was recorded.
+    """
+    sys_module, proc = f"{root}/sys/module", f"{root}/proc"
+    uname = os.uname()
+    memory = _fields(_read(f"{proc}/meminfo"))
+    pages = f"{root}/sys/kernel/mm"
+    transparent = _read(f"{pages}/transparent_hugepage/enabled") or ""
+    enforce = _read(f"{root}/sys/fs/selinux/enforce")
+    parameters = {
+        f"{module}.{name}": _read(f"{sys_module}/{module}/parameters/{name}")
+        for module, names in _PARAMETERS.items()
+        for name in names
+    }
+    # One read of some kilobytes has the first CPU; the whole file takes a big host long.
+    flags = _fields((_read(f"{proc}/cpuinfo", 8192) or "").split("\n\n")[0]).get("flags", "")
+    sev = f"{root}/dev/sev"
+    return {
+        "kernel": f"{uname.release} {uname.machine}",
+        "kvm_loaded": os.path.isdir(f"{sys_module}/kvm"),
+        "kvm_registered": _read(f"{root}/sys/class/misc/kvm/dev"),
+        "backend": {
+            name: "module" if os.path.exists(f"{sys_module}/{name}/initstate") else "built in"
+            for name in _list(sys_module)
+            if name.startswith("kvm_")
+        },
+        "parameters": {name: value for name, value in parameters.items() if value is not None},
+        "cpu_flags": [flag for flag in _CPU_FLAGS if flag in flags.split()],
+        "dev_sev": os.access(sev, os.R_OK | os.W_OK) if os.path.exists(sev) else None,
+        "seccomp": _number(_fields(_read(f"{proc}/self/status")).get("Seccomp")),
+        "selinux": {"1": "enforcing", "0": "permissive"}.get(enforce or ""),
+        "apparmor": _read(f"{proc}/self/attr/apparmor/current"),
+        "memory": {
+            name: kib * 1024 if (kib := _number(memory.get(field))) is not None else None
+            for name, field in (
+                ("total", "MemTotal"),
+                ("free", "MemFree"),
+                ("available", "MemAvailable"),
+            )
+        },
+        "hugepages": [
+            {
+                "size": size * 1024,
+                "total": _number(_read(f"{pages}/hugepages/{name}/nr_hugepages")),
+                "free": _number(_read(f"{pages}/hugepages/{name}/free_hugepages")),
+            }
+            for name in _list(f"{pages}/hugepages")
+            if (size := _number(name[len("hugepages-") :].replace("kB", ""))) is not None
+        ],
+        "transparent_hugepages": transparent.partition("[")[2].partition("]")[0] or None,
+        "nesting": None,
+        "vcpus": None,
+        "memory_slots": None,
+    }
+
+
+def kvm_facts(system: Kvm) -> dict[str, Any]:
+    """What KVM says of itself: nesting, and its limits."""
+    from ..cdefs import kvm
+
+    try:
+        ecx = {leaf.function: leaf.ecx for leaf in system.get_supported_cpuid() if leaf.index == 0}
+        nesting = [
+            name for name, (leaf, bit) in (("svm", _SVM), ("vmx", _VMX)) if ecx.get(leaf, 0) & bit
+        ]
+    except OSError:
+        nesting = None
+    return {
+        "nesting": nesting,
+        "vcpus": {
+            "recommended": system.check_extension(kvm.KVM_CAP_NR_VCPUS),
+            "max": system.check_extension(kvm.KVM_CAP_MAX_VCPUS),
+            "max_id": system.check_extension(kvm.KVM_CAP_MAX_VCPU_ID),
+        },
+        "memory_slots": system.check_extension(kvm.KVM_CAP_NR_MEMSLOTS),
+    }
+
+
+def _confinement(host: dict[str, Any], what: str) -> list[str]:
+    """Who else may say no, of what is active here."""
+    hints = []
+    if host["seccomp"]:
+        hints.append(f"a seccomp filter is active (Seccomp in /proc/self/status): let {what} pass")
+    if host["selinux"] == "enforcing":
+        hints.append("SELinux is enforcing: ausearch -m avc -ts recent")
+    if (host["apparmor"] or "unconfined") != "unconfined":
+        hints.append(f"AppArmor confines this process ({host['apparmor']}): see the kernel log")
+    return hints
+
+
+def refusal_hint(errno: int | None, host: dict[str, Any], what: str) -> str:
+    """What may mend a system call or an ioctl that failed for no reason of its own."""
+    if errno in (_errno.EPERM, _errno.EACCES):
+        return "; ".join(_confinement(host, what))
+    return {
+        _errno.EMFILE: "too many open files in this process: ulimit -n",
+        _errno.ENFILE: "too many open files on this host: sysctl fs.file-max",
+        _errno.ENOMEM: "not enough memory: see host memory below, and the memory cgroup's limit",
+        _errno.EBUSY: "another hypervisor uses the CPU's virtualization: unload its module",
+    }.get(errno or 0, "")
+
+
+def device_hint(path: str, errno: int | None, host: dict[str, Any]) -> str:
+    """What may mend a device that can't be opened or isn't KVM."""
+    if errno in (_errno.ENOENT, _errno.ENXIO, _errno.ENODEV, _errno.ENOTDIR):
+        if host["kvm_registered"]:
+            major, _, minor = host["kvm_registered"].partition(":")
+            return (
+                f"KVM is there, its node is not: mknod {path} c {major} {minor}; "
+                f"in a container: --device {path}"
+            )
+        if host["backend"]:
+            return f"{', '.join(host['backend'])} is there without a device: see the kernel log"
+        if not {"svm", "vmx"} & set(host["cpu_flags"]):
+            return (
+                "this CPU shows no virtualization (svm, vmx): switch it on in the firmware "
+                "(SVM mode, VT-x); in a VM: let its hypervisor nest"
+            )
+        module = "kvm_amd" if "svm" in host["cpu_flags"] else "kvm_intel"
+        return (
+            f"KVM is not loaded: modprobe {module}; 'Operation not supported' from it means "
+            "that virtualization is off in the firmware"
+        )
+    if errno in (_errno.EACCES, _errno.EPERM):
+        hints = _confinement(host, "open")
+        if errno == _errno.EACCES:
+            hints.insert(0, _node_hint(path))
+        else:
+            hints.append(f"a device cgroup may hide it; in a container: --device {path}")
+        return "; ".join(hints)
+    if errno in (_errno.ENOTTY, _errno.EINVAL, _errno.EISDIR, _errno.EPROTO):
+        return "a device that is not KVM: give KVM's, /dev/kvm"
+    return refusal_hint(errno, host, "open")
+
+
+def _node_hint(path: str) -> str:
+    import grp
+
+    try:
+        status = os.stat(path)
+    except OSError:
+        return "a directory on the way to it can't be searched"
+    try:
+        group = grp.getgrgid(status.st_gid).gr_name
+    except KeyError:
+        group = str(status.st_gid)
+    who = f"{path} has mode {status.st_mode & 0o777:04o} and group {group}"
+    if status.st_mode & 0o060 == 0o060 and status.st_gid:
+        return f"{who}: usermod -aG {group} USER, then log in again"
+    return f"{who}: chgrp kvm {path} && chmod 0660 {path}, usermod -aG kvm USER, then log in again"
+
+
+def why_not_offered(vm_type: str, host: dict[str, Any]) -> tuple[str, str]:
+    """Why KVM may not offer a VM type, and what may mend it."""
+    parameters, backend = host["parameters"], host["backend"]
+    there = ", ".join(backend) or "none"
+    if vm_type == "sw_protected":
+        for paging in ("kvm_amd.npt", "kvm_intel.ept"):
+            if parameters.get(paging) == "N":
+                return f"{paging} is N", f"two-dimensional paging: {paging}=1"
+        return (
+            "not built in, or no two-dimensional paging",
+            "CONFIG_KVM_SW_PROTECTED_VM=y (needs EXPERT), with kvm_amd.npt or kvm_intel.ept",
+        )
+    module, name, flag = {
+        "sev": ("kvm_amd", "sev", "sev"),
+        "sev_es": ("kvm_amd", "sev_es", "sev_es"),
+        "snp": ("kvm_amd", "sev_snp", "sev_snp"),
+        "tdx": ("kvm_intel", "tdx", "tdx_host_platform"),
+    }[vm_type]
+    if module not in backend:
+        return f"needs {module}; the backend is {there}", ""
+    setting = parameters.get(f"{module}.{name}")
+    if setting is None:
+        option = "CONFIG_KVM_AMD_SEV" if module == "kvm_amd" else "CONFIG_KVM_INTEL_TDX"
+        return f"{module} has no parameter {name}", f"a kernel with {option}=y"
+    reasons = [f"{module}.{name} is {setting}"]
+    if flag not in host["cpu_flags"]:
+        reasons.append(f"CPU flag {flag} not shown")
+    if module == "kvm_amd" and host["dev_sev"] is None:
+        reasons.append("no /dev/sev")
+    if setting in ("Y", "1"):
+        return ", ".join(reasons), "a kernel that has it as a VM type"
+    firmware = "TDX" if vm_type == "tdx" else "SMEE, SEV and for SNP the RMP table"
+    driver = "" if module == "kvm_intel" else "modprobe ccp; "
+    return (
+        ", ".join(reasons),
+        f"firmware: enable {firmware}; {driver}modprobe {module} {name}=1; then see the kernel log",
+    )
+
+
+def holders(device: str) -> dict[str, Any]:
+    """Who has the device open, and the VMs and vCPUs made from it.
+
+    `unknown` counts the processes whose descriptors this user may not list.  Links are read, never
+    followed: to stat what a descriptor leads to can crash a kernel with literal v9 patches.
+    """
+    import psutil
+
+    node = os.path.realpath(device)
+    found, unknown = [], 0
+    for process in psutil.process_iter(["name", "username"]):
+        if process.pid == os.getpid():
+            continue
+        folder = f"/proc/{process.pid}/fd"
+        try:
+            links = [_link(f"{folder}/{fd}") for fd in os.listdir(folder)]
+        except PermissionError:
+            unknown += 1
+            continue
+        except OSError:  # it has ended
+            continue
+        count = {
+            "devices": links.count(node),
+            "vms": links.count("anon_inode:kvm-vm"),
+            "vcpus": sum(link.startswith("anon_inode:kvm-vcpu") for link in links),
+        }
+        if any(count.values()):
+            info = process.info
+            found.append({"pid": process.pid, "name": info["name"], "user": info["username"]})
+            found[-1].update(count)
+    return {"processes": found, "unknown": unknown}
+
+
+def _link(path: str) -> str:
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""

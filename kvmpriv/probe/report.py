@@ -1,0 +1,158 @@
+"""The text of a report."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .records import FAIL, PASS, SKIP
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from .records import Check, Report
+
+__all__ = ["text"]
+
+_HEADINGS = {
+    "kvm": "KVM and its VM types",
+    "v9": "v9: memfd_restricted, KVM_MEM_PRIVATE",
+    "v10": "v10: memory attributes on memfd_restricted",
+    "guest_memfd": "guest_memfd: mainline",
+}
+_TITLES = {
+    "sev": "SEV",
+    "sev_es": "SEV-ES",
+    "snp": "SEV-SNP",
+    "tdx": "TDX",
+    "sw_protected": "sw-protected",
+    "syscall": "system call 451",
+    "pre_fault": "pre-fault",
+}
+_COLOURS = {PASS: "32", FAIL: "31", SKIP: "33"}
+_BOLD, _DIM = "1", "2"
+_STEP = 17  # the longest title's width
+
+
+def text(report: Report, *, colour: bool = False) -> str:
+    """The verdict, the tree of checks, facts about the host; a line each, ASCII alone."""
+
+    def paint(code: str, words: str) -> str:
+        return f"\x1b[{code}m{words}\x1b[0m" if colour else words
+
+    lines = [paint(_BOLD, report.verdict)]
+    group = vm_type = ""
+    for check in report.checks:
+        parts = check.name.split("/")
+        if parts[0] != group:
+            group, vm_type = parts[0], ""
+            lines += ["", paint(_BOLD, _HEADINGS.get(group, group))]
+        indent = "  "
+        if len(parts) == 3:
+            if parts[1] != vm_type:
+                vm_type = parts[1]
+                lines.append(f"{indent}{_TITLES.get(vm_type, vm_type)} VM")
+            indent = "    "
+        title = _TITLES.get(parts[-1], parts[-1])
+        badge = paint(_COLOURS[check.status], f"[ {check.status} ]")
+        lines.append(f"{indent}{badge} {title:{_STEP - len(indent)}} {_finding(check)}")
+        if check.hint and check.status != PASS:
+            pad = " " * (len("  [ PASS ] ") + _STEP - 1)
+            lines.append(paint(_DIM, f"{pad}hint: {check.hint}"))
+    lines += ["", paint(_BOLD, "Host")]
+    lines += [f"  {name:{_STEP + 7}} {value}" for name, value in _facts(report)]
+    return _plain("\n".join(lines)) + "\n"
+
+
+def _plain(words: str) -> str:
+    """ASCII that no terminal or locale stumbles over; what is named by others may hold anything."""
+    return "".join(
+        char if " " <= char <= "~" or char in "\n\x1b" else ascii(char)[1:-1] for char in words
+    )
+
+
+def _finding(check: Check) -> str:
+    asked = ", ".join(
+        f"{capability} = {value if value < 10 else hex(value)}" for capability, value in check.asked
+    )
+    tried = f"{check.tried}: {check.result}" if check.tried else check.result
+    return "; ".join(part for part in (asked, tried) if part)
+
+
+def _size(count: int | None) -> str:
+    """Bytes in the largest binary unit that leaves at least 1."""
+    if count is None:
+        return "unknown"
+    value, unit = float(count), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.4g} {unit}"
+
+
+def _facts(report: Report) -> Iterator[tuple[str, str]]:
+    host = report.host
+    unknown = "unknown"
+    yield "kernel", host["kernel"]
+    backend = ", ".join(f"{name} ({how})" for name, how in host["backend"].items())
+    yield "KVM backend", backend or ("not found" if host["kvm_loaded"] else "KVM is not loaded")
+    if host["parameters"]:
+        yield "module parameters", " ".join(f"{n}={v}" for n, v in host["parameters"].items())
+    nesting = host["nesting"]
+    yield (
+        "KVM offers nesting",
+        unknown if nesting is None else ", ".join(nesting).upper() or "no (neither SVM nor VMX)",
+    )
+    vcpus = host["vcpus"]
+    yield (
+        "vCPUs of a VM",
+        "{max} at most, {recommended} recommended, ids below {max_id}".format(**vcpus)
+        if vcpus
+        else unknown,
+    )
+    yield "memory slots of a VM", str(host["memory_slots"] or unknown)
+    memory = host["memory"]
+    yield (
+        "memory",
+        f"{_size(memory['total'])}, {_size(memory['free'])} free, "
+        f"{_size(memory['available'])} available",
+    )
+    yield "huge pages", ", ".join(_hugepages(host)) or "none"
+    yield (
+        "CPU flags",
+        f"{' '.join(host['cpu_flags']) or 'none of svm, vmx, SEV, TDX'} (a fact, decides nothing)",
+    )
+    yield (
+        "/dev/sev",
+        {None: "absent", True: "there", False: "there, not permitted"}[host["dev_sev"]],
+    )
+    confined = [f"{name} {host[name]}" for name in ("selinux", "apparmor") if host[name]]
+    if host["seccomp"]:
+        confined.append(f"seccomp mode {host['seccomp']}")
+    yield "confinement", ", ".join(confined) or "none seen (seccomp, SELinux, AppArmor)"
+    if report.holders is not None:
+        yield from _holders(report.holders)
+
+
+def _hugepages(host: dict[str, Any]) -> Iterator[str]:
+    for pool in host["hugepages"]:
+        yield f"{_size(pool['size'])}: {pool['free']} of {pool['total']} free"
+    if host["transparent_hugepages"]:
+        yield f"transparent: {host['transparent_hugepages']}"
+
+
+def _holders(holders: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    label = "who holds the device"
+    for process in holders["processes"]:
+        name = process["name"].replace("\x1b", "?").replace("\n", "?")
+        yield (
+            label,
+            f"{name} ({process['pid']}, {process['user']}): "
+            + ("{vms} VMs, {vcpus} vCPUs".format(**process)),
+        )
+        label = ""
+    if not holders["processes"]:
+        yield label, "nobody else that can be seen"
+        label = ""
+    if holders["unknown"]:
+        yield label, f"{holders['unknown']} more processes may not be looked into"

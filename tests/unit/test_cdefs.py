@@ -1,0 +1,166 @@
+"""The ABI as kvmpriv declares it, against literals, a C compiler, the system's headers and BTF."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from conftest import ROOT, missing
+from kvmpriv import declare
+from kvmpriv.cdefs import guest_memfd, kvm, restrictedmem, restrictedmem_v10
+
+from . import abi, layouts
+
+NAMESPACES = {
+    "kvm": (kvm, layouts.CORE),
+    "restrictedmem": (restrictedmem, layouts.RESTRICTEDMEM),
+    "restrictedmem_v10": (restrictedmem_v10, layouts.RESTRICTEDMEM_V10),
+    "guest_memfd": (guest_memfd, layouts.GUEST_MEMFD),
+}
+
+#: Fields that a newer kernel has under another name.
+RENAMED = {
+    "kvm_run": {
+        "immediate_exit",  # commit 4b23e0c199b2 ("KVM: Ensure new code that references
+        # immediate_exit gets extra scrutiny"): immediate_exit__unsafe, in the kernel only
+        "hypercall.longmode",  # commit e65733b5c59a ("KVM: x86: Redefine 'longmode' as a flag for
+        "hypercall.pad",  # KVM_EXIT_HYPERCALL"): the two are flags now
+    },
+}
+
+
+def constants(namespace: ModuleType) -> dict[str, int]:
+    return {name: value for name, value in vars(namespace).items() if isinstance(value, int)}
+
+
+@pytest.fixture(params=NAMESPACES)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_every_struct_has_its_literal_layout(name: str) -> None:
+    namespace, literal = NAMESPACES[name]
+    ours = abi.layouts(namespace.ffi)
+    if namespace is not kvm:
+        ours = {struct: layout for struct, layout in ours.items() if struct not in layouts.CORE}
+    assert ours == literal
+
+
+def test_a_compiler_reads_our_headers_alike(name: str, tmp_path: Path) -> None:
+    namespace, literal = NAMESPACES[name]
+    ours = constants(namespace)
+    # What is defined by <linux/…> already would hide ours; the compiler would say so.
+    structs, values = abi.ask_compiler([f'"{ROOT / "cdefs" / name}.h"'], literal, ours, tmp_path)
+    assert structs == literal
+    assert values == ours
+
+
+def test_the_system_headers_agree(tmp_path: Path) -> None:
+    structs, values = abi.ask_compiler(
+        ["<linux/kvm.h>", "<linux/kvm_para.h>"], layouts.CORE, constants(kvm), tmp_path
+    )
+    assert structs == layouts.CORE
+    assert len(values) > 150, "the system's headers know most of the shared core"
+    assert values == {key: constants(kvm)[key] for key in values}
+
+
+def test_the_running_kernel_agrees() -> None:
+    if not abi.VMLINUX_BTF.exists():
+        missing("btf", f"the running kernel has no {abi.VMLINUX_BTF}")
+    try:
+        btf = abi.Btf()
+    except FileNotFoundError as error:
+        missing("btf", str(error))
+    compared = 0
+    for namespace, literal in NAMESPACES.values():
+        if namespace in (restrictedmem, restrictedmem_v10):
+            continue  # a mainline kernel may use their names for something else
+        for struct, (size, fields) in literal.items():
+            theirs = btf.layout(struct)
+            if theirs is None:
+                continue
+            compared += 1
+            known = {field: at for field, at in fields.items() if field in theirs[1]}
+            assert theirs[0] == size, struct
+            assert known == {field: theirs[1][field] for field in known}, struct
+            assert fields.keys() - known.keys() <= RENAMED.get(struct, set()), struct
+    if compared == 0:
+        missing("btf", "the running kernel's BTF has no struct of KVM's (KVM is a module?)")
+    assert compared > 10
+
+
+# The numbers that tell the generations apart; nothing derives them here.
+@pytest.mark.parametrize(
+    ("namespace", "constant", "value"),
+    [
+        (kvm, "KVM_SET_USER_MEMORY_REGION", 0x4020AE46),
+        (kvm, "KVM_MEMORY_ENCRYPT_REG_REGION", 0x8010AEBB),
+        (kvm, "KVM_MEMORY_ENCRYPT_UNREG_REGION", 0x8010AEBC),
+        (kvm, "KVM_RUN", 0xAE80),
+        (kvm, "KVM_CHECK_EXTENSION", 0xAE03),
+        (kvm, "KVM_CAP_EXIT_HYPERCALL", 201),
+        (kvm, "KVM_HC_MAP_GPA_RANGE", 12),
+        (kvm, "KVM_MAP_GPA_RANGE_ENCRYPTED", 16),
+        (kvm, "KVM_EXIT_HYPERCALL", 3),
+        (kvm, "KVM_MEM_LOG_DIRTY_PAGES", 1),
+        (kvm, "KVM_MEM_READONLY", 2),
+        (restrictedmem, "__NR_memfd_restricted", 451),
+        (restrictedmem, "RESTRICTEDMEM_MAGIC", 0x5245534D),
+        (restrictedmem, "KVM_CAP_PRIVATE_MEM", 224),
+        (restrictedmem, "KVM_MEM_PRIVATE", 4),
+        (restrictedmem, "KVM_EXIT_MEMORY_FAULT", 38),
+        (restrictedmem, "KVM_MEMORY_EXIT_FLAG_PRIVATE", 1),
+        (restrictedmem_v10, "KVM_CAP_MEMORY_ATTRIBUTES", 225),
+        (restrictedmem_v10, "KVM_GET_SUPPORTED_MEMORY_ATTRIBUTES", 0x8008AED2),
+        (restrictedmem_v10, "KVM_SET_MEMORY_ATTRIBUTES", 0xC020AED3),
+        (restrictedmem_v10, "KVM_MEMORY_ATTRIBUTE_PRIVATE", 8),
+        (guest_memfd, "KVM_CREATE_GUEST_MEMFD", 0xC040AED4),
+        (guest_memfd, "KVM_SET_USER_MEMORY_REGION2", 0x40A0AE49),
+        (guest_memfd, "KVM_SET_MEMORY_ATTRIBUTES", 0x4020AED2),
+        (guest_memfd, "KVM_PRE_FAULT_MEMORY", 0xC040AED5),
+        (guest_memfd, "KVM_MEM_GUEST_MEMFD", 4),
+        (guest_memfd, "KVM_CAP_USER_MEMORY2", 231),
+        (guest_memfd, "KVM_CAP_MEMORY_FAULT_INFO", 232),
+        (guest_memfd, "KVM_CAP_MEMORY_ATTRIBUTES", 233),
+        (guest_memfd, "KVM_CAP_GUEST_MEMFD", 234),
+        (guest_memfd, "KVM_CAP_VM_TYPES", 235),
+        (guest_memfd, "KVM_CAP_PRE_FAULT_MEMORY", 236),
+        (guest_memfd, "KVM_CAP_GUEST_MEMFD_FLAGS", 244),
+        (guest_memfd, "KVM_MEMORY_ATTRIBUTE_PRIVATE", 8),
+        (guest_memfd, "GUEST_MEMFD_FLAG_MMAP", 1),
+        (guest_memfd, "GUEST_MEMFD_FLAG_INIT_SHARED", 2),
+        (guest_memfd, "KVM_EXIT_MEMORY_FAULT", 39),
+        (guest_memfd, "KVM_MEMORY_EXIT_FLAG_PRIVATE", 8),
+        (guest_memfd, "KVM_X86_SW_PROTECTED_VM", 1),
+    ],
+)
+def test_number(namespace: ModuleType, constant: str, value: int) -> None:
+    assert getattr(namespace, constant) == value
+
+
+def test_memory_fault_is_kvm_runs_union() -> None:
+    run = layouts.CORE["kvm_run"]
+    assert run[1]["hw.hardware_exit_reason"] == 32
+    assert run[1]["hypercall.ret"] == 88
+    assert run[0] == 2352
+
+
+def test_the_generated_modules_are_current() -> None:
+    for script in ("cdefs", "ready-guest"):
+        check = subprocess.run(
+            [sys.executable, ROOT / "scripts" / script, "--check"], capture_output=True, text=True
+        )
+        assert check.returncode == 0, check.stderr
+
+
+def test_declare_reads_our_own_headers_alike(name: str) -> None:
+    """What declare() makes of a whole header, with the core declared anew, is what was generated."""
+    text = (ROOT / "cdefs" / f"{name}.h").read_text()
+    declared = declare(text)
+    namespace, literal = NAMESPACES[name]
+    assert declared.constants == constants(namespace)
+    assert {key: abi.layouts(declared.ffi)[key] for key in literal} == literal
