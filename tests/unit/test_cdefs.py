@@ -85,7 +85,8 @@ def test_the_running_kernel_agrees() -> None:
                 continue
             compared += 1
             known = {field: at for field, at in fields.items() if field in theirs[1]}
-            assert theirs[0] == size, struct
+            if struct != "kvm_stats_desc":  # newer kernels give name[] its length, inside only
+                assert theirs[0] == size, struct
             assert known == {field: theirs[1][field] for field in known}, struct
             assert fields.keys() - known.keys() <= RENAMED.get(struct, set()), struct
     if compared == 0:
@@ -158,7 +159,7 @@ def test_the_generated_modules_are_current() -> None:
 
 
 def test_declare_reads_our_own_headers_alike(name: str) -> None:
-    """What declare() makes of a whole header, with the core declared anew, is what was generated."""
+    """What declare() makes of a whole header, the core declared anew, is what was generated."""
     text = (ROOT / "cdefs" / f"{name}.h").read_text()
     declared = declare(text)
     namespace, literal = NAMESPACES[name]
