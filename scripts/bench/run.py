@@ -1,0 +1,424 @@
+"""The benchmarks: kvmpriv beside the least that does the same, in pairs within one run.
+
+Prints a table and writes bench.json: name -> ratio (ours by theirs: median, min, max of the pairs),
+ours, theirs (medians), over (median of the differences), unit, n, and the limit with what it is
+held against (`ratio`, `over` or `ours`).  Exit status: 0 all limits met, 1 not, 2 could not run.
+
+The two sides of a pair follow each other at once, so that what else the machine does hits both;
+only ratios and differences within pairs mean something, and of those the medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from time import perf_counter_ns
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import guest
+from kvmpriv import Kvm, Vcpu
+from kvmpriv.cdefs import kvm as cdefs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+#: What kvmpriv stands on: a process that imports it and does nothing.
+BASE = (sys.executable, "-c", "import cffi, ctypes")
+PROBE = (sys.executable, "-m", "kvmpriv", "probe")
+MS = 1e6  # nanoseconds
+#: From this cost of an exit on (ns) the ratio counts; where exits are cheaper than on any
+#: hardware, a ratio says nothing of kvmpriv and its overhead is held to the same time instead.
+DEAR_EXIT = 7000
+EXIT_RATIO = 1.15
+
+
+class Skipped(Exception):  # noqa: N818  # no error
+    """A benchmark that can't be run, and why."""
+
+
+class Limit(NamedTuple):
+    on: str  # ratio, over, ours
+    at_most: float
+
+
+class Result(NamedTuple):
+    """Pairs of measurements (ours, theirs), in `unit`."""
+
+    name: str
+    unit: str
+    pairs: list[tuple[float, float]]
+    limit: Limit | None = None
+    note: str = ""
+
+    @property
+    def ratios(self) -> list[float]:
+        return [ours / theirs for ours, theirs in self.pairs]
+
+    @property
+    def ours(self) -> float:
+        return median(ours for ours, _ in self.pairs)
+
+    @property
+    def theirs(self) -> float:
+        return median(theirs for _, theirs in self.pairs)
+
+    @property
+    def ratio(self) -> float:
+        return median(self.ratios)
+
+    @property
+    def over(self) -> float:
+        return median(ours - theirs for ours, theirs in self.pairs)
+
+    @property
+    def met(self) -> bool:
+        return self.limit is None or bool(getattr(self, self.limit.on) <= self.limit.at_most)
+
+    def as_json(self) -> dict[str, Any]:
+        entry: dict[str, Any] = {
+            "ratio": {
+                "median": round(self.ratio, 3),
+                "min": round(min(self.ratios), 3),
+                "max": round(max(self.ratios), 3),
+            },
+            "ours": round(self.ours, 3),
+            "theirs": round(self.theirs, 3),
+            "over": round(self.over, 3),
+            "unit": self.unit,
+            "n": len(self.pairs),
+        }
+        if self.limit:
+            entry.update(limit=self.limit.at_most, limit_on=self.limit.on, met=self.met)
+        return entry
+
+    def as_row(self) -> tuple[str, ...]:
+        def show(value: float) -> str:
+            return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.1f}"
+
+        held = "–"
+        if self.limit:
+            mark = "✓" if self.met else "✗ MISSED"
+            unit = "×" if self.limit.on == "ratio" else f" {self.unit}"
+            held = f"{self.limit.on} ≤ {self.limit.at_most:g}{unit} {mark}"
+        return (
+            self.name,
+            f"{self.ratio:.2f}× ({min(self.ratios):.2f}…{max(self.ratios):.2f})",
+            show(self.ours),
+            show(self.theirs),
+            f"{'+' if self.over >= 0 else ''}{show(self.over)}",
+            self.unit,
+            str(len(self.pairs)),
+            held,
+        )
+
+
+HEADINGS = ("benchmark", "ratio (min…max)", "ours", "theirs", "over", "unit", "n", "limit")
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+class Twin:
+    """twin.c as a child that does one thing a line."""
+
+    def __init__(self, program: Path, *arguments: str) -> None:
+        self._process = subprocess.Popen(  # noqa: S603
+            (program, *arguments), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def ask(self, request: str) -> list[int]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(f"{request}\n")
+            self._process.stdin.flush()
+            return [int(word) for word in self._process.stdout.readline().split()]
+        except BrokenPipeError:
+            return []
+
+    def __enter__(self) -> Twin:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()
+
+
+class Bench:
+    """What the benchmarks share."""
+
+    def __init__(self, twin: Path, quick: bool) -> None:
+        self._twin = twin
+        self._quick = quick
+
+    def count(self, full: int) -> int:
+        """How many pairs: a fifth where it has to be quick."""
+        return full // 5 if self._quick else full
+
+    # -- within this process -------------------------------------------------------------------
+
+    def checked_ioctl(self) -> Iterator[Result]:
+        calls = 500
+        bare = ctypes.CDLL(None).ioctl  # without errno even: the least there is
+        bare.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong)
+        bare.restype = ctypes.c_int
+        cap, request = cdefs.KVM_CAP_USER_MEMORY, cdefs.KVM_CHECK_EXTENSION
+        with Kvm() as kvm:
+            fd = kvm.fileno()
+
+            def ours() -> float:
+                start = perf_counter_ns()
+                for _ in range(calls):
+                    kvm.check_extension(cap)
+                return (perf_counter_ns() - start) / calls
+
+            def theirs() -> float:
+                start = perf_counter_ns()
+                for _ in range(calls):
+                    bare(fd, request, cap)
+                return (perf_counter_ns() - start) / calls
+
+            pairs = alternate(ours, theirs, self.count(500))
+        yield Result("checked_ioctl", "ns", pairs, Limit("ratio", 1.25))
+
+    def exit_loop(self) -> Iterator[Result]:
+        """The exit handled in place; and, for comparison, decoded to a tuple each time."""
+        exits = 250
+        with (
+            Kvm() as kvm,
+            Twin(self._twin, "loop", guest.CODE.hex()) as twin,
+            on_one_cpu(twin.pid),
+        ):
+            vm, vcpu = guest.bring_up(kvm)
+            with vm, vcpu:
+
+                def theirs() -> float:
+                    answer = twin.ask(str(exits))
+                    if not answer:
+                        raise Skipped("the C loop failed")
+                    sums["C"] = sums.get("C", 0) + answer[1]
+                    return answer[0] / exits
+
+                def ours(loop: Callable[[Vcpu, int], int]) -> Callable[[], float]:
+                    def measure() -> float:
+                        start = perf_counter_ns()
+                        total = loop(vcpu, exits)
+                        elapsed = perf_counter_ns() - start
+                        sums["Python"] = sums.get("Python", 0) + total
+                        return elapsed / exits
+
+                    return measure
+
+                for name, loop, n in (
+                    ("exit_loop", handle_in_place, 300),
+                    ("exit_decoded", handle_decoded, 100),
+                ):
+                    sums: dict[str, int] = {}
+                    pairs = alternate(ours(loop), theirs, self.count(n))
+                    if sums["C"] != sums["Python"]:
+                        raise Skipped("C and Python saw different data")  # one lost an exit
+                    result = Result(name, "ns", pairs)
+                    if name == "exit_loop":
+                        result = judge_exits(result)
+                    yield result
+
+    # -- whole processes -----------------------------------------------------------------------
+
+    def probe_process(self) -> Iterator[Result]:
+        need_probe()
+        pairs = self._processes(PROBE, BASE, 40)
+        yield Result("probe_process", "ms", pairs, Limit("ratio", 2.5))
+
+    def import_(self) -> Iterator[Result]:
+        pairs = self._processes((sys.executable, "-c", "import kvmpriv"), BASE, 40)
+        yield Result("import", "ms", pairs, Limit("over", 40))
+
+    def first_exit(self) -> Iterator[Result]:
+        need_probe()
+        ours = (sys.executable, str(HERE / "guest.py"))
+        pairs = self._processes(ours, PROBE, 40, first_output=True)
+        yield Result("first_exit", "ms", pairs, Limit("ratio", 1.5))
+
+    def probe_memory(self) -> Iterator[Result]:
+        need_probe()
+        with Twin(self._twin, "spawn") as twin:
+            pairs = alternate(
+                lambda: spawn(twin, PROBE).resident,
+                lambda: spawn(twin, BASE).resident,
+                self.count(25),
+            )
+        yield Result("probe_memory", "MiB", pairs, Limit("ours", 40))
+
+    def _processes(
+        self,
+        ours: tuple[str, ...],
+        theirs: tuple[str, ...],
+        n: int,
+        first_output: bool = False,
+    ) -> list[tuple[float, float]]:
+        """Milliseconds from start to end; of ours to its first output, if so wished."""
+        with Twin(self._twin, "spawn") as twin:
+            return alternate(
+                lambda: getattr(spawn(twin, ours), "first" if first_output else "end"),
+                lambda: spawn(twin, theirs).end,
+                self.count(n),
+            )
+
+
+class Spawned(NamedTuple):
+    first: float  # ms until it wrote something
+    end: float  # ms
+    resident: float  # MiB
+
+
+def spawn(twin: Twin, command: tuple[str, ...]) -> Spawned:
+    """Run a command to its end.  A probe may say 1: no usable private memory."""
+    answer = twin.ask("\t".join(command))
+    if not answer:
+        raise Skipped(f"could not start {command[0]}")
+    first, end, resident, status = answer
+    code = os.waitstatus_to_exitcode(status)
+    # Python ends with 1 as well when it fails, but then nothing has been printed.
+    if code != 0 and not (command == PROBE and code == 1 and first):
+        raise Skipped(f"`{' '.join(command[1:])}` ended with status {code}")
+    return Spawned(first / MS, end / MS, resident / 1024)
+
+
+def need_probe() -> None:
+    if importlib.util.find_spec("kvmpriv.__main__") is None:
+        raise Skipped("there is no `python -m kvmpriv probe`")
+
+
+def handle_in_place(vcpu: Vcpu, exits: int) -> int:
+    """What the C loop does: reason, port, and the byte that the guest wrote."""
+    page = vcpu.page
+    io = page.io
+    data = cdefs.ffi.cast("unsigned char *", page)
+    reason, port = cdefs.KVM_EXIT_IO, guest.PORT
+    total = 0
+    for _ in range(exits):
+        if vcpu.run() != reason or io.port != port:
+            raise Skipped(f"unexpected exit {vcpu.exit()}")
+        total += data[io.data_offset]
+    return total
+
+
+def handle_decoded(vcpu: Vcpu, exits: int) -> int:
+    total = 0
+    for _ in range(exits):
+        vcpu.run()
+        total += vcpu.exit().data[0]
+    return total
+
+
+def judge_exits(result: Result) -> Result:
+    cost = result.theirs
+    note = f"an exit costs {cost:.0f} ns, kvmpriv's part is {result.over:.0f} ns"
+    if cost >= DEAR_EXIT:
+        return result._replace(limit=Limit("ratio", EXIT_RATIO), note=note)
+    allowed = round((EXIT_RATIO - 1) * DEAR_EXIT)
+    note += f"; exits below {DEAR_EXIT} ns: judged by the overhead"
+    return result._replace(limit=Limit("over", allowed), note=note)
+
+
+def alternate(
+    ours: Callable[[], float], theirs: Callable[[], float], n: int
+) -> list[tuple[float, float]]:
+    """n pairs, after one of each to warm up; every other pair begins with theirs."""
+    ours(), theirs()
+    pairs = []
+    for i in range(n):
+        if i % 2:
+            second = theirs()
+            pairs.append((ours(), second))
+        else:
+            first = ours()
+            pairs.append((first, theirs()))
+    return pairs
+
+
+@contextmanager
+def on_one_cpu(pid: int) -> Iterator[None]:
+    """Keep ourselves and `pid` on one CPU: two may differ in what else they do."""
+    before = os.sched_getaffinity(0)
+    one = {max(before)}
+    os.sched_setaffinity(0, one)
+    os.sched_setaffinity(pid, one)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def compile_twin(folder: str) -> Path:
+    program = Path(folder) / "twin"
+    command = ("cc", "-O2", "-Wall", "-Wextra", "-o", program, HERE / "twin.c")
+    subprocess.run(command, check=True)  # noqa: S603
+    return program
+
+
+def missing() -> str | None:
+    """What this machine lacks to run the benchmarks."""
+    try:
+        Kvm().close()
+    except OSError as error:
+        return str(error)
+    return None if shutil.which("cc") else "no C compiler (cc)"
+
+
+def main() -> int:
+    names = ("checked_ioctl", "exit_loop", "probe_process", "import", "first_exit", "probe_memory")
+    parser = argparse.ArgumentParser(description="kvmpriv's benchmarks, on this host's /dev/kvm")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(names)}")
+    parser.add_argument("--quick", action="store_true", help="a fifth of the pairs")
+    parser.add_argument("--output", default=ROOT / "bench.json", help="where the JSON goes")
+    options = parser.parse_args()
+    if unknown := set(options.names) - set(names):
+        parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+    if what := missing():
+        print(f"bench: {what}", file=sys.stderr)
+        return 2
+    results: list[Result] = []
+    skipped: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        # The programs started find the package that is measured here, and after the warm-up its
+        # byte code, whatever the environment and the permissions say.
+        os.environ.update(PYTHONPATH=str(ROOT), PYTHONPYCACHEPREFIX=f"{folder}/pycache")
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        bench = Bench(compile_twin(folder), options.quick)
+        for name in options.names or names:
+            print(f"bench: {name} …", file=sys.stderr)
+            try:
+                results += getattr(bench, "import_" if name == "import" else name)()
+            except Skipped as why:
+                skipped.append(f"[ SKIP ] {name}: {why}")
+    rows = [HEADINGS, *(result.as_row() for result in results)]
+    notes = [f"{result.name}: {result.note}" for result in results if result.note]
+    print("\n".join([table(rows), *notes, *skipped]))
+    document = {result.name: result.as_json() for result in results}
+    Path(options.output).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    return 0 if not skipped and all(result.met for result in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
