@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno as _errno
 import mmap
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from fcntl import ioctl as _enter
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +19,7 @@ from .cdefs import kvm
 from .cdefs.kvm import KVM_EXIT_INTR, KVM_RUN
 from .fd import Fd
 from .libc import ioctl as _ioctl
-from .libc import last_errno, tgkill
+from .libc import last_errno, os_error, tgkill
 from .stats import StatsFd
 
 if TYPE_CHECKING:
@@ -28,6 +30,11 @@ if TYPE_CHECKING:
 __all__ = ["CpuidEntry", "Vcpu", "VcpuThread"]
 
 _ffi = kvm.ffi
+
+# After a world switch every cache line counts: without a third argument fcntl.ioctl issues
+# KVM_RUN at a sixth of ctypes' cost.  From Python 3.14 on it hides EINTR and calls again, and so
+# would never come back from a kick.
+_FCNTL_SHOWS_EINTR = sys.version_info < (3, 14)
 
 
 class CpuidEntry(NamedTuple):
@@ -117,9 +124,16 @@ class Vcpu(Fd):
                 raise self._busy_error()
             if self._prepared != me or self._errno:
                 self._prepare(me)
-            if _ioctl(self._fd, KVM_RUN, 0) == 0:
-                return self.page.exit_reason  # type: ignore[no-any-return]
-            return self._no_ordinary_exit()
+            if _FCNTL_SHOWS_EINTR:
+                _enter(self._fd, KVM_RUN)
+            elif _ioctl(self._fd, KVM_RUN, 0) != 0:
+                return self._no_ordinary_exit(last_errno())
+            return self.page.exit_reason  # type: ignore[no-any-return]
+        except (OSError, ValueError) as error:
+            # Signal handlers run in _enter: what they raise has their frames, and is not KVM's.
+            if error.__traceback__ is None or error.__traceback__.tb_next is not None:
+                raise
+            return self._no_ordinary_exit(getattr(error, "errno", _errno.EBADF))
         finally:
             if runner.get("thread") == me:
                 runner.clear()
@@ -136,8 +150,9 @@ class Vcpu(Fd):
             self._tid = threading.get_native_id()
             self._prepared = me
 
-    def _no_ordinary_exit(self) -> int:
-        errno = last_errno()
+    def _no_ordinary_exit(self, errno: int) -> int:
+        if errno == _errno.EBADF and self._fd < 0:
+            raise self._closed_error() from None
         page = self.page
         if errno in (_errno.EINTR, _errno.EAGAIN):
             # Cleared only where the interruption is reported: a kick is never swallowed.
@@ -149,7 +164,7 @@ class Vcpu(Fd):
         if layout is not None and errno in layout.errnos:
             self._errno = errno
             return reason
-        raise self._error(KVM_RUN)
+        raise self._of_another_process(os_error(errno, "KVM_RUN")) from None
 
     def exit(self) -> Any:
         """The last exit, decoded: one of the tuples of :mod:`kvmpriv.exits`."""
@@ -205,7 +220,9 @@ class Vcpu(Fd):
         return super().ioctl(request, argument)
 
     def _error(self, request: int, argument: Any = 0) -> OSError | ValueError:
-        error = super()._error(request, argument)
+        return self._of_another_process(super()._error(request, argument))
+
+    def _of_another_process(self, error: OSError | ValueError) -> OSError | ValueError:
         if isinstance(error, OSError) and error.errno == _errno.EIO and os.getpid() != self._pid:
             return OSError(error.errno, f"{error.strerror} (the VM belongs to process {self._pid})")
         return error
