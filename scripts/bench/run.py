@@ -178,7 +178,7 @@ class Bench:
     # -- within this process -------------------------------------------------------------------
 
     def checked_ioctl(self) -> Iterator[Result]:
-        calls = 500
+        calls = 100
         bare = ctypes.CDLL(None).ioctl  # without errno even: the least there is
         bare.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong)
         bare.restype = ctypes.c_int
@@ -198,12 +198,12 @@ class Bench:
                     bare(fd, request, cap)
                 return (perf_counter_ns() - start) / calls
 
-            pairs = alternate(ours, theirs, self.count(500))
+            pairs = alternate(ours, theirs, self.count(2000))
         yield Result("checked_ioctl", "ns", pairs, Limit("ratio", 1.25))
 
     def exit_loop(self) -> Iterator[Result]:
         """The exit handled in place; and, for comparison, decoded to a tuple each time."""
-        exits = 250
+        exits = 50  # short rounds: most are over before anything else gets the CPU
         with (
             Kvm() as kvm,
             Twin(self._twin, "loop", guest.CODE.hex()) as twin,
@@ -230,8 +230,8 @@ class Bench:
                     return measure
 
                 for name, loop, n in (
-                    ("exit_loop", handle_in_place, 300),
-                    ("exit_decoded", handle_decoded, 100),
+                    ("exit_loop", handle_in_place, 1000),
+                    ("exit_decoded", handle_decoded, 300),
                 ):
                     sums: dict[str, int] = {}
                     pairs = alternate(ours(loop), theirs, self.count(n))
