@@ -23,7 +23,6 @@ from . import host as _host
 from .records import FAIL, PASS, SKIP, Asked, Check
 
 if TYPE_CHECKING:
-    from ..fd import Fd
     from ..vm import Vm
 
 __all__ = ["VM_TYPES", "run"]
@@ -36,18 +35,18 @@ VM_TYPES = {
     gmem.KVM_X86_SNP_VM: "snp",
     gmem.KVM_X86_TDX_VM: "tdx",
 }
-_GROUPS = ("kvm", "v9", "v10", "guest_memfd")
+_GROUPS = ("kvm", "vm", "v9", "v10", "guest_memfd")
 
 # The slot lies away from 0 in the guest and in the file: a mistake of either shows.
 _GPA = 0x100000
 _OFFSET = PAGE_SIZE
 _SIZE = 2 * PAGE_SIZE
 
-_V9_KERNEL = "a kernel with the v9 patches (CONFIG_RESTRICTEDMEM)"
+_V9_KERNEL = "needs a kernel with the v9 patches (CONFIG_RESTRICTEDMEM)"
 
 
 def _name(errno: int | None) -> str:
-    return _errno.errorcode.get(errno or 0, f"errno {errno}")
+    return _errno.errorcode.get(errno, f"errno {errno}") if errno else "0"
 
 
 class _Recorder:
@@ -84,33 +83,31 @@ def run(device: str, host: dict[str, Any]) -> tuple[Check, ...]:
     """Probe KVM at `device`; adds to `host` what KVM says of itself."""
     out = _Recorder(host)
     _check_syscall(out)
-    with ExitStack() as stack:
-        file = _check_v9_file(out, stack)
-        try:
-            system = stack.enter_context(Kvm(device))
-        except OSError as error:
-            out.add(
-                "kvm/device",
-                FAIL,
-                _name(error.errno),
-                tried=f"open {device}",
-                hint=_host.device_hint(device, error.errno, host),
-            )
-            for name in ("kvm/default", "v9/capability", "v10/attributes", "guest_memfd/default"):
-                out.add(name, SKIP, "KVM could not be asked")
-        else:
-            out.add(
-                "kvm/device",
-                PASS,
-                f"API version {system.get_api_version()}",
-                tried=f"open {device}",
-            )
-            host.update(_host.kvm_facts(system))
-            _check_system(out, system, file)
+    tried = f"open {device}"
+    try:
+        system = Kvm(device)
+    except OSError as error:
+        hint = _host.device_hint(device, error.errno, host)
+        out.add("kvm/device", FAIL, _name(error.errno), tried=tried, hint=hint)
+        for name in (
+            "vm/default",
+            "v9/capability",
+            "v10/default/capability",
+            "guest_memfd/default/file",
+        ):
+            out.add(name, SKIP, "KVM could not be asked")
+    else:
+        out.add("kvm/device", PASS, f"API version {system.get_api_version()}", tried=tried)
+        with system:
+            try:
+                host.update(_host.kvm_facts(system))
+                _check_system(out, system)
+            except OSError as error:  # nothing above makes KVM refuse what it always does
+                out.failed("kvm/ioctl", error, tried=error.strerror or "")
     return tuple(sorted(out.checks, key=lambda check: _GROUPS.index(check.name.split("/")[0])))
 
 
-def _check_system(out: _Recorder, system: Kvm, file: restrictedmem.RestrictedMem | None) -> None:
+def _check_system(out: _Recorder, system: Kvm) -> None:
     (private_mem,) = _ask(system, v9, "KVM_CAP_PRIVATE_MEM")
     out.add(
         "v9/capability",
@@ -120,42 +117,51 @@ def _check_system(out: _Recorder, system: Kvm, file: restrictedmem.RestrictedMem
     )
     (types,) = _ask(system, gmem, "KVM_CAP_VM_TYPES")
     offered = types.value or 1 << gmem.KVM_X86_DEFAULT_VM  # before there were types
-    sev = None
-    for number in sorted({*VM_TYPES, *(bit for bit in range(32) if offered >> bit & 1)}):
-        vm_type = VM_TYPES.get(number, f"type_{number}")
-        if not offered >> number & 1:
+    numbers = [bit for bit in range(32) if offered >> bit & 1]
+    out.add(
+        "kvm/vm_types",
+        PASS if types.value else FAIL,
+        ", ".join(_type_name(number) for number in numbers),
+        types,
+    )
+    with ExitStack() as stack:
+        file = _check_v9_file(out, stack)
+        for number in numbers:
+            vm_type, tried = _type_name(number), f"KVM_CREATE_VM({number})"
+            try:
+                vm = system.create_vm(number)
+            except OSError as error:
+                out.failed(f"vm/{vm_type}", error, tried=tried)
+                continue
+            with vm:
+                out.add(f"vm/{vm_type}", PASS, "made", tried=tried)
+                if number == gmem.KVM_X86_DEFAULT_VM:
+                    _check_sev(out, vm)
+                    _check_v10(out, vm)
+                _check_v9_slot(out, vm, vm_type, file)
+                _check_guest_memfd(out, vm, vm_type)
+    for number, vm_type in VM_TYPES.items():
+        if number not in numbers:
             reason, hint = _host.why_not_offered(vm_type, out.host)
-            out.add(
-                f"kvm/{vm_type}",
-                SKIP,
-                f"not offered: {reason}",
-                types,
-                tried=sev or "" if vm_type == "sev" else "",
-                hint=hint,
-            )
-            continue
-        tried = f"KVM_CREATE_VM({number})"
-        try:
-            vm = system.create_vm(number)
-        except OSError as error:
-            out.failed(f"kvm/{vm_type}", error, types, tried=tried)
-            continue
-        with vm:
-            out.add(f"kvm/{vm_type}", PASS, "made", types, tried=tried)
-            if number == gmem.KVM_X86_DEFAULT_VM:
-                sev = _ask_sev(vm)
-                _check_v10(out, vm)
-            _check_v9_slot(out, vm, vm_type, file)
-            _check_guest_memfd(out, vm, vm_type)
+            out.add(f"vm/{vm_type}", SKIP, f"not offered: {reason}", hint=hint)
 
 
-def _ask_sev(vm: Vm) -> str:
+def _type_name(number: int) -> str:
+    return VM_TYPES.get(number, f"type_{number}")
+
+
+def _check_sev(out: _Recorder, vm: Vm) -> None:
     """Documentation/virt/kvm/x86/amd-memory-encryption.rst: a null pointer asks whether SEV is on.
 
-    It tells of SEV also where that is not a VM type yet.
+    So it is told also where it is no VM type yet.
     """
-    errno = vm.ioctl_errno(shared.KVM_MEMORY_ENCRYPT_OP, 0)
-    return f"KVM_MEMORY_ENCRYPT_OP(NULL) {_name(errno) if errno else 0}"
+    tried = "KVM_MEMORY_ENCRYPT_OP(NULL)"
+    try:
+        vm.ioctl(shared.KVM_MEMORY_ENCRYPT_OP, 0)
+    except OSError as error:
+        out.failed("kvm/sev", error, tried=tried)
+    else:
+        out.add("kvm/sev", PASS, "SEV is on", tried=tried)
 
 
 # -- v9 ----------------------------------------------------------------------------------------
@@ -180,19 +186,21 @@ def _check_syscall(out: _Recorder) -> None:
 
 def _ask_in_child() -> int:
     """The errno, or minus the signal that a filter killed the child with."""
-    pid = os.fork()
-    if pid == 0:
-        errno = _errno.EPERM
-        try:
-            import resource
+    try:
+        pid = os.fork()
+        if pid == 0:
+            errno = _errno.EPERM
+            try:
+                import resource
 
-            with suppress(OSError, ValueError):
-                resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # leaves nothing behind
-            errno = restrictedmem.ask_memfd_restricted()
-        finally:
-            os._exit(errno)
-    status = os.waitpid(pid, 0)[1]
-    return os.waitstatus_to_exitcode(status)
+                with suppress(OSError, ValueError):
+                    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # leaves nothing behind
+                errno = restrictedmem.ask_memfd_restricted()
+            finally:
+                os._exit(errno)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    except OSError as error:  # no process to be had, or whoever ignores SIGCHLD lost its status
+        return error.errno or _errno.EPERM
 
 
 def _check_v9_file(out: _Recorder, stack: ExitStack) -> restrictedmem.RestrictedMem | None:
@@ -221,7 +229,7 @@ def _check_v9_slot(
         out.add(slot_name, SKIP, why)
         out.add(conversion_name, SKIP, why)
         return
-    tried = f"KVM_SET_USER_MEMORY_REGION(KVM_MEM_PRIVATE, restricted_offset {_OFFSET:#x})"
+    tried = f"KVM_SET_USER_MEMORY_REGION(KVM_MEM_PRIVATE, offset {_OFFSET:#x})"
     with HostMemory(_SIZE) as memory:
         try:
             slot = restrictedmem.set_user_memory_region_ext(
@@ -253,7 +261,7 @@ def _check_v9_slot(
 def _check_v10(out: _Recorder, vm: Vm) -> None:
     asked = _ask(vm, v10, "KVM_CAP_MEMORY_ATTRIBUTES")
     out.add(
-        "v10/capability",
+        "v10/default/capability",
         PASS if asked[0].value else FAIL,
         "advertised" if asked[0].value else "not advertised",
         *asked,
@@ -263,9 +271,9 @@ def _check_v10(out: _Recorder, vm: Vm) -> None:
     try:
         vm.ioctl(v10.KVM_GET_SUPPORTED_MEMORY_ATTRIBUTES, attributes)
     except OSError as error:
-        out.failed("v10/attributes", error, tried=tried)
+        out.failed("v10/default/attributes", error, tried=tried)
     else:
-        out.add("v10/attributes", PASS, f"{attributes[0]:#x}", tried=tried)
+        out.add("v10/default/attributes", PASS, f"{attributes[0]:#x}", tried=tried)
 
 
 # -- mainline ----------------------------------------------------------------------------------
@@ -278,7 +286,7 @@ def _check_guest_memfd(out: _Recorder, vm: Vm, vm_type: str) -> None:
     try:
         file = guest_memfd.GuestMemfd(vm, _OFFSET + _SIZE)
     except OSError as error:
-        hint = "CONFIG_KVM_SW_PROTECTED_VM, SNP or TDX from Linux 6.8 on; any VM from 6.18 on"
+        hint = "needs Linux 6.8 with CONFIG_KVM_SW_PROTECTED_VM, SNP or TDX, or 6.18"
         out.failed(f"{prefix}/file", error, *asked, tried=tried, hint=hint)
         for step in ("slot", "conversion", "mmap", "pre_fault"):
             out.add(f"{prefix}/{step}", SKIP, "there is no guest_memfd file")
@@ -286,7 +294,7 @@ def _check_guest_memfd(out: _Recorder, vm: Vm, vm_type: str) -> None:
     with file, HostMemory(_SIZE) as memory:
         out.add(f"{prefix}/file", PASS, "made", *asked, tried=tried)
         asked = _ask(vm, gmem, "KVM_CAP_USER_MEMORY2")
-        tried = f"KVM_SET_USER_MEMORY_REGION2(guest_memfd_offset {_OFFSET:#x})"
+        tried = f"KVM_SET_USER_MEMORY_REGION2(offset {_OFFSET:#x})"
         try:
             slot = guest_memfd.set_user_memory_region2(vm, 0, _GPA, _SIZE, memory, file, _OFFSET)
         except OSError as error:

@@ -80,16 +80,16 @@ def facts(root: str = "") -> dict[str, Any]:
     sev = f"{root}/dev/sev"
     return {
         "kernel": f"{uname.release} {uname.machine}",
-        "kvm_loaded": os.path.isdir(f"{sys_module}/kvm"),
+        "kvm_loaded": os.access(f"{sys_module}/kvm", os.F_OK),
         "kvm_registered": _read(f"{root}/sys/class/misc/kvm/dev"),
         "backend": {
-            name: "module" if os.path.exists(f"{sys_module}/{name}/initstate") else "built in"
+            name: "module" if os.access(f"{sys_module}/{name}/initstate", os.F_OK) else "built in"
             for name in _list(sys_module)
             if name.startswith("kvm_")
         },
         "parameters": {name: value for name, value in parameters.items() if value is not None},
         "cpu_flags": [flag for flag in _CPU_FLAGS if flag in flags.split()],
-        "dev_sev": os.access(sev, os.R_OK | os.W_OK) if os.path.exists(sev) else None,
+        "dev_sev": os.access(sev, os.R_OK | os.W_OK) if os.access(sev, os.F_OK) else None,
         "seccomp": _number(_fields(_read(f"{proc}/self/status")).get("Seccomp")),
         "selinux": {"1": "enforcing", "0": "permissive"}.get(enforce or ""),
         "apparmor": _read(f"{proc}/self/attr/apparmor/current"),
@@ -198,9 +198,10 @@ def device_hint(path: str, errno: int | None, host: dict[str, Any]) -> str:
 
 def _node_hint(path: str) -> str:
     import grp
+    from pathlib import Path
 
     try:
-        status = os.stat(path)
+        status = Path(path).stat()
     except OSError:
         return "a directory on the way to it can't be searched"
     try:

@@ -21,7 +21,7 @@ __all__ = [
 SCHEMA_VERSION = 1
 
 #: Asked or tried, and the answer was yes.
-PASS = "PASS"
+PASS = "PASS"  # noqa: S105  # no password
 #: Asked or tried, and the answer was no.
 FAIL = "FAIL"
 #: Not tried, or undecided; the result says why.
@@ -52,8 +52,8 @@ class Asked(NamedTuple):
 class Check(NamedTuple):
     """One finding.
 
-    `name` is a path: the group (kvm, v9, v10, guest_memfd), where it matters the VM type, the step.
-    `asked` was asked of the VM where the name has a VM type, else of /dev/kvm; `tried` is what was
+    `name` is a path: the group (kvm, vm, v9, v10, guest_memfd), the VM type where the VM matters,
+    the step.  `asked` was asked of that VM, else of the device; `tried` is what was
     done for real, `result` what came back, `hint` what would mend it.
     """
 
@@ -95,8 +95,8 @@ class Report(NamedTuple):
         if advertised:
             return V9_REFUSED
         if status.get("v9/syscall", FAIL) != FAIL and PASS in (
-            status.get("v10/capability"),
-            status.get("v10/attributes"),
+            status.get("v10/default/capability"),
+            status.get("v10/default/attributes"),
         ):
             return V10_RECOGNISED
         if works("guest_memfd", "file", "slot"):
@@ -108,10 +108,7 @@ class Report(NamedTuple):
         """0 usable private memory, 1 probed and none usable, 3 could not probe: no VM was made."""
         if self.verdict in (V9_USABLE, GUEST_MEMFD_PRIVATE):
             return USABLE
-        made = any(
-            check.status == PASS and check.name.startswith("kvm/") and check.name != "kvm/device"
-            for check in self.checks
-        )
+        made = any(check.status == PASS and check.name.startswith("vm/") for check in self.checks)
         return NONE_USABLE if made else COULD_NOT_PROBE
 
     def to_json(self) -> dict[str, Any]:

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 __all__ = ["text"]
 
 _HEADINGS = {
-    "kvm": "KVM and its VM types",
+    "kvm": "KVM",
+    "vm": "VM types",
     "v9": "v9: memfd_restricted, KVM_MEM_PRIVATE",
     "v10": "v10: memory attributes on memfd_restricted",
     "guest_memfd": "guest_memfd: mainline",
@@ -26,6 +27,7 @@ _TITLES = {
     "tdx": "TDX",
     "sw_protected": "sw-protected",
     "syscall": "system call 451",
+    "vm_types": "VM types",
     "pre_fault": "pre-fault",
 }
 _COLOURS = {PASS: "32", FAIL: "31", SKIP: "33"}
@@ -54,20 +56,18 @@ def text(report: Report, *, colour: bool = False) -> str:
             indent = "    "
         title = _TITLES.get(parts[-1], parts[-1])
         badge = paint(_COLOURS[check.status], f"[ {check.status} ]")
-        lines.append(f"{indent}{badge} {title:{_STEP - len(indent)}} {_finding(check)}")
+        lines.append(f"{indent}{badge} {title:{_STEP - len(indent)}} {_plain(_finding(check))}")
         if check.hint and check.status != PASS:
             pad = " " * (len("  [ PASS ] ") + _STEP - 1)
-            lines.append(paint(_DIM, f"{pad}hint: {check.hint}"))
+            lines.append(paint(_DIM, f"{pad}hint: {_plain(check.hint)}"))
     lines += ["", paint(_BOLD, "Host")]
-    lines += [f"  {name:{_STEP + 7}} {value}" for name, value in _facts(report)]
-    return _plain("\n".join(lines)) + "\n"
+    lines += [f"  {name:{_STEP + 7}} {_plain(value)}" for name, value in _facts(report)]
+    return "\n".join(lines) + "\n"
 
 
 def _plain(words: str) -> str:
-    """ASCII that no terminal or locale stumbles over; what is named by others may hold anything."""
-    return "".join(
-        char if " " <= char <= "~" or char in "\n\x1b" else ascii(char)[1:-1] for char in words
-    )
+    """ASCII that no terminal or locale stumbles over; what others named may hold anything."""
+    return "".join(char if " " <= char <= "~" else ascii(char)[1:-1] for char in words)
 
 
 def _finding(check: Check) -> str:
@@ -112,11 +112,8 @@ def _facts(report: Report) -> Iterator[tuple[str, str]]:
     )
     yield "memory slots of a VM", str(host["memory_slots"] or unknown)
     memory = host["memory"]
-    yield (
-        "memory",
-        f"{_size(memory['total'])}, {_size(memory['free'])} free, "
-        f"{_size(memory['available'])} available",
-    )
+    sizes = {name: _size(value) for name, value in memory.items()}
+    yield "memory", "{total}, {free} free, {available} available".format(**sizes)
     yield "huge pages", ", ".join(_hugepages(host)) or "none"
     yield (
         "CPU flags",
@@ -144,12 +141,7 @@ def _hugepages(host: dict[str, Any]) -> Iterator[str]:
 def _holders(holders: dict[str, Any]) -> Iterator[tuple[str, str]]:
     label = "who holds the device"
     for process in holders["processes"]:
-        name = process["name"].replace("\x1b", "?").replace("\n", "?")
-        yield (
-            label,
-            f"{name} ({process['pid']}, {process['user']}): "
-            + ("{vms} VMs, {vcpus} vCPUs".format(**process)),
-        )
+        yield label, "{name} ({pid}, {user}): {vms} VMs, {vcpus} vCPUs".format(**process)
         label = ""
     if not holders["processes"]:
         yield label, "nobody else that can be seen"

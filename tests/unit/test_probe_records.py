@@ -1,0 +1,269 @@
+"""The verdict, from records alone: recorded and made up, one by one and in every combination."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+import kvmpriv.probe
+from kvmpriv.probe import VERDICTS, Asked, Check, Report, report
+from kvmpriv.probe.host import facts
+from kvmpriv.probe.records import FAIL, PASS, SKIP
+
+SCHEMA = json.loads((Path(kvmpriv.probe.__file__).parent / "schema.json").read_text())
+
+VM_MADE = {"kvm/device": PASS, "vm/default": PASS}
+NOT_V9 = {"v9/syscall": FAIL, "v9/capability": FAIL, "v9/file": SKIP, "v9/default/slot": SKIP}
+NOT_V10 = {"v10/default/capability": FAIL, "v10/default/attributes": FAIL}
+V9_HERE = {"v9/syscall": PASS, "v9/capability": PASS, "v9/file": PASS}
+NO_GUEST_MEMFD = {"guest_memfd/default/file": FAIL, "guest_memfd/default/slot": SKIP}
+SHARED = {
+    "guest_memfd/default/file": PASS,
+    "guest_memfd/default/slot": PASS,
+    "guest_memfd/default/conversion": FAIL,
+    "guest_memfd/default/mmap": PASS,
+}
+
+RECORDED: list[tuple[str, str, int, dict[str, str]]] = [
+    (
+        "a v9 kernel whose hook says yes",
+        "v9 usable",
+        0,
+        V9_HERE
+        | VM_MADE
+        | NOT_V10
+        | NO_GUEST_MEMFD
+        | {"v9/default/slot": PASS, "v9/default/conversion": PASS},
+    ),
+    (
+        "a plain v9 kernel",
+        "v9 advertised but refused",
+        1,
+        V9_HERE
+        | VM_MADE
+        | NOT_V10
+        | NO_GUEST_MEMFD
+        | {"v9/default/slot": FAIL, "v9/default/conversion": SKIP},
+    ),
+    (
+        "v9 that binds but does not convert",
+        "v9 advertised but refused",
+        1,
+        V9_HERE | VM_MADE | {"v9/default/slot": PASS, "v9/default/conversion": FAIL},
+    ),
+    (
+        "v9 behind a seccomp filter",
+        "v9 advertised but refused",
+        1,
+        VM_MADE | {"v9/syscall": SKIP, "v9/capability": PASS, "v9/file": SKIP},
+    ),
+    (
+        "v10",
+        "v10 recognised",
+        1,
+        VM_MADE
+        | NO_GUEST_MEMFD
+        | {"v9/syscall": PASS, "v9/capability": FAIL, "v9/file": PASS, "v9/default/slot": SKIP}
+        | {"v10/default/capability": PASS, "v10/default/attributes": PASS},
+    ),
+    (
+        "v10 whose VM has no attributes",
+        "v10 recognised",
+        1,
+        VM_MADE
+        | {"v9/syscall": PASS, "v9/capability": FAIL, "v9/file": PASS}
+        | {"v10/default/capability": FAIL, "v10/default/attributes": PASS},
+    ),
+    (
+        "memfd_restricted in a kernel whose KVM has nothing of it",
+        "none",
+        1,
+        VM_MADE | NOT_V10 | {"v9/syscall": PASS, "v9/capability": FAIL, "v9/file": PASS},
+    ),
+    (
+        "what is not v10: attributes, but 451 is something else",
+        "none",
+        1,
+        VM_MADE | NOT_V9 | {"v10/default/capability": PASS, "v10/default/attributes": PASS},
+    ),
+    (
+        "mainline 6.12 with KVM_SW_PROTECTED_VM",
+        "guest_memfd private",
+        0,
+        VM_MADE
+        | NOT_V9
+        | NOT_V10
+        | {"vm/sw_protected": PASS}
+        | {"guest_memfd/default/file": PASS, "guest_memfd/default/slot": FAIL}
+        | {
+            "guest_memfd/sw_protected/file": PASS,
+            "guest_memfd/sw_protected/slot": PASS,
+            "guest_memfd/sw_protected/conversion": PASS,
+        },
+    ),
+    (
+        "mainline 6.18, default VM",
+        "guest_memfd shared only",
+        1,
+        VM_MADE | NOT_V9 | NOT_V10 | SHARED,
+    ),
+    (
+        "steps that pass on different VM types add up to nothing",
+        "guest_memfd shared only",
+        1,
+        VM_MADE
+        | NOT_V9
+        | SHARED
+        | {
+            "guest_memfd/sw_protected/file": PASS,
+            "guest_memfd/sw_protected/slot": FAIL,
+            "guest_memfd/sw_protected/conversion": PASS,
+        },
+    ),
+    (
+        "a file that no slot takes",
+        "none",
+        1,
+        VM_MADE
+        | NOT_V9
+        | {"guest_memfd/default/file": PASS, "guest_memfd/default/slot": FAIL}
+        | {"guest_memfd/default/conversion": FAIL},
+    ),
+    ("a KVM of before 2022", "none", 1, VM_MADE | NOT_V9 | NOT_V10 | NO_GUEST_MEMFD),
+    ("no /dev/kvm", "none", 3, {"kvm/device": FAIL, "v9/syscall": FAIL, "vm/default": SKIP}),
+    ("no VM to be had", "none", 3, {"kvm/device": PASS, "vm/default": FAIL, "v9/syscall": FAIL}),
+]
+
+
+def a_report(status: dict[str, str], **rest: Any) -> Report:
+    return Report(tuple(Check(name, what, (), "", "so") for name, what in status.items()), **rest)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "exit_status", "status"),
+    [case[1:] for case in RECORDED],
+    ids=[case[0] for case in RECORDED],
+)
+def test_verdict(verdict: str, exit_status: int, status: dict[str, str]) -> None:
+    found = a_report(status, host={})
+    assert found.verdict == verdict
+    assert found.exit_status == exit_status
+    # It follows from what was found, not from the order in which it was.
+    assert a_report(dict(reversed(status.items())), host={}).verdict == verdict
+
+
+def test_every_verdict_is_recorded() -> None:
+    assert {case[1] for case in RECORDED} == set(VERDICTS)
+
+
+def test_usable_needs_each_step() -> None:
+    """Of all 3^4 outcomes of v9's steps one is usable; no combination has no verdict."""
+    steps = ("v9/capability", "v9/file", "v9/default/slot", "v9/default/conversion")
+    usable = []
+    for outcome in itertools.product((PASS, FAIL, SKIP), repeat=len(steps)):
+        found = a_report(VM_MADE | dict(zip(steps, outcome, strict=True)), host={})
+        assert found.verdict in VERDICTS
+        assert (found.exit_status == 0) == (found.verdict == "v9 usable")
+        if found.exit_status == 0:
+            usable.append(outcome)
+    assert usable == [(PASS,) * len(steps)]
+
+
+@pytest.fixture
+def recorded() -> Report:
+    """What mainline 6.18 without hardware for private memory looks like."""
+    return Report(
+        (
+            Check("kvm/device", PASS, (), "open /dev/kvm", "API version 12"),
+            Check("kvm/vm_types", PASS, (Asked("KVM_CAP_VM_TYPES", 1),), "", "default"),
+            Check("vm/default", PASS, (), "KVM_CREATE_VM(0)", "made"),
+            Check("vm/snp", SKIP, (), "", "not offered: kvm_amd.sev_snp is N", "firmware: RMP"),
+            Check("v9/syscall", FAIL, (), "memfd_restricted(0xffffffff)", "EBADF", "patch it"),
+            Check("guest_memfd/default/file", PASS, (), "KVM_CREATE_GUEST_MEMFD", "made"),
+            Check("guest_memfd/default/slot", PASS, (), "KVM_SET_…_REGION2", "bound", "unseen"),
+        ),
+        facts("/nonexistent") | {"memory_slots": 32764, "nesting": ["svm"]},
+        {
+            "processes": [
+                {"pid": 7, "name": "q\x1b[2Jü", "user": "me", "devices": 1, "vms": 1, "vcpus": 4}
+            ],
+            "unknown": 3,
+        },
+    )
+
+
+def test_round_trip(recorded: Report) -> None:
+    document = json.loads(json.dumps(recorded.to_json()))
+    assert Report.from_json(document) == recorded
+    assert document["verdict"] == "guest_memfd shared only"
+    assert document["exit_status"] == 1
+    document["schema_version"] = 2
+    with pytest.raises(ValueError, match="schema version 2, not 1"):
+        Report.from_json(document)
+
+
+def test_schema(recorded: Report) -> None:
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    assert tuple(SCHEMA["properties"]["verdict"]["enum"]) == VERDICTS
+    validator = jsonschema.Draft202012Validator(SCHEMA)
+    document = recorded.to_json()
+    assert list(validator.iter_errors(document)) == []
+    change: dict[str, Any]
+    for change in (
+        {"verdict": "perhaps"},
+        {"exit_status": 2},
+        {"checks": []},
+        {"more": 1},
+        {"checks": [{**document["checks"][0], "status": "OK"}]},
+        {"checks": [{**document["checks"][0], "name": "kvm"}]},
+        {"host": {**document["host"], "seccomp": "2"}},
+        {"host": {}},
+    ):
+        assert not validator.is_valid({**document, **change}), change
+
+
+def test_text(recorded: Report) -> None:
+    plain = report.text(recorded)
+    lines = plain.splitlines()
+    assert lines[0] == "guest_memfd shared only"
+    assert plain.isascii()
+    assert "\x1b" not in plain
+    assert "  [ PASS ] VM types        KVM_CAP_VM_TYPES = 1; default" in lines
+    assert "  [ FAIL ] system call 451 memfd_restricted(0xffffffff): EBADF" in lines
+    assert "  default VM" in lines
+    assert "    [ PASS ] file          KVM_CREATE_GUEST_MEMFD: made" in lines
+    hints = [line.strip() for line in lines if "hint:" in line]
+    assert hints == ["hint: firmware: RMP", "hint: patch it"]  # none where nothing needs mending
+    holder = next(line for line in lines if line.startswith("  who holds the device"))
+    assert holder.endswith(r"q\x1b[2J\xfc (7, me): 1 VMs, 4 vCPUs")
+    assert lines[-1].endswith("3 more processes may not be looked into")
+
+
+def test_coloured_text_is_the_plain_one(recorded: Report) -> None:
+    coloured = report.text(recorded, colour=True)
+    assert "\x1b[32m[ PASS ]\x1b[0m" in coloured
+    assert "\x1b[31m[ FAIL ]\x1b[0m" in coloured
+    assert "\x1b[33m[ SKIP ]\x1b[0m" in coloured
+    for code in (0, 1, 2, 31, 32, 33):
+        coloured = coloured.replace(f"\x1b[{code}m", "")
+    assert coloured == report.text(recorded)
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [
+        (None, "unknown"),
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1 KiB"),
+        (3 << 29, "1.5 GiB"),
+        (1 << 52, "4096 TiB"),
+    ],
+)
+def test_sizes(count: int | None, shown: str) -> None:
+    assert report._size(count) == shown
