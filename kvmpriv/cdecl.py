@@ -92,6 +92,16 @@ _COMPARISON: dict[str, Callable[[int, int], bool]] = {
 }
 
 
+def _converted(left: _Int, right: _Int) -> tuple[_Int, _Int]:
+    """Both with the type that an operator gives them in common (C11 6.3.1.8)."""
+    bits = max(left.bits, right.bits)
+    unsigned = any(side.unsigned and side.bits == bits for side in (left, right))
+    return (
+        _Int.of(left.value, bits, unsigned=unsigned),
+        _Int.of(right.value, bits, unsigned=unsigned),
+    )
+
+
 def _typed(value: int) -> _Int:
     """A known constant, with the type it would have if it were written in decimal."""
     if 0 <= value < 1 << 63:
@@ -168,21 +178,23 @@ class _Evaluator:
         if node.op in ("&&", "||"):
             both, one = left.value and right.value, left.value or right.value
             return _Int(int(bool(both if node.op == "&&" else one)))
-        wider = max(left.bits, right.bits)
-        unsigned = any(side.unsigned and side.bits == wider for side in (left, right))
-        a, b = (_Int.of(side.value, wider, unsigned=unsigned).value for side in (left, right))
+        left, right = _converted(left, right)
+        a, b = left.value, right.value
         if node.op in _COMPARISON:
             return _Int(int(_COMPARISON[node.op](a, b)))
-        return _Int.of(_ARITHMETIC[node.op](a, b), wider, unsigned=unsigned)
+        return _Int.of(_ARITHMETIC[node.op](a, b), left.bits, unsigned=left.unsigned)
 
     def _visit_TernaryOp(self, node: Any) -> _Int:
-        return self._visit(node.iftrue if self._visit(node.cond).value else node.iffalse)
+        yes, no = _converted(self._visit(node.iftrue), self._visit(node.iffalse))
+        return yes if self._visit(node.cond).value else no
 
     def _visit_Cast(self, node: Any) -> _Int:
         type_name = self._type_name(node.to_type)
         value = int(self._ffi.cast(type_name, self._visit(node.expr).value))
-        unsigned = int(self._ffi.cast(type_name, -1)) > 0
-        return _Int(value, max(32, 8 * self._ffi.sizeof(type_name)), unsigned)
+        bits = 8 * self._ffi.sizeof(type_name)
+        # Types narrower than int are promoted to it: what they hold fits, signed.
+        unsigned = bits >= 32 and int(self._ffi.cast(type_name, -1)) > 0
+        return _Int(value, max(32, bits), unsigned)
 
     def _visit_FuncCall(self, node: Any) -> _Int:
         name = node.name.name
@@ -209,7 +221,7 @@ class _Evaluator:
         name = self._type_name(node)
         try:
             return self._ffi.sizeof(name)
-        except (cffi.FFIError, cffi.CDefError) as error:
+        except (ValueError, cffi.FFIError, cffi.CDefError) as error:
             raise DeclarationError(f"sizeof({name}): {error}") from None
 
 

@@ -1,0 +1,137 @@
+"""Exits decoded from a kvm_run filled by hand: every kind, every generation's memory fault."""
+
+from __future__ import annotations
+
+import errno
+from typing import Any
+
+import pytest
+
+from kvmpriv import exits, private
+from kvmpriv.cdefs import guest_memfd, kvm, restrictedmem
+
+
+@pytest.fixture
+def run() -> Any:
+    """A struct kvm_run with a page behind it for port I/O."""
+    memory = kvm.ffi.new("char[]", 8192)
+    pointer = kvm.ffi.cast("struct kvm_run *", memory)
+    _keep[pointer] = memory
+    return pointer
+
+
+_keep: dict[Any, Any] = {}
+
+
+def test_io_out(run: Any) -> None:
+    run.exit_reason = kvm.KVM_EXIT_IO
+    run.io.direction, run.io.size, run.io.port, run.io.count = kvm.KVM_EXIT_IO_OUT, 2, 0x3F8, 3
+    run.io.data_offset = 4096
+    kvm.ffi.buffer(kvm.ffi.cast("char *", run) + 4096, 6)[:] = b"abcdef"
+    assert exits.decode(run) == exits.IoExit(2, True, 0x3F8, 2, 3, b"abcdef")
+    assert str(exits.decode(run)) == "KVM_EXIT_IO: out 616263646566, port 0x3f8"
+    run.io.direction = kvm.KVM_EXIT_IO_IN
+    assert exits.decode(run) == exits.IoExit(2, False, 0x3F8, 2, 3, b"")
+
+
+def test_mmio(run: Any) -> None:
+    run.exit_reason = kvm.KVM_EXIT_MMIO
+    run.mmio.phys_addr, run.mmio.len, run.mmio.is_write = 0xFEE00000, 4, 1
+    run.mmio.data = b"\x01\x02\x03\x04\x05\x06\x07\x08"
+    assert exits.decode(run) == exits.MmioExit(6, True, 0xFEE00000, 4, b"\x01\x02\x03\x04")
+    run.mmio.is_write = 0
+    assert exits.decode(run) == exits.MmioExit(6, False, 0xFEE00000, 4, b"")
+
+
+def test_hypercall(run: Any) -> None:
+    run.exit_reason = kvm.KVM_EXIT_HYPERCALL
+    run.hypercall.nr, run.hypercall.args, run.hypercall.longmode = 12, [1, 2, 16, 0, 0, 0], 1
+    assert exits.decode(run) == exits.HypercallExit(3, 12, (1, 2, 16, 0, 0, 0), True)
+
+
+def test_fail_entry(run: Any) -> None:
+    run.exit_reason = kvm.KVM_EXIT_FAIL_ENTRY
+    run.fail_entry.hardware_entry_failure_reason, run.fail_entry.cpu = 0x80000021, 7
+    assert exits.decode(run) == exits.FailEntryExit(9, 0x80000021, 7)
+    assert "0x80000021 on cpu 7" in str(exits.decode(run))
+
+
+def test_internal_error(run: Any) -> None:
+    run.exit_reason = kvm.KVM_EXIT_INTERNAL_ERROR
+    run.internal.suberror, run.internal.ndata = kvm.KVM_INTERNAL_ERROR_DELIVERY_EV, 2
+    run.internal.data[0], run.internal.data[1], run.internal.data[2] = 5, 6, 7
+    decoded = exits.decode(run)
+    assert decoded == exits.InternalErrorExit(17, 3, (5, 6), b"")
+    assert "DELIVERY_EV, data 0x5 0x6" in str(decoded)
+
+
+def test_internal_error_with_instruction(run: Any) -> None:
+    run.exit_reason = kvm.KVM_EXIT_INTERNAL_ERROR
+    run.internal.suberror, run.internal.ndata = kvm.KVM_INTERNAL_ERROR_EMULATION, 3
+    run.emulation_failure.flags = 1
+    run.emulation_failure.insn_size = 2
+    run.emulation_failure.insn_bytes[0], run.emulation_failure.insn_bytes[1] = 0x0F, 0x0B
+    assert exits.decode(run).instruction == b"\x0f\x0b"
+    assert str(exits.decode(run)).endswith("EMULATION, instruction 0f 0b")
+    run.internal.ndata = 1  # KVM says the flags are all there is
+    assert exits.decode(run).instruction == b""
+
+
+def test_system_event(run: Any) -> None:
+    run.exit_reason = kvm.KVM_EXIT_SYSTEM_EVENT
+    run.system_event.type, run.system_event.ndata = kvm.KVM_SYSTEM_EVENT_CRASH, 0
+    assert exits.decode(run) == exits.SystemEventExit(24, 3, ())
+    assert str(exits.decode(run)) == "KVM_EXIT_SYSTEM_EVENT: CRASH"
+    run.system_event.ndata = 1 << 31  # nonsense from a broken kernel reads no further than 16
+    assert len(exits.decode(run).data) == 16
+
+
+@pytest.mark.parametrize("name", ["HLT", "SHUTDOWN", "INTR", "IRQ_WINDOW_OPEN", "NMI", "SET_TPR"])
+def test_plain(run: Any, name: str) -> None:
+    run.exit_reason = getattr(kvm, f"KVM_EXIT_{name}")
+    assert exits.decode(run) == exits.Exit(run.exit_reason)
+    assert str(exits.decode(run)) == f"KVM_EXIT_{name}"
+
+
+def test_an_unknown_number_is_kept_and_shown(run: Any) -> None:
+    run.exit_reason = 12345
+    kvm.ffi.buffer(kvm.ffi.addressof(run.hw), 4)[:] = b"\xde\xad\xbe\xef"
+    decoded = exits.decode(run)
+    assert decoded == exits.OtherExit(12345, b"\xde\xad\xbe\xef" + bytes(252))
+    assert str(decoded) == "exit 12345: deadbeef"
+
+
+def test_memory_fault_of_v9(run: Any) -> None:
+    run.exit_reason = 38
+    raw = kvm.ffi.buffer(run)
+    raw[32:56] = (
+        b"\x01\0\0\0"  # flags, 32 bits: private
+        b"\0\0\0\0"
+        b"\0\x50\x34\x12\0\0\0\0"  # gpa
+        b"\0\x10\0\0\0\0\0\0"  # size
+    )
+    fault = exits.decode(run)
+    assert fault == exits.MemoryFaultExit(38, 0x12345000, 0x1000, True, 1, 0, "restrictedmem")
+    assert "guest wants 0x12345000…0x12346000 private" in str(fault)
+    raw[32:36] = bytes(4)
+    assert exits.decode(run).private is False
+
+
+def test_memory_fault_of_mainline(run: Any) -> None:
+    run.exit_reason = 39
+    raw = kvm.ffi.buffer(run)
+    raw[32:56] = b"\x08\0\0\0\0\0\0\0\0\x50\x34\x12\0\0\0\0\0\x10\0\0\0\0\0\0"
+    fault = exits.decode(run, errno.EFAULT)
+    assert fault == exits.MemoryFaultExit(
+        39, 0x12345000, 0x1000, True, 8, errno.EFAULT, "guest_memfd"
+    )
+    raw[32] = b"\x01"  # v9's bit means nothing here
+    assert exits.decode(run).private is False
+
+
+def test_each_generation_has_its_own_layout() -> None:
+    assert private.restrictedmem.FAULT_LAYOUT.reason == restrictedmem.KVM_EXIT_MEMORY_FAULT == 38
+    assert private.guest_memfd.FAULT_LAYOUT.reason == guest_memfd.KVM_EXIT_MEMORY_FAULT == 39
+    assert private.restrictedmem.FAULT_LAYOUT.errnos == frozenset()
+    assert private.guest_memfd.FAULT_LAYOUT.errnos == {errno.EFAULT, 133}
+    assert exits.exit_name(38) == exits.exit_name(39) == "KVM_EXIT_MEMORY_FAULT"
