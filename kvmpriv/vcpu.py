@@ -144,6 +144,7 @@ class Vcpu(Fd):
             self._errno = 0
             self.page.exit_reason = kvm.KVM_EXIT_UNKNOWN
         if self._prepared != me:
+            self.fileno()
             wakeup.prepare_thread()
             if wakeup.in_main_thread():
                 wakeup.watch(self)

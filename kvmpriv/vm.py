@@ -296,7 +296,9 @@ class Vm(Fd):
 
     def irq_line(self, irq: int, level: int) -> None:
         """Raise (1) or lower (0) an input of the in-kernel irqchip."""
-        self.ioctl(kvm.KVM_IRQ_LINE, _ffi.new("struct kvm_irq_level *", ([irq], level)))
+        self.ioctl(
+            kvm.KVM_IRQ_LINE, _ffi.new("struct kvm_irq_level *", {"irq": irq, "level": level})
+        )
 
     def set_gsi_routing(self, entries: list[dict[str, Any]]) -> None:
         """Replace the routing table; each entry a dict of struct kvm_irq_routing_entry."""

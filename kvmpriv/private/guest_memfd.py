@@ -7,6 +7,7 @@ memory"); files that can be mapped since 6.18, commit 44c6cb9fe988.
 from __future__ import annotations
 
 import errno as _errno
+import os
 from typing import TYPE_CHECKING
 
 from ..cdefs import guest_memfd
@@ -56,6 +57,7 @@ class GuestMemfd(Fd):
             "struct kvm_create_guest_memfd *", {"size": size, "flags": flags}
         )
         super().__init__(vm.ioctl(guest_memfd.KVM_CREATE_GUEST_MEMFD, argument))
+        os.set_inheritable(self._fd, False)  # noqa: FBT003  # the ioctl has no flag for it
         self.size = size
         self.flags = flags
         self._slots = 0
