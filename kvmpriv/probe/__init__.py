@@ -60,7 +60,11 @@ def main(arguments: argparse.Namespace) -> int:
         json.dump(found.to_json(), sys.stdout, indent=2)
         sys.stdout.write("\n")
     else:
-        colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        colour = (
+            sys.stdout.isatty()
+            and not os.environ.get("NO_COLOR")
+            and os.environ.get("TERM") != "dumb"
+        )
         sys.stdout.write(report.text(found, colour=colour))
     if found.exit_status == COULD_NOT_PROBE:
         failed = next(check for check in found.checks if check.status == FAIL)

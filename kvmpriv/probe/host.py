@@ -254,10 +254,11 @@ def why_not_offered(vm_type: str, host: dict[str, Any]) -> tuple[str, str]:
 
 
 def holders(device: str) -> dict[str, Any]:
-    """Who has the device open, and the VMs and vCPUs made from it.
+    """Who has descriptors of the device, and of VMs and vCPUs, and how many.
 
-    `unknown` counts the processes whose descriptors this user may not list.  Links are read, never
-    followed: to stat what a descriptor leads to can crash a kernel with literal v9 patches.
+    One thing may have several: Python's mmap keeps one of each vCPU's.  `unknown` counts the
+    processes whose descriptors this user may not list.  Links are read, never followed: to stat
+    what a descriptor leads to can crash a kernel with literal v9 patches.
     """
     import psutil
 

@@ -32,6 +32,7 @@ _TITLES = {
 }
 _COLOURS = {PASS: "32", FAIL: "31", SKIP: "33"}
 _BOLD, _DIM = "1", "2"
+_HOLDER = "{name} ({pid}, {user}): descriptors of {devices} devices, {vms} VMs, {vcpus} vCPUs"
 _STEP = 17  # the longest title's width
 
 
@@ -141,7 +142,7 @@ def _hugepages(host: dict[str, Any]) -> Iterator[str]:
 def _holders(holders: dict[str, Any]) -> Iterator[tuple[str, str]]:
     label = "who holds the device"
     for process in holders["processes"]:
-        yield label, "{name} ({pid}, {user}): {vms} VMs, {vcpus} vCPUs".format(**process)
+        yield label, _HOLDER.format(**process)
         label = ""
     if not holders["processes"]:
         yield label, "nobody else that can be seen"

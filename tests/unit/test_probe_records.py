@@ -240,7 +240,7 @@ def test_text(recorded: Report) -> None:
     hints = [line.strip() for line in lines if "hint:" in line]
     assert hints == ["hint: firmware: RMP", "hint: patch it"]  # none where nothing needs mending
     holder = next(line for line in lines if line.startswith("  who holds the device"))
-    assert holder.endswith(r"q\x1b[2J\xfc (7, me): 1 VMs, 4 vCPUs")
+    assert holder.endswith(r"q\x1b[2J\xfc (7, me): descriptors of 1 devices, 1 VMs, 4 vCPUs")
     assert lines[-1].endswith("3 more processes may not be looked into")
 
 

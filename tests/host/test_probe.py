@@ -1,0 +1,403 @@
+"""``kvmpriv probe`` on the real machine: its output, its exit status, and what goes wrong."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import pty
+import resource
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+import kvmpriv
+from conftest import ROOT, open_fds
+from kvmpriv.cdefs import kvm as cdefs
+from kvmpriv.private.restrictedmem import ask_memfd_restricted
+from kvmpriv.probe import VERDICTS, Report, probe
+from kvmpriv.probe.records import FAIL, PASS, SKIP
+
+SCHEMA = json.loads((ROOT / "kvmpriv/probe/schema.json").read_text())
+NOBODY = 65534
+
+
+def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **options.pop("environment", {})}
+    return subprocess.run(
+        [sys.executable, "-m", "kvmpriv", "probe", *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=ROOT,
+        **options,
+    )
+
+
+def run_as_nobody(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The same without root's rights.
+
+    All is imported before, as root's Python may not be readable to others.
+    """
+    code = (
+        "import grp, json, os, pathlib, shutil, sys, kvmpriv.probe, psutil;"
+        "from kvmpriv.cli import main;"
+        f"os.geteuid() or (os.setgroups([]), os.setgid({NOBODY}), os.setuid({NOBODY}));"
+        f"sys.exit(main({['probe', *arguments]!r}))"
+    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+
+
+def status_of(found: Report) -> dict[str, str]:
+    return {check.name: check.status for check in found.checks}
+
+
+def result_of(found: Report, name: str) -> str:
+    return next(check.result for check in found.checks if check.name == name)
+
+
+def of_json(process: subprocess.CompletedProcess[str]) -> Report:
+    document = json.loads(process.stdout)
+    jsonschema.validate(document, SCHEMA, cls=jsonschema.Draft202012Validator)
+    assert document["exit_status"] == process.returncode
+    return Report.from_json(document)
+
+
+# -- what it says ------------------------------------------------------------------------------
+
+
+def test_text_and_status(kvm: kvmpriv.Kvm) -> None:
+    process = run()
+    lines = process.stdout.splitlines()
+    assert lines[0] in VERDICTS
+    assert process.returncode == (0 if lines[0] in ("v9 usable", "guest_memfd private") else 1)
+    assert process.stderr == ""
+    assert "  [ PASS ] device          open /dev/kvm: API version 12" in lines
+    assert "  [ PASS ] default         KVM_CREATE_VM(0): made" in lines
+    slots = kvm.check_extension(cdefs.KVM_CAP_NR_MEMSLOTS)
+    assert f"  memory slots of a VM     {slots}" in lines
+    assert "\x1b" not in process.stdout
+
+
+def test_json_is_the_text(kvm: kvmpriv.Kvm) -> None:
+    found = of_json(run("--json"))
+    assert found.holders is None
+    assert found.host["vcpus"]["max"] == kvm.check_extension(cdefs.KVM_CAP_MAX_VCPUS)
+    text = run().stdout.splitlines()
+    assert text[0] == found.verdict
+    badges = [line.split("]")[0].split("[")[1].strip() for line in text if " ]" in line]
+    assert badges == [check.status for check in found.checks]
+
+
+def test_quiet(kvm: kvmpriv.Kvm) -> None:
+    process = run("-q")
+    assert process.stdout.strip() in VERDICTS
+    assert process.stdout.count("\n") == 1
+    assert process.returncode == run().returncode
+
+
+def test_usage() -> None:
+    for arguments in (["--json", "-q"], ["--no-such-option"], ["--device"]):
+        process = run(*arguments)
+        assert process.returncode == 2, arguments
+        assert process.stdout == ""
+        assert process.stderr.startswith("usage: ")
+
+
+def test_findings_agree_with_kvm(kvm: kvmpriv.Kvm) -> None:
+    """What was tried holds against the same calls made here, one by one."""
+    found = probe()
+    status = status_of(found)
+    with kvm.create_vm() as vm:
+        try:
+            with kvmpriv.private.guest_memfd.GuestMemfd(vm, 4096):
+                expected = PASS
+        except OSError:
+            expected = FAIL
+        assert status["guest_memfd/default/file"] == expected
+        converted = _errno(
+            lambda: kvmpriv.private.guest_memfd.set_memory_attributes(vm, 0x100000, 4096, 8)
+        )
+        if expected == PASS:
+            assert status["guest_memfd/default/conversion"] == (FAIL if converted else PASS)
+            if converted:
+                name = errno.errorcode[converted]
+                assert result_of(found, "guest_memfd/default/conversion") == name
+    answer = ask_memfd_restricted()
+    assert status["v9/syscall"] == (PASS if answer == errno.EINVAL else FAIL)
+    if status["v9/syscall"] == FAIL:
+        assert status["v9/file"] == status["v9/default/slot"] == SKIP
+
+
+def _errno(call: Callable[[], object]) -> int:
+    try:
+        call()
+    except OSError as error:
+        return error.errno or 0
+    return 0
+
+
+# -- terminals and locales ---------------------------------------------------------------------
+
+
+def on_a_terminal(**environment: str) -> str:
+    ours, theirs = pty.openpty()
+    with open(ours, "rb", buffering=0) as reader:  # noqa: PTH123  # a descriptor, not a path
+        process = subprocess.Popen(
+            [sys.executable, "-m", "kvmpriv", "probe"],
+            stdout=theirs,
+            stderr=theirs,
+            cwd=ROOT,
+            env={**{k: v for k, v in os.environ.items() if k != "NO_COLOR"}, **environment},
+        )
+        os.close(theirs)
+        shown = b""
+        with suppress(OSError):  # EIO: the other end is closed
+            while chunk := reader.read(4096):
+                shown += chunk
+        process.wait()
+    return shown.decode("ascii")
+
+
+def test_colour_on_a_terminal_alone() -> None:
+    coloured = on_a_terminal(TERM="xterm")
+    assert "\x1b[3" in coloured
+    assert "\x1b[" not in on_a_terminal(TERM="xterm", NO_COLOR="1")
+    assert "\x1b[" not in on_a_terminal(TERM="dumb")
+    assert "\x1b[3" in on_a_terminal(TERM="xterm", NO_COLOR="")  # no-color.org: empty is unset
+
+
+def test_no_locale() -> None:
+    process = run(
+        "--device",
+        "/nonexistent/kvm-ü",
+        environment={"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    )
+    assert process.returncode == 3
+    assert "Traceback" not in process.stderr
+    assert process.stdout.isascii()
+
+
+# -- what is missing ---------------------------------------------------------------------------
+
+
+def could_not_probe(process: subprocess.CompletedProcess[str], *words: str) -> Report:
+    assert process.returncode == 3
+    assert process.stderr.startswith("kvmpriv probe: could not probe: ")
+    assert process.stderr.count("\n") == 1
+    for word in words:
+        assert word in process.stderr
+    found = of_json(process)
+    assert found.verdict == "none"
+    assert found.host["kernel"]
+    assert found.host["vcpus"] is None
+    return found
+
+
+def test_no_device_node(tmp_path: Path) -> None:
+    could_not_probe(run("--json", "--device", str(tmp_path / "kvm")), "ENOENT")
+
+
+@pytest.mark.parametrize("path", ["/dev/null", "/dev/zero", "/etc/hostname"])
+def test_device_that_is_not_kvm(path: str) -> None:
+    found = could_not_probe(run("--json", "--device", path), "ENOTTY", "not KVM")
+    assert status_of(found)["kvm/device"] == FAIL
+
+
+def test_device_that_is_a_folder(tmp_path: Path) -> None:
+    could_not_probe(run("--json", "--device", str(tmp_path)), "EISDIR", "not KVM")
+
+
+def test_not_permitted() -> None:
+    """As a user who is not in the node's group, where the node asks for one."""
+    node = Path("/dev/kvm")
+    if not node.exists() or node.stat().st_mode & stat.S_IWOTH:
+        node = Path("/etc/shadow")  # any that this user may not open
+    could_not_probe(run_as_nobody("--json", "--device", str(node)), "EACCES", "usermod -aG")
+
+
+# -- seccomp -----------------------------------------------------------------------------------
+
+_PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 38, 22, 2
+_KILL_PROCESS, _ERRNO, _ALLOW = 0x80000000, 0x00050000, 0x7FFF0000
+_LD_W_ABS, _JEQ_K, _RET_K = 0x20, 0x15, 0x06
+_SYS_IOCTL = 16
+
+
+class _Instruction(ctypes.Structure):
+    _fields_ = (
+        ("code", ctypes.c_ushort),
+        ("jt", ctypes.c_ubyte),
+        ("jf", ctypes.c_ubyte),
+        ("k", ctypes.c_uint),
+    )
+
+
+class _Program(ctypes.Structure):
+    _fields_ = (("len", ctypes.c_ushort), ("filter", ctypes.POINTER(_Instruction)))
+
+
+def seccomp(number: int, action: int, argument: int | None = None) -> Callable[[], None]:
+    """For preexec_fn: `action` for system call `number`, with `argument` as its second if given.
+
+    Offsets 0 and 24 of struct seccomp_data: nr, and the low half of args[1].
+    """
+    instructions = [(_LD_W_ABS, 0, 0, 0), (_JEQ_K, 0, 1, number), (_RET_K, 0, 0, action)]
+    if argument is not None:
+        instructions[1:2] = [
+            (_JEQ_K, 0, 3, number),
+            (_LD_W_ABS, 0, 0, 24),
+            (_JEQ_K, 0, 1, argument),
+        ]
+    instructions.append((_RET_K, 0, 0, _ALLOW))
+    array = (_Instruction * len(instructions))(*(_Instruction(*each) for each in instructions))
+    program = _Program(len(instructions), array)
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def install() -> None:
+        assert libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
+        assert libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(program), 0, 0) == 0
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("action", "answer"),
+    [
+        (_ERRNO | errno.EPERM, "EPERM"),
+        (_ERRNO | errno.ENOSYS, "ENOSYS"),
+        (_KILL_PROCESS, "killed by SIGSYS"),
+    ],
+)
+def test_filter_that_hides_the_system_call(kvm: kvmpriv.Kvm, action: int, answer: str) -> None:
+    """Undecided, not absent; and the probe survives a filter that kills."""
+    found = of_json(run("--json", preexec_fn=seccomp(451, action)))
+    assert found.host["seccomp"] == 2
+    check = next(check for check in found.checks if check.name == "v9/syscall")
+    assert (check.status, check.result) == (SKIP, f"{answer}, undecided")
+    assert "seccomp" in check.hint
+    assert status_of(found)["v9/file"] == SKIP
+    assert status_of(found)["vm/default"] == PASS  # the rest is probed all the same
+
+
+def test_filter_that_lets_the_system_call_pass(kvm: kvmpriv.Kvm) -> None:
+    """The twin: asked in a child, the answer is the kernel's."""
+    found = of_json(run("--json", preexec_fn=seccomp(452, _KILL_PROCESS)))
+    assert found.host["seccomp"] == 2
+    assert status_of(found)["v9/syscall"] == status_of(probe())["v9/syscall"]
+    assert result_of(found, "v9/syscall") == result_of(probe(), "v9/syscall")
+
+
+@pytest.mark.parametrize(
+    ("request_", "name"),
+    [
+        (cdefs.KVM_GET_API_VERSION, "kvm/device"),
+        (cdefs.KVM_CREATE_VM, "vm/default"),
+        (cdefs.KVM_CHECK_EXTENSION, "kvm/ioctl"),
+    ],
+)
+def test_filter_that_refuses_an_ioctl(kvm: kvmpriv.Kvm, request_: int, name: str) -> None:
+    process = run("--json", preexec_fn=seccomp(_SYS_IOCTL, _ERRNO | errno.EPERM, request_))
+    assert process.returncode == 3
+    assert process.stderr.startswith("kvmpriv probe: could not probe: ")
+    check = next(check for check in of_json(process).checks if check.name == name)
+    assert (check.status, check.result) == (FAIL, "EPERM")
+    assert "seccomp" in check.hint
+
+
+def test_ignored_sigchld(kvm: kvmpriv.Kvm) -> None:
+    """Whoever started us may ignore SIGCHLD: the child's answer is lost, nothing else is."""
+
+    def prepare() -> None:
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        seccomp(452, _KILL_PROCESS)()
+
+    found = of_json(run("--json", preexec_fn=prepare))
+    assert result_of(found, "v9/syscall") == "ECHILD, undecided"
+    assert status_of(found)["vm/default"] == PASS
+
+
+# -- what it leaves behind ---------------------------------------------------------------------
+
+
+def test_nothing_is_left_open(kvm: kvmpriv.Kvm, no_leak: Callable[[], None]) -> None:
+    for _ in range(3):
+        assert probe().checks
+    probe("/dev/null")
+    probe("/nonexistent")
+
+
+def test_descriptors_that_run_out(kvm: kvmpriv.Kvm, no_leak: Callable[[], None]) -> None:
+    """Each step fails once for want of a descriptor: no exception, nothing left open."""
+    probe()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    first = os.dup(0)  # the lowest that is free
+    os.close(first)
+    refused = set()
+    try:
+        for more in range(8):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (first + more, hard))
+            found = probe()
+            refused |= {check.name for check in found.checks if check.result == "EMFILE"}
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert {"kvm/device", "vm/default"} <= refused
+    if status_of(found)["guest_memfd/default/file"] == PASS:
+        assert "guest_memfd/default/file" in refused
+
+
+def test_resident_memory() -> None:
+    """Under 40 MiB.  Not ru_maxrss: after fork and exec that begins with the parent's."""
+    code = (
+        "from kvmpriv.cli import main; main(['probe', '-q']);"
+        "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])  # KiB"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert 0 < int(process.stdout.split()[-1]) < 40 * 1024
+
+
+def test_heavy_modules_stay_out() -> None:
+    code = (
+        "import sys; from kvmpriv.cli import main; main(['probe', '-q']);"
+        "heavy = {'json', 'psutil', 'subprocess', 'dataclasses', 'cffi', 'pycparser', 'tempfile'};"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert process.stdout.splitlines()[-1] == "[]"
+
+
+# -- who holds the device ----------------------------------------------------------------------
+
+
+def test_holders(kvm: kvmpriv.Kvm) -> None:
+    """This process holds KVM, a VM and two vCPUs while another probes."""
+    with kvm.create_vm() as vm, vm.create_vcpu(0), vm.create_vcpu(1):
+        found = of_json(run("--json", "--verbose"))
+        assert found.holders is not None
+        mine = next(p for p in found.holders["processes"] if p["pid"] == os.getpid())
+        vcpus = sum(what.startswith("anon_inode:kvm-vcpu") for what in open_fds().values())
+        assert vcpus >= 2
+        assert (mine["devices"], mine["vms"], mine["vcpus"]) == (1, 1, vcpus)
+        text = run("--verbose").stdout
+        assert f"({os.getpid()}, {mine['user']}): descriptors of 1 devices, 1 VMs, {vcpus}" in text
+    found = of_json(run("--json", "--verbose"))
+    assert found.holders is not None
+    mine = next(p for p in found.holders["processes"] if p["pid"] == os.getpid())
+    assert (mine["devices"], mine["vms"], mine["vcpus"]) == (1, 0, 0)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="root: others' descriptors are unreadable to users")
+def test_holders_that_may_not_be_read() -> None:
+    found = of_json(run_as_nobody("--json", "--verbose"))
+    assert found.holders is not None
+    assert found.holders["unknown"] >= 1
+    assert os.getpid() not in {p["pid"] for p in found.holders["processes"]}
