@@ -232,6 +232,9 @@ def why_not_offered(vm_type: str, host: dict[str, Any]) -> tuple[str, str]:
         "snp": ("kvm_amd", "sev_snp", "sev_snp"),
         "tdx": ("kvm_intel", "tdx", "tdx_host_platform"),
     }[vm_type]
+    maker, other = ("an AMD", "vmx") if module == "kvm_amd" else ("an Intel", "svm")
+    if other in host["cpu_flags"]:  # a kernel may have both backends built in
+        return f"needs {maker} CPU; this one has {other}", ""
     if module not in backend:
         return f"needs {module}; the backend is {there}", ""
     setting = parameters.get(f"{module}.{name}")

@@ -28,6 +28,7 @@ _TITLES = {
     "sw_protected": "sw-protected",
     "syscall": "system call 451",
     "vm_types": "VM types",
+    "encryption": "SEV switched on",
     "pre_fault": "pre-fault",
 }
 _COLOURS = {PASS: "32", FAIL: "31", SKIP: "33"}

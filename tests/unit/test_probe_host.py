@@ -122,6 +122,8 @@ AMD = {"backend": {"kvm_amd": "module"}}
     [
         ("snp", {"backend": {"kvm_pvm": "built in"}}, "needs kvm_amd; the backend is kvm_pvm", ""),
         ("tdx", {}, "needs kvm_intel; the backend is none", ""),
+        ("tdx", {"cpu_flags": ["svm"]}, "needs an Intel CPU; this one has svm", ""),
+        ("snp", AMD | {"cpu_flags": ["vmx"]}, "needs an AMD CPU; this one has vmx", ""),
         ("snp", AMD, "kvm_amd has no parameter sev_snp", "CONFIG_KVM_AMD_SEV"),
         (
             "snp",

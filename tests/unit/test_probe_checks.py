@@ -1,0 +1,245 @@
+"""The probe against kernels that this host is not: what it dares to call, and what it concludes.
+
+The binding's functions are replaced by ones that answer as such a kernel does, and write down what
+was asked of them.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+from kvmpriv import libc
+from kvmpriv.cdefs import guest_memfd as gmem
+from kvmpriv.cdefs import restrictedmem as v9
+from kvmpriv.cdefs import restrictedmem_v10 as v10
+from kvmpriv.private import guest_memfd, restrictedmem
+from kvmpriv.probe import Report, checks, host
+from kvmpriv.probe.records import FAIL, PASS, SKIP
+
+FACTS = host.facts("/nonexistent") | {"seccomp": 0}
+
+
+class Kernel:
+    """A kernel, and what was called on it; stands for its /dev/kvm and for each VM as well."""
+
+    def __init__(
+        self,
+        syscall: int = errno.ENOSYS,
+        capabilities: dict[int, int] | None = None,
+        refusals: dict[str, int] | None = None,
+        ioctls: Iterable[int] = (),
+    ) -> None:
+        self.syscall = syscall
+        self.capabilities = capabilities or {}
+        self.refusals = refusals or {}
+        self.ioctls = ioctls
+        self.calls: list[tuple[Any, ...]] = []
+
+    def call(self, name: str, *arguments: Any) -> None:
+        self.calls.append((name, *arguments))
+        if name in self.refusals:
+            raise OSError(self.refusals[name], "refused")
+
+    def called(self) -> set[str]:
+        return {name for name, *_ in self.calls}
+
+    def __enter__(self) -> Kernel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.calls.append(("close",))
+
+    def get_api_version(self) -> int:
+        return 12
+
+    def get_supported_cpuid(self) -> list[Any]:
+        return []
+
+    def check_extension(self, cap: int) -> int:
+        return self.capabilities.get(cap, 0)
+
+    def create_vm(self, vm_type: int) -> Kernel:
+        self.call("create_vm", vm_type)
+        return self
+
+    def create_vcpu(self) -> Kernel:
+        self.call("create_vcpu")
+        return self
+
+    def ioctl(self, request: int, argument: Any) -> int:
+        if request not in self.ioctls:
+            raise OSError(errno.ENOTTY, "no such ioctl")
+        return 0
+
+    # what stands for files and slots
+    def ftruncate(self, size: int) -> None:
+        self.call("ftruncate", size)
+
+    def fileno(self) -> int:
+        raise AssertionError("nobody needs the number of a file that is not there")
+
+    def delete(self) -> None:
+        self.call("delete")
+
+
+@pytest.fixture
+def probed(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Probe a kernel."""
+
+    def run(kernel: Kernel) -> Report:
+        def standing_for(name: str, *arguments: Any) -> Kernel:
+            kernel.call(name, *arguments)
+            return kernel
+
+        def ask() -> int:
+            kernel.calls.append(("ask",))
+            return kernel.syscall
+
+        def pre_fault(vcpu: Kernel, gpa: int, size: int) -> int:
+            kernel.call("pre_fault", gpa, size)
+            return 0
+
+        replaced: dict[Any, dict[str, Any]] = {
+            checks: {"Kvm": lambda path: kernel},
+            restrictedmem: {
+                "ask_memfd_restricted": ask,
+                "RestrictedMem": lambda: standing_for("memfd_restricted"),
+                "set_user_memory_region_ext": lambda vm, *a: standing_for("private slot", *a),
+                "memory_encrypt_reg_region": lambda vm, *a: kernel.call("REG", *a),
+                "memory_encrypt_unreg_region": lambda vm, *a: kernel.call("UNREG", *a),
+            },
+            guest_memfd: {
+                "GuestMemfd": lambda vm, *a: standing_for("guest_memfd", *a),
+                "set_user_memory_region2": lambda vm, *a: standing_for("slot2", *a),
+                "set_memory_attributes": lambda vm, *a: kernel.call("attributes", *a),
+                "pre_fault_memory": pre_fault,
+            },
+        }
+        for module, names in replaced.items():
+            for name, value in names.items():
+                monkeypatch.setattr(module, name, value)
+        facts = dict(FACTS)
+        return Report(checks.run("/dev/kvm", facts), facts)
+
+    return run
+
+
+NO_MAINLINE = {"guest_memfd": errno.ENOTTY, "attributes": errno.ENOTTY}
+
+
+def status_of(found: Report) -> dict[str, str]:
+    return {check.name: check.status for check in found.checks}
+
+
+def test_v9_usable(probed: Any) -> None:
+    kernel = Kernel(errno.EINVAL, {v9.KVM_CAP_PRIVATE_MEM: 1}, NO_MAINLINE)
+    found = probed(kernel)
+    assert (found.verdict, found.exit_status) == ("v9 usable", 0)
+    calls = [call for call in kernel.calls if call[0] in ("private slot", "REG", "UNREG", "delete")]
+    assert [call[0] for call in calls] == ["private slot", "UNREG", "REG", "delete"]
+    slot, gpa, size, _, file, offset = calls[0][1:]
+    assert (slot, file) == (0, kernel)
+    assert offset > 0  # mistakes of unit show only away from 0
+    assert offset % 4096 == 0
+    # One page inside the slot, the same there and back.
+    assert calls[1][1:] == calls[2][1:] == (gpa, 4096)
+    assert size >= 4096
+
+
+def test_v9_refused(probed: Any) -> None:
+    refusals = NO_MAINLINE | {"private slot": errno.EINVAL}
+    kernel = Kernel(errno.EINVAL, {v9.KVM_CAP_PRIVATE_MEM: 1}, refusals)
+    found = probed(kernel)
+    assert (found.verdict, found.exit_status) == ("v9 advertised but refused", 1)
+    assert not {"REG", "UNREG"} & kernel.called()
+    check = next(check for check in found.checks if check.name == "v9/default/slot")
+    assert (check.status, check.result) == (FAIL, "EINVAL")
+    assert "hook" in check.hint
+
+
+@pytest.mark.parametrize("step", ["REG", "UNREG", "delete"])
+def test_v9_that_does_not_convert(probed: Any, step: str) -> None:
+    kernel = Kernel(errno.EINVAL, {v9.KVM_CAP_PRIVATE_MEM: 1}, NO_MAINLINE | {step: errno.ENOTTY})
+    found = probed(kernel)
+    assert found.verdict == "v9 advertised but refused"
+    check = next(check for check in found.checks if check.name == "v9/default/conversion")
+    assert (check.status, check.result) == (FAIL, "ENOTTY")
+    assert step in check.tried
+
+
+@pytest.mark.parametrize("capability", [0, 1])
+def test_v10(probed: Any, capability: int) -> None:
+    kernel = Kernel(
+        errno.EINVAL,
+        {v10.KVM_CAP_MEMORY_ATTRIBUTES: capability},
+        NO_MAINLINE,
+        ioctls=[v10.KVM_GET_SUPPORTED_MEMORY_ATTRIBUTES],
+    )
+    found = probed(kernel)
+    assert (found.verdict, found.exit_status) == ("v10 recognised", 1)
+    # REG_REGION has its SEV meaning in v10: the address would be the host's.
+    assert not {"private slot", "REG", "UNREG"} & kernel.called()
+
+
+@pytest.mark.parametrize("answer", [errno.EBADF, errno.ENOSYS, 0])
+def test_nothing_of_v9_is_called_on_another_kernel(probed: Any, answer: int) -> None:
+    """Not even where the number of its capability says something."""
+    kernel = Kernel(answer, {v9.KVM_CAP_PRIVATE_MEM: 1}, NO_MAINLINE)
+    found = probed(kernel)
+    assert "ask" in kernel.called()
+    assert not {"memfd_restricted", "private slot", "REG", "UNREG"} & kernel.called()
+    assert status_of(found)["v9/syscall"] == FAIL
+    assert status_of(found)["v9/file"] == SKIP
+    assert found.exit_status == 1
+
+
+def test_mainline_vm_types(probed: Any) -> None:
+    """Each type that is listed is made and tried; one that nobody knows yet as well."""
+    types = 1 << gmem.KVM_X86_SW_PROTECTED_VM | 1 << gmem.KVM_X86_SNP_VM | 1 << 9 | 1
+    capabilities = {gmem.KVM_CAP_VM_TYPES: types, gmem.KVM_CAP_PRE_FAULT_MEMORY: 1}
+    kernel = Kernel(errno.EBADF, capabilities)
+    found = probed(kernel)
+    status = status_of(found)
+    assert [call[1] for call in kernel.calls if call[0] == "create_vm"] == [0, 1, 4, 9]
+    for vm_type in ("default", "sw_protected", "snp", "type_9"):
+        assert status[f"guest_memfd/{vm_type}/conversion"] == PASS
+    assert (found.verdict, found.exit_status) == ("guest_memfd private", 0)
+    for vm_type in ("sev", "sev_es", "tdx"):
+        assert status[f"vm/{vm_type}"] == SKIP
+    # A vCPU is made only where that needs no launch.
+    assert [call[0] for call in kernel.calls].count("create_vcpu") == 2
+    assert (status["guest_memfd/default/pre_fault"], status["guest_memfd/snp/pre_fault"]) == (
+        PASS,
+        SKIP,
+    )
+    attributes = [call[1:] for call in kernel.calls if call[0] == "attributes"]
+    assert attributes[:2] == [(0x100000, 4096, 8), (0x100000, 4096, 0)]
+    slots = [call for call in kernel.calls if call[0] == "slot2"]
+    assert len(slots) == 4
+    assert all(call[6] == 4096 for call in slots)  # guest_memfd_offset
+
+
+def test_vm_type_that_can_not_be_made(probed: Any) -> None:
+    capabilities = {gmem.KVM_CAP_VM_TYPES: 1}
+    found = probed(Kernel(capabilities=capabilities, refusals={"create_vm": errno.EBUSY}))
+    assert (found.verdict, found.exit_status) == ("none", 3)
+    check = next(check for check in found.checks if check.name == "vm/default")
+    assert (check.status, check.result) == (FAIL, "EBUSY")
+    assert "another hypervisor" in check.hint
+
+
+def test_the_question_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """System call 451 gets flags that no kernel takes, and six arguments that are all set."""
+    asked: list[tuple[int, ...]] = []
+
+    def syscall(*arguments: int) -> int:
+        asked.append(arguments)
+        return -1
+
+    monkeypatch.setattr(libc, "_syscall", syscall)
+    restrictedmem.ask_memfd_restricted()
+    assert asked == [(451, 0xFFFFFFFF, 0, 0, 0, 0, 0)]
