@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn
 
 #: Ours, where a command has no better: usage, output that could not be written, Ctrl-C.
 EXIT_USAGE, EXIT_OUTPUT = 2, 3
 _SIGNALLED = 128
+_STDOUT = "standard output"
 
 #: command -> (module with add_arguments() and main(), one line of help)
 COMMANDS = {
@@ -38,12 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments[:1] == [name]:  # only the one that is asked for is imported
             import_module(module).add_arguments(command)
     parsed = parser.parse_args(arguments)
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:  # a terminal that can't show a character is no reason to fail
-            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     if sys.stdout is None:
         print("kvmpriv: standard output is closed", file=sys.stderr)
         return EXIT_OUTPUT
+    if argv is None:  # we are the process, and its output is ours
+        _prepare_output()
     try:
         status: int = import_module(COMMANDS[parsed.command][0]).main(parsed)
         sys.stdout.flush()
@@ -52,9 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         status = _SIGNALLED + 2
     except OSError as error:
-        if error.filename is not None or not _stdout_broken(error):
+        if error.filename != _STDOUT:
             raise
-        print(f"kvmpriv: standard output: {error.strerror}", file=sys.stderr)
+        print(f"kvmpriv: {_STDOUT}: {error.strerror}", file=sys.stderr)
         status = EXIT_OUTPUT
     else:
         return status
@@ -62,13 +63,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def _stdout_broken(error: OSError) -> bool:
-    """Whether writing to standard output is what failed: then it fails again."""
-    try:
-        sys.stdout.flush()
-    except OSError as again:
-        return again.errno == error.errno
-    return False
+class _Stdout(io.FileIO):
+    """File descriptor 1, whose errors say that it was the output that failed."""
+
+    def write(self, data: Any) -> int | None:  # type: ignore[override]
+        try:
+            return super().write(data)
+        except OSError as error:
+            error.filename = _STDOUT
+            raise
+
+
+def _prepare_output() -> None:
+    """A terminal that can't show a character is no reason to fail; a full disk is one to say so."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    raw = _Stdout(sys.stdout.fileno(), "w", closefd=False)
+    sys.stdout = io.TextIOWrapper(
+        io.BufferedWriter(raw),
+        encoding=sys.stdout.encoding,
+        errors="backslashreplace",
+        line_buffering=raw.isatty(),
+    )
 
 
 def _discard_stdout() -> None:
