@@ -1,0 +1,52 @@
+"""What the README says is so: its examples run, its output is what is printed."""
+
+from __future__ import annotations
+
+import errno
+import re
+import subprocess
+import sys
+
+import pytest
+
+import kvmpriv
+from conftest import ROOT, missing
+
+README = (ROOT / "README.md").read_text()
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_first_example(kvm: kvmpriv.Kvm, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(PYTHON[0], "README.md", "exec"), {})
+    expected = re.search(r"print\(vcpu.exit\(\)\)  # (.*)", PYTHON[0])
+    assert expected is not None
+    assert capsys.readouterr().out == expected[1] + "\n"
+
+
+def test_declare(vm: kvmpriv.Vm) -> None:
+    """A kernel without KVM_FOO says so; everything before that works."""
+    with pytest.raises(OSError, match=r"KVM_FOO\(gpa=0x1000, flags=1\)") as refusal:
+        exec(compile(PYTHON[1], "README.md", "exec"), {"kvmpriv": kvmpriv, "vm": vm})
+    assert refusal.value.errno == errno.ENOTTY
+    assert len(PYTHON) == 2
+
+
+def test_the_demos_output(kvm: kvmpriv.Kvm) -> None:
+    (shown,) = re.findall(r"```\n(guest_memfd shared only\n.*?)```", README, re.DOTALL)
+    demo = subprocess.run(
+        [ROOT / "scripts" / "demo"], capture_output=True, text=True, env={"PYTHON": sys.executable}
+    )
+    assert demo.returncode == 0, demo.stderr
+    lines = demo.stdout.splitlines()
+    if "guest_memfd shared only" not in lines:
+        missing("shared-only host", "the README shows one, this host is another")
+    wanted = [line for line in shown.splitlines() if line not in ("", "...")]
+    assert len(wanted) > 10
+    position = 0
+    for line in wanted:  # all of them, in this order
+        assert line in lines[position:]
+        position += lines[position:].index(line) + 1
+
+
+def test_its_length() -> None:
+    assert len(README.splitlines()) < 100, "at most a page and a half"
