@@ -1,3 +1,4 @@
+# ruff: noqa: S603 (running commands is what this is for)
 """What the kernel scripts need from the system: found, installed on Debian, or named."""
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import sys
 from pathlib import Path
 
 
-class Refused(Exception):
+class Refused(Exception):  # noqa: N818 (as SystemExit: it is how a run ends)
     """Something that the caller must mend: a paragraph of text and an exit code."""
 
     def __init__(self, code: int, text: str) -> None:
@@ -52,8 +53,8 @@ def cache_root() -> Path:
     """Where kernels and logs are kept: outside of any checkout."""
     if chosen := os.environ.get("KVMPRIV_CACHE"):
         return Path(chosen).absolute()
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base) / "kvmpriv" / "kernels"
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "kvmpriv" / "kernels"
 
 
 def say(text: str) -> None:
@@ -72,7 +73,7 @@ def absent(needs: dict[str, str]) -> dict[str, str]:
     return {
         what: package
         for what, package in needs.items()
-        if not (os.path.exists(what) if what[0] == "/" else shutil.which(what, path=path))
+        if not (Path(what).exists() if what[0] == "/" else shutil.which(what, path=path))
     }
 
 
@@ -104,7 +105,7 @@ def ensure(needs: dict[str, str]) -> None:
         )
     say(f"installing {listed}")
     # apt-get update waits for no lock, so that two of us must not run it at once.
-    with open("/run/lock/kvmpriv-apt", "w") as lock:
+    with Path("/run/lock/kvmpriv-apt").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         result = _apt("install", "--no-install-recommends", *packages)
         if result.returncode:  # no package lists yet, or stale ones

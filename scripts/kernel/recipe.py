@@ -1,3 +1,4 @@
+# ruff: noqa: S603 (running commands is what this is for)
 """How a kernel is made from a source, patches and a config.
 
 Every file of this folder that decides what comes out is part of the cache's key, this one
@@ -15,11 +16,14 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from packages import NO_SOURCE, Refused, die_with_parent, say
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 HERE = Path(__file__).resolve().parent
 USAGE, PATCH, CONFIG, COMPILE, SPACE = 2, 4, 5, 6, 7
@@ -146,7 +150,7 @@ class Maker:
         lines: list[str] = []
         started = shown = time.monotonic()
         with (
-            open(self.log, "a") as log,
+            self.log.open("a") as log,
             subprocess.Popen(
                 command,
                 cwd=self.tree,
@@ -156,7 +160,7 @@ class Maker:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                preexec_fn=die_with_parent,
+                preexec_fn=die_with_parent,  # noqa: PLW1509 (we have no threads)
             ) as child,
             contextlib.ExitStack() as guard,
         ):
