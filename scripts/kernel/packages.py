@@ -43,6 +43,7 @@ TOOLS = {
 DEB_TOOLS = {
     "dpkg-buildpackage": "dpkg-dev",
     "dh": "debhelper",
+    "fakeroot": "fakeroot",
     "kmod": "kmod",
     "cpio": "cpio",
     "/usr/include/openssl/evp.h": "libssl-dev",

@@ -240,20 +240,20 @@ class Maker:
     def configure(self) -> None:
         plan = self.plan
         wanted = "".join(fragment.read_text() for fragment in plan.fragments())
+        wanted += f'CONFIG_LOCALVERSION="-{plan.variant}"\n'
+        mine = options(wanted)
         if plan.config:
             # A distribution's config names signing keys that only the distribution has.
-            wanted += 'CONFIG_SYSTEM_TRUSTED_KEYS=""\nCONFIG_SYSTEM_REVOCATION_KEYS=""\n'
-            asked = options(wanted)
-            mine = {k: v for k, v in asked.items() if not k.startswith("CONFIG_SYSTEM_")}
-            (self.tree / ".config").write_text(plan.config.read_text() + wanted)
-            self.make("olddefconfig", code=CONFIG, what="make olddefconfig")
+            keys = 'CONFIG_SYSTEM_TRUSTED_KEYS=""\nCONFIG_SYSTEM_REVOCATION_KEYS=""\n'
+            ours = mine.keys() | options(keys).keys()
+            theirs = plan.config.read_text().splitlines(keepends=True)
+            kept = [line for line in theirs if not options(line).keys() & ours]
+            (self.tree / ".config").write_text("".join(kept) + keys + wanted)
         else:
-            wanted += f'CONFIG_LOCALVERSION="-{plan.variant}"\n'
-            mine = options(wanted)
             (self.work / "wanted.config").write_text(wanted)
             all_config = f"KCONFIG_ALLCONFIG={self.work / 'wanted.config'}"
             self.make(all_config, "allnoconfig", code=CONFIG, what="make allnoconfig")
-            self.make("olddefconfig", code=CONFIG, what="make olddefconfig")
+        self.make("olddefconfig", code=CONFIG, what="make olddefconfig")
         if gone := lost(mine, options((self.tree / ".config").read_text())):
             raise Refused(
                 CONFIG, "options that were asked for did not survive Kconfig: " + ", ".join(gone)
@@ -263,7 +263,10 @@ class Maker:
         count = len([v for v in options((self.tree / ".config").read_text()).values() if v == "y"])
         say(f"compiling {self.plan.variant}: {count} options, {self.jobs} jobs")
         if self.plan.deb:
-            self.make("bindeb-pkg", code=COMPILE, what="make bindeb-pkg", show=True)
+            # What Build-Depends asks for, ensure() has seen to; -d keeps dpkg from asking again.
+            self.make(
+                "bindeb-pkg", "DPKG_FLAGS=-d", code=COMPILE, what="make bindeb-pkg", show=True
+            )
         self.make("bzImage", code=COMPILE, what="make bzImage", show=True)
         headers = f"INSTALL_HDR_PATH={self.out / 'headers'}"
         self.make("headers_install", headers, code=COMPILE, what="make headers_install")

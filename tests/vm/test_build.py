@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts" / "kernel"
 sys.path.insert(0, str(SCRIPTS))
 
-from packages import TOOLS, Refused, absent  # noqa: E402
+from packages import DEB_TOOLS, TOOLS, Refused, absent  # noqa: E402
 from recipe import Plan, lost, options  # noqa: E402
 
 Build = Callable[..., subprocess.CompletedProcess[str]]
@@ -33,6 +33,8 @@ mrproper:
 allnoconfig:
 \tgrep -v DROPPED $(KCONFIG_ALLCONFIG) > .config
 olddefconfig:
+bindeb-pkg:
+	echo packaged > ../linux-image-6.1.0-fake_1_amd64.deb
 bzImage:
 \t@if [ -e slow ]; then echo compiling; sleep 60; fi
 \t@if grep -q broken body; then echo "body:1: error: it is broken"; exit 1; fi
@@ -183,6 +185,29 @@ def test_option_that_did_not_survive_is_an_error(build: Build, scripts: Path) ->
     result = build()
     assert result.returncode == 5
     assert "CONFIG_DROPPED=y (now n)" in result.stderr
+
+
+def test_config_of_ones_own_is_completed_and_packaged(
+    build: Build, scripts: Path, tmp_path: Path
+) -> None:
+    if missing := absent(DEB_TOOLS):
+        pytest.skip(f"no {', '.join(missing)}")
+    own = tmp_path / "own.config"
+    own.write_text(
+        'CONFIG_OWN=m\n# CONFIG_RESTRICTEDMEM is not set\nCONFIG_SYSTEM_TRUSTED_KEYS="a"\n'
+    )
+    result = build("restrictedmem", "--config", str(own), "--deb")
+    image = image_of(result)
+    made = (image.parent / "config").read_text()
+    assert options(made)["CONFIG_OWN"] == "m"
+    assert made.count("CONFIG_RESTRICTEDMEM") == 1
+    assert options(made)["CONFIG_RESTRICTEDMEM"] == "y"
+    assert options(made)["CONFIG_SYSTEM_TRUSTED_KEYS"] == '""'
+    assert "CONFIG_KVM_AMD" not in made  # nothing of our small config
+    package = image.parent / "linux-image-6.1.0-fake_1_amd64.deb"
+    assert package.read_text() == "packaged\n"
+    assert f"apt-get install {package}" in result.stderr
+    assert "untried" in result.stderr
 
 
 def test_compile_error_is_shown_and_nothing_is_cached(build: Build, tree: Path) -> None:
