@@ -1,0 +1,125 @@
+# ruff: noqa: S603 (running commands is what this is for)
+"""What the kernel scripts need from the system: found, installed on Debian, or named."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+
+class Refused(Exception):  # noqa: N818 (as SystemExit: it is how a run ends)
+    """Something that the caller must mend: a paragraph of text and an exit code."""
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+MISSING = 2
+NO_SOURCE = 3
+
+QEMU = {"qemu-system-x86_64": "qemu-system-x86"}
+TOOLS = {
+    "gcc": "gcc",
+    "make": "make",
+    "ld": "binutils",
+    "flex": "flex",
+    "bison": "bison",
+    "bc": "bc",
+    "perl": "perl",
+    "patch": "patch",
+    "rsync": "rsync",
+    "xz": "xz-utils",
+    "tar": "tar",
+    "/usr/include/libelf.h": "libelf-dev",
+    "/usr/include/stdio.h": "libc6-dev",
+}
+DEB_TOOLS = {
+    "dpkg-buildpackage": "dpkg-dev",
+    "dh": "debhelper",
+    "fakeroot": "fakeroot",
+    "kmod": "kmod",
+    "cpio": "cpio",
+    "/usr/include/openssl/evp.h": "libssl-dev",
+}
+
+
+def cache_root() -> Path:
+    """Where kernels and logs are kept: outside of any checkout."""
+    if chosen := os.environ.get("KVMPRIV_CACHE"):
+        return Path(chosen).absolute()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "kvmpriv" / "kernels"
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def die_with_parent() -> None:
+    """For a child, before exec: it goes when we go, however we go."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def absent(needs: dict[str, str]) -> dict[str, str]:
+    """Those of `needs` (a command or an absolute path: its package) that are not there."""
+    # Daemons and switch_root live in sbin, which an ordinary user's PATH leaves out.
+    path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+    return {
+        what: package
+        for what, package in needs.items()
+        if not (Path(what).exists() if what[0] == "/" else shutil.which(what, path=path))
+    }
+
+
+def _apt(*arguments: str) -> subprocess.CompletedProcess[str]:
+    # Another apt-get may hold dpkg's lock for a while: wait for it.
+    command = ["apt-get", "-q", "-y", "-o", "DPkg::Lock::Timeout=900", *arguments]
+    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C"}
+    return subprocess.run(
+        command,
+        check=False,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def ensure(needs: dict[str, str]) -> None:
+    """Have all of `needs`: as root on Debian by installing what is missing, and only that."""
+    if not (lacking := absent(needs)):
+        return
+    packages = sorted(set(lacking.values()))
+    listed = " ".join(packages)
+    if os.geteuid() != 0 or not shutil.which("apt-get"):
+        raise Refused(
+            MISSING,
+            f"missing: {', '.join(sorted(lacking))}. They come with these packages: {listed}. "
+            f"On Debian, as root: apt-get install {listed}",
+        )
+    say(f"installing {listed}")
+    # apt-get update waits for no lock, so that two of us must not run it at once.
+    with Path("/run/lock/kvmpriv-apt").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = _apt("install", "--no-install-recommends", *packages)
+        if result.returncode:  # no package lists yet, or stale ones
+            update = _apt("update")
+            result = _apt("install", "--no-install-recommends", *packages)
+            if result.returncode and update.stdout:
+                result.stdout = update.stdout + result.stdout
+    if result.returncode or absent(needs):
+        notes = [line for line in result.stdout.splitlines() if line.startswith(("E:", "Err:"))]
+        if "No space left" in result.stdout or "not have enough free space" in result.stdout:
+            cause = "there is no space left for them"
+        elif any(word in result.stdout for word in ("resolv", "Could not connect", "Err:")):
+            cause = "the network or the package mirror could not be reached"
+        else:
+            cause = "apt-get refused"
+        raise Refused(NO_SOURCE, f"could not install {listed}: {cause}.\n" + "\n".join(notes[:6]))

@@ -1,0 +1,354 @@
+"""scripts/kernel/build on a tree that only looks like Linux, so that every path takes seconds."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts" / "kernel"
+sys.path.insert(0, str(SCRIPTS))
+
+from packages import DEB_TOOLS, TOOLS, Refused, absent  # noqa: E402
+from recipe import Plan, lost, options  # noqa: E402
+
+Build = Callable[..., subprocess.CompletedProcess[str]]
+
+MAKEFILE = """\
+mrproper:
+allnoconfig:
+\tgrep -v DROPPED $(KCONFIG_ALLCONFIG) > .config
+olddefconfig:
+bindeb-pkg:
+	echo packaged > ../linux-image-6.1.0-fake_1_amd64.deb
+bzImage:
+\t@if [ -e slow ]; then echo compiling; sleep 60; fi
+\t@if grep -q broken body; then echo "body:1: error: it is broken"; exit 1; fi
+\tmkdir -p arch/x86/boot include/config
+\tcp body arch/x86/boot/bzImage; cp body vmlinux; cp body System.map
+\techo 6.1.0-fake > include/config/kernel.release
+headers_install:
+\tmkdir -p $(INSTALL_HDR_PATH)/include
+"""
+PATCH = """\
+--- a/body
++++ b/body
+@@ -1,3 +1,3 @@
+ one
+-two
++TWO
+ three
+@@ -8,3 +8,3 @@
+ eight
+-nine
++NINE
+ ten
+"""
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """Something with a Kbuild and a Makefile that has the targets a build calls."""
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    (tree / "Kbuild").touch()
+    (tree / "Makefile").write_text(MAKEFILE)
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    (tree / "body").write_text("\n".join(words) + "\n")
+    return tree
+
+
+@pytest.fixture
+def scripts(tmp_path: Path) -> Path:
+    """A copy of the scripts with a series of one patch."""
+    if missing := absent(TOOLS):
+        pytest.skip(f"no {', '.join(missing)}")
+    copy = tmp_path / "kernel"
+    shutil.copytree(SCRIPTS, copy, ignore=shutil.ignore_patterns("restrictedmem", "__pycache__"))
+    for folder in ("abi", "mend"):
+        (copy / "restrictedmem" / folder).mkdir(parents=True)
+    (copy / "restrictedmem" / "abi" / "0001-shout.patch").write_text(PATCH)
+    return copy
+
+
+@pytest.fixture
+def build(scripts: Path, tree: Path, tmp_path: Path) -> Build:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command(scripts, tree, *arguments),
+            env=environment(tmp_path),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run
+
+
+def command(scripts: Path, tree: Path, *arguments: str) -> list[str]:
+    words = arguments or ("restrictedmem",)
+    return [sys.executable, str(scripts / "build"), *words, "--source", str(tree)]
+
+
+def environment(tmp_path: Path) -> dict[str, str]:
+    return os.environ | {"KVMPRIV_CACHE": str(tmp_path / "cache")}
+
+
+def image_of(result: subprocess.CompletedProcess[str]) -> Path:
+    assert result.returncode == 0, result.stderr
+    return Path(result.stdout.splitlines()[-1])
+
+
+def load(name: str, path: Path) -> ModuleType:
+    loader = importlib.machinery.SourceFileLoader(name, str(path))
+    spec = importlib.util.spec_from_loader(name, loader)
+    assert spec
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+def test_build_publishes_and_finds_again(build: Build, tmp_path: Path) -> None:
+    first = build()
+    image = image_of(first)
+    assert first.stdout == f"{image}\n"
+    assert "TWO" in image.read_text()  # the patch is in it
+    assert {path.name for path in image.parent.iterdir()} == {
+        *("bzImage", "vmlinux", "System.map", "config", "headers", "release"),
+        *("build.log", "build.json"),
+    }
+    record = json.loads((image.parent / "build.json").read_text())
+    assert record["patches"] == ["0001-shout.patch"]
+    assert 'CONFIG_LOCALVERSION="-restrictedmem"' in (image.parent / "config").read_text()
+    made = image.stat().st_mtime_ns
+    second = build()
+    assert image_of(second) == image
+    assert image.stat().st_mtime_ns == made
+    assert second.stderr == ""
+    assert not list((tmp_path / "cache").glob("*.building"))
+
+
+def test_edited_patch_and_edited_tree_build_anew(build: Build, scripts: Path, tree: Path) -> None:
+    first = image_of(build())
+    patch = scripts / "restrictedmem" / "abi" / "0001-shout.patch"
+    patch.write_text(PATCH.replace("+NINE", "+NeuN"))
+    second = image_of(build())
+    assert second != first
+    assert "NeuN" in second.read_text()
+    with (tree / "body").open("a") as body:
+        body.write("eleven\n")
+    third = image_of(build())
+    assert third not in (first, second)
+    assert "eleven" in third.read_text()
+
+
+def test_patch_that_no_longer_applies_names_patch_and_hunk(build: Build, tree: Path) -> None:
+    body = tree / "body"
+    body.write_text(body.read_text().replace("nine", "9"))
+    result = build()
+    assert result.returncode == 4
+    assert "abi/0001-shout.patch does not apply" in result.stderr
+    assert "hunk #2 of body (line 8)" in result.stderr
+    assert "hunk #1" not in result.stderr
+    assert "+NINE" in result.stderr  # the hunk itself is shown
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+def test_literal_leaves_out_what_mends(build: Build, scripts: Path) -> None:
+    mend = PATCH.replace("two", "TWO").replace("+TWO", "+2").split("@@ -8")[0]
+    (scripts / "restrictedmem" / "mend" / "0001-mend.patch").write_text(mend)
+    mended = image_of(build())
+    literal = image_of(build("restrictedmem", "--literal"))
+    assert mended.read_text().split()[1] == "2"
+    assert literal.read_text().split()[1] == "TWO"
+    assert literal.parent.name.startswith("restrictedmem-literal.")
+
+
+def test_option_that_did_not_survive_is_an_error(build: Build, scripts: Path) -> None:
+    with (scripts / "base.config").open("a") as config:
+        config.write("CONFIG_DROPPED=y\n")
+    result = build()
+    assert result.returncode == 5
+    assert "CONFIG_DROPPED=y (now n)" in result.stderr
+
+
+def test_config_of_ones_own_is_completed_and_packaged(
+    build: Build, scripts: Path, tmp_path: Path
+) -> None:
+    if missing := absent(DEB_TOOLS):
+        pytest.skip(f"no {', '.join(missing)}")
+    own = tmp_path / "own.config"
+    own.write_text(
+        'CONFIG_OWN=m\n# CONFIG_RESTRICTEDMEM is not set\nCONFIG_SYSTEM_TRUSTED_KEYS="a"\n'
+    )
+    result = build("restrictedmem", "--config", str(own), "--deb")
+    image = image_of(result)
+    made = (image.parent / "config").read_text()
+    assert options(made)["CONFIG_OWN"] == "m"
+    assert made.count("CONFIG_RESTRICTEDMEM") == 1
+    assert options(made)["CONFIG_RESTRICTEDMEM"] == "y"
+    assert options(made)["CONFIG_SYSTEM_TRUSTED_KEYS"] == '""'
+    assert "CONFIG_KVM_AMD" not in made  # nothing of our small config
+    package = image.parent / "linux-image-6.1.0-fake_1_amd64.deb"
+    assert package.read_text() == "packaged\n"
+    assert f"apt-get install {package}" in result.stderr
+    assert "untried" in result.stderr
+
+
+def test_compile_error_is_shown_and_nothing_is_cached(build: Build, tree: Path) -> None:
+    with (tree / "body").open("a") as body:
+        body.write("broken\n")
+    result = build()
+    assert result.returncode == 6
+    assert "it is broken" in result.stderr
+    assert result.stderr.count("\n") < 12
+    (log,) = (line for line in result.stderr.splitlines() if line.startswith("The whole log: "))
+    assert "it is broken" in Path(log.removeprefix("The whole log: ")).read_text()
+    assert build().returncode == 6
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_next_call_recovers_from_a_cut_off_build(
+    build: Build, scripts: Path, tree: Path, tmp_path: Path, how: signal.Signals
+) -> None:
+    (tree / "slow").touch()
+    with subprocess.Popen(
+        command(scripts, tree), env=environment(tmp_path), stderr=subprocess.PIPE, text=True
+    ) as first:
+        assert first.stderr
+        wait_for(first.stderr, "compiling")
+        scratch = list((tmp_path / "cache").glob("*.building"))
+        assert len(scratch) == 1
+        first.send_signal(how)
+        assert first.wait(10) == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[how]
+    (tree / "slow").unlink()
+    assert "TWO" in image_of(build()).read_text()
+    assert not list((tmp_path / "cache").glob("*.building"))
+
+
+def test_second_of_two_builds_waits_and_says_so(scripts: Path, tree: Path, tmp_path: Path) -> None:
+    makefile = tree / "Makefile"
+    makefile.write_text(makefile.read_text().replace("sleep 60", "sleep 3"))
+    (tree / "slow").touch()
+    start = {"env": environment(tmp_path), "text": True}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    first = subprocess.Popen(command(scripts, tree), **start, **pipes)  # type: ignore[call-overload]
+    wait_for(first.stderr, "compiling")
+    second = subprocess.Popen(command(scripts, tree), **start, **pipes)  # type: ignore[call-overload]
+    out1, _ = first.communicate(timeout=30)
+    out2, err2 = second.communicate(timeout=30)
+    assert (first.returncode, second.returncode) == (0, 0)
+    assert out1 == out2
+    assert f"waiting: process {first.pid} is building" in err2
+    assert "compiling" not in err2
+
+
+def wait_for(stream: object, word: str) -> None:
+    until = time.monotonic() + 20
+    while time.monotonic() < until:
+        if word in stream.readline():  # type: ignore[attr-defined]
+            return
+    raise AssertionError(f"never said {word!r}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["bogus"], "unknown kernel 'bogus': there are restrictedmem and guest_memfd"),
+        (["guest_memfd", "--literal"], "only restrictedmem has any"),
+        (["guest_memfd", "--config", "/nonexistent"], "there is no /nonexistent"),
+        ([], "required: NAME"),
+    ],
+)
+def test_usage(arguments: list[str], words: str) -> None:
+    result = subprocess.run(
+        [sys.executable, str(SCRIPTS / "build"), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (result.returncode, result.stdout) == (2, "")
+    assert words in result.stderr
+
+
+def test_source_that_is_no_tree(build: Build, tree: Path) -> None:
+    (tree / "Kbuild").unlink()
+    result = build()
+    assert result.returncode == 3
+    assert "is not a Linux source tree" in result.stderr
+
+
+def test_without_tools_what_is_missing_is_listed(tmp_path: Path, tree: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    result = subprocess.run(
+        command(SCRIPTS, tree, "guest_memfd"),
+        env={"PATH": str(empty), "KVMPRIV_CACHE": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert "missing: " in result.stderr
+    assert "gcc" in result.stderr
+    assert "apt-get install" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_no_space(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tree: Path) -> None:
+    module = load("kernel_build", SCRIPTS / "build")
+    monkeypatch.setenv("KVMPRIV_CACHE", str(tmp_path / "cache"))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2**30))
+    with pytest.raises(Refused, match=r"needs 3\.5 GiB in .*, which has 1\.0") as refused:
+        module.find_or_build(Plan("guest_memfd", source=tree))
+    assert refused.value.code == 7
+
+
+def test_key_follows_what_decides(
+    scripts: Path, tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def key(**more: bool) -> str:
+        return Plan("restrictedmem", source=tree, here=scripts, **more).key()  # type: ignore[arg-type]
+
+    seen = [key()]
+    assert key() == seen[0]
+    seen += [key(debug=True), key(literal=True)]
+    with (scripts / "base.config").open("a") as config:
+        config.write("# a word\n")
+    seen.append(key())
+    (scripts / "restrictedmem" / "mend" / "0001-x.patch").write_text("")
+    seen.append(key())
+    compiler = scripts / "other-cc"
+    compiler.write_text("#!/bin/sh\necho other 1.0\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    seen.append(key())
+    assert len(set(seen)) == len(seen) == 6
+
+
+def test_lost_options() -> None:
+    asked = options("CONFIG_A=y\nCONFIG_B=n\n# CONFIG_C is not set\nCONFIG_D=17\n# words\n")
+    assert asked == {"CONFIG_A": "y", "CONFIG_B": "n", "CONFIG_C": "n", "CONFIG_D": "17"}
+    assert lost(asked, asked) == []
+    assert lost(asked, {"CONFIG_A": "y", "CONFIG_D": "17"}) == []
+    assert lost(asked, {"CONFIG_A": "m", "CONFIG_C": "y"}) == [
+        "CONFIG_A=y (now m)",
+        "CONFIG_C=n (now y)",
+        "CONFIG_D=17 (now n)",
+    ]
