@@ -25,7 +25,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import median, quantiles
 from time import perf_counter_ns
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import guest
 from kvmpriv import Kvm, Vcpu
@@ -34,6 +34,7 @@ from kvmpriv.cdefs import kvm as cdefs
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+T = TypeVar("T")
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 #: What kvmpriv stands on: a process that imports it and does nothing.
@@ -259,18 +260,16 @@ class Bench:
 
     def probe_process(self) -> Iterator[Result]:
         need_probe()
-        pairs = self._processes(PROBE, BASE, 40)
-        yield Result("probe_process", "ms", pairs, Limit("ratio", 2.5))
+        yield self._processes("probe_process", PROBE, BASE, Limit("ratio", 2.5))
 
     def import_(self) -> Iterator[Result]:
-        pairs = self._processes((sys.executable, "-c", "import kvmpriv"), BASE, 40)
-        yield Result("import", "ms", pairs, Limit("over", 40))
+        ours = (sys.executable, "-c", "import kvmpriv")
+        yield self._processes("import", ours, BASE, Limit("over", 40))
 
     def first_exit(self) -> Iterator[Result]:
         need_probe()
         ours = (sys.executable, str(HERE / "guest.py"))
-        pairs = self._processes(ours, PROBE, 40, first_output=True)
-        yield Result("first_exit", "ms", pairs, Limit("ratio", 1.5))
+        yield self._processes("first_exit", ours, PROBE, Limit("ratio", 1.5), "first")
 
     def probe_memory(self) -> Iterator[Result]:
         need_probe()
@@ -284,23 +283,29 @@ class Bench:
 
     def _processes(
         self,
+        name: str,
         ours: tuple[str, ...],
         theirs: tuple[str, ...],
-        n: int,
-        first_output: bool = False,
-    ) -> list[tuple[float, float]]:
-        """Milliseconds from start to end; of ours to its first output, if so wished."""
+        limit: Limit,
+        until: str = "end",
+    ) -> Result:
+        """Milliseconds from start to end, or of ours to its first output."""
         with Twin(self._twin, "spawn") as twin:
-            return alternate(
-                lambda: getattr(spawn(twin, ours), "first" if first_output else "end"),
-                lambda: spawn(twin, theirs).end,
-                self.count(n),
+            spawned = alternate(
+                lambda: spawn(twin, ours), lambda: spawn(twin, theirs), self.count(40)
             )
+        # What a busy machine changes less.
+        cpu = Result("", "ms", [(mine.cpu, other.cpu) for mine, other in spawned])
+        note = f"CPU time {cpu.ours:.1f}, {cpu.theirs:.1f} ms to the end: {cpu.ratio:.2f}×"
+        note += f", {cpu.over:+.1f} ms"
+        pairs = [(getattr(mine, until), other.end) for mine, other in spawned]
+        return Result(name, "ms", pairs, limit, note)
 
 
 class Spawned(NamedTuple):
     first: float  # ms until it wrote something
     end: float  # ms
+    cpu: float  # ms
     resident: float  # MiB
 
 
@@ -309,12 +314,12 @@ def spawn(twin: Twin, command: tuple[str, ...]) -> Spawned:
     answer = twin.ask("\t".join(command))
     if not answer:
         raise Skipped(f"could not start {command[0]}")
-    first, end, resident, status = answer
+    first, end, cpu, resident, status = answer
     code = os.waitstatus_to_exitcode(status)
     # Python ends with 1 as well when it fails, but then nothing has been printed.
     if code != 0 and not (command == PROBE and code == 1 and first):
         raise Skipped(f"`{' '.join(command[1:])}` ended with status {code}")
-    return Spawned(first / MS, end / MS, resident / 1024)
+    return Spawned(first / MS, end / MS, cpu / MS, resident / 1024)
 
 
 def need_probe() -> None:
@@ -354,9 +359,7 @@ def judge_exits(result: Result) -> Result:
     return result._replace(limit=Limit("over", allowed), note=note)
 
 
-def alternate(
-    ours: Callable[[], float], theirs: Callable[[], float], n: int
-) -> list[tuple[float, float]]:
+def alternate(ours: Callable[[], T], theirs: Callable[[], T], n: int) -> list[tuple[T, T]]:
     """n pairs, after one of each to warm up; every other pair begins with theirs."""
     ours(), theirs()
     pairs = []
