@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -66,10 +67,9 @@ def main(arguments: argparse.Namespace) -> int:
             and os.environ.get("TERM") != "dumb"
         )
         sys.stdout.write(report.text(found, colour=colour))
-    if found.exit_status == COULD_NOT_PROBE:
-        failed = next(check for check in found.checks if check.status == FAIL)
-        sys.stderr.write(
-            f"kvmpriv probe: could not probe: {failed.tried}: {failed.result}"
-            f"{f' ({failed.hint})' if failed.hint else ''}\n"
-        )
+    if found.exit_status == COULD_NOT_PROBE and sys.stderr is not None:
+        failed = next(check for check in found.checks if check.status == FAIL and check.tried)
+        why = f"{failed.tried}: {failed.result}{f' ({failed.hint})' if failed.hint else ''}"
+        sys.stderr.write(f"kvmpriv probe: could not probe: {report.plain(why)}\n")
+    gc.freeze()  # Python's last collection, at its exit, need not look through all of this
     return found.exit_status

@@ -176,7 +176,7 @@ def _check_syscall(out: _Recorder) -> None:
         out.add(name, PASS, "EINVAL, as it must", tried=tried)
     elif errno == _errno.EBADF:
         out.add(name, FAIL, "EBADF, so 451 is cachestat(2)", tried=tried, hint=_V9_KERNEL)
-    elif errno < 0 or errno in (_errno.EPERM, _errno.EACCES) or filtered:
+    elif filtered or errno in (_errno.EPERM, _errno.EACCES):
         answer = f"killed by {signal.Signals(-errno).name}" if errno < 0 else _name(errno)
         hint = _host.refusal_hint(_errno.EPERM, out.host, "system call 451")
         out.add(name, SKIP, f"{answer}, undecided", tried=tried, hint=hint)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from .records import Check, Report
 
-__all__ = ["text"]
+__all__ = ["plain", "text"]
 
 _HEADINGS = {
     "kvm": "KVM",
@@ -58,16 +58,16 @@ def text(report: Report, *, colour: bool = False) -> str:
             indent = "    "
         title = _TITLES.get(parts[-1], parts[-1])
         badge = paint(_COLOURS[check.status], f"[ {check.status} ]")
-        lines.append(f"{indent}{badge} {title:{_STEP - len(indent)}} {_plain(_finding(check))}")
+        lines.append(f"{indent}{badge} {title:{_STEP - len(indent)}} {plain(_finding(check))}")
         if check.hint and check.status != PASS:
             pad = " " * (len("  [ PASS ] ") + _STEP - 1)
-            lines.append(paint(_DIM, f"{pad}hint: {_plain(check.hint)}"))
+            lines.append(paint(_DIM, f"{pad}hint: {plain(check.hint)}"))
     lines += ["", paint(_BOLD, "Host")]
-    lines += [f"  {name:{_STEP + 7}} {_plain(value)}" for name, value in _facts(report)]
+    lines += [f"  {name:{_STEP + 7}} {plain(value)}" for name, value in _facts(report)]
     return "\n".join(lines) + "\n"
 
 
-def _plain(words: str) -> str:
+def plain(words: str) -> str:
     """ASCII that no terminal or locale stumbles over; what others named may hold anything."""
     return "".join(char if " " <= char <= "~" else ascii(char)[1:-1] for char in words)
 

@@ -148,6 +148,7 @@ def test_v9_usable(probed: Any) -> None:
     # One page inside the slot, the same there and back.
     assert calls[1][1:] == calls[2][1:] == (gpa, 4096)
     assert size >= 4096
+    assert kernel.calls.count(("close",)) == 3  # the file, the VM, the device
 
 
 def test_v9_refused(probed: Any) -> None:
