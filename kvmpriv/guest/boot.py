@@ -22,7 +22,16 @@ if TYPE_CHECKING:
     from ..memory import HostMemory
     from ..vcpu import Vcpu
 
-__all__ = ["CRASH_PORT", "Exception_", "load", "read_exception"]
+__all__ = [
+    "CRASH_PORT",
+    "Exception_",
+    "load",
+    "read_exception",
+    "read_long_exception",
+    "start_long_mode",
+    "write_handlers",
+    "write_segments",
+]
 
 #: The exception handlers write here; what they say is on the stack.
 CRASH_PORT = 0xF5
@@ -34,6 +43,7 @@ _REAL_HANDLERS, _REAL_ARGUMENTS, _REAL_STACK = 0x400, 0x800, 0xFFF0
 _PRESENT_WRITABLE, _LARGE = 0x3, 0x80
 _CODE64, _DATA = 0x00209B0000000000, 0x0000930000000000  # GDT descriptors
 _CODE_SELECTOR, _DATA_SELECTOR, _TSS_SELECTOR = 0x08, 0x10, 0x18
+_TSS = 0x800  # behind the GDT, in its page
 _CR0_PE, _CR0_NE, _CR0_MP, _CR0_PG = 1 << 0, 1 << 5, 1 << 1, 1 << 31
 _CR4_PAE, _CR4_OSFXSR, _CR4_OSXMMEXCPT = 1 << 5, 1 << 9, 1 << 10
 _EFER_LME, _EFER_LMA = 1 << 8, 1 << 10
@@ -54,15 +64,11 @@ class Exception_(NamedTuple):
 class _LongLayout(NamedTuple):
     """Where the boot structures of long mode are."""
 
-    base: int  # GDT at its start, TSS in its second half
+    base: int  # the GDT and the TSS
     idt: int
     handlers: int
     exception_stack: int  # its end
     pml4: int
-
-    @property
-    def tss(self) -> int:
-        return self.base + 0x800
 
 
 def _long_layout(memory_size: int) -> _LongLayout:
@@ -143,22 +149,12 @@ def _load_long(image: Image, memory: HostMemory, vcpu: Vcpu, arguments: tuple[by
             f" it takes {memory.size - layout.base + PAGE_SIZE:#x} and the image"
         )
     _place(image, memory, 0, stack)
-    _write_tables(memory, layout)
+    write_segments(memory, layout.base, layout.exception_stack)
+    write_handlers(memory, layout.idt, layout.handlers)
+    _write_page_tables(memory, layout.pml4)
     argv = _write_arguments(memory, stack, arguments)
 
-    sregs = vcpu.get_sregs()
-    sregs.cr3 = layout.pml4
-    sregs.cr0 = _CR0_PE | _CR0_MP | _CR0_NE | _CR0_PG
-    sregs.cr4 = _CR4_PAE | _CR4_OSFXSR | _CR4_OSXMMEXCPT
-    sregs.efer = _EFER_LME | _EFER_LMA
-    for name in ("cs", "ds", "es", "fs", "gs", "ss"):
-        _set_segment(getattr(sregs, name), is_code=name == "cs")
-    task = sregs.tr
-    task.base, task.limit, task.selector = layout.tss, 0x67, _TSS_SELECTOR
-    task.type, task.present, task.s, task.g, task.unusable = 11, 1, 0, 0, 0  # a busy TSS
-    sregs.gdt.base, sregs.gdt.limit = layout.base, 0x27
-    sregs.idt.base, sregs.idt.limit = layout.idt, 0xFFF
-    vcpu.set_sregs(sregs)
+    start_long_mode(vcpu, cr3=layout.pml4, gdt=layout.base, idt=layout.idt)
     regs = vcpu.get_regs()
     regs.rip, regs.rsp, regs.rflags = image.entry, stack, _RFLAGS_FIXED
     regs.rdi, regs.rsi, regs.rdx = len(arguments), argv, memory.size
@@ -183,17 +179,24 @@ def _set_segment(segment: object, *, is_code: bool) -> None:
         setattr(segment, name, value)
 
 
-def _write_tables(memory: HostMemory, layout: _LongLayout) -> None:
-    tss = layout.tss
-    tss_low = 0x67 | (tss & 0xFFFFFF) << 16 | 0x8B << 40 | (tss >> 24 & 0xFF) << 56
-    memory.write(layout.base, struct.pack("<5Q", 0, _CODE64, _DATA, tss_low, tss >> 32))
-    # In the TSS: the stack that interrupt gates with IST 1 take, 0x24 bytes in.
-    memory.write(tss, bytes(0x24) + struct.pack("<Q", layout.exception_stack) + bytes(0x3C))
+def write_segments(memory: HostMemory, base: int, exception_stack: int) -> None:
+    """A GDT at `base` and a TSS in the second half of its page; `exception_stack` is IST 1.
 
-    gates, handlers = [], []
-    common = layout.handlers + 5 * 256
+    Like all addresses here these are offsets into `memory`, mapped one to one.
+    """
+    tss = base + _TSS
+    tss_low = 0x67 | (tss & 0xFFFFFF) << 16 | 0x8B << 40 | (tss >> 24 & 0xFF) << 56
+    memory.write(base, struct.pack("<5Q", 0, _CODE64, _DATA, tss_low, tss >> 32))
+    # In the TSS: the stack that interrupt gates with IST 1 take, 0x24 bytes in.
+    memory.write(tss, bytes(0x24) + struct.pack("<Q", exception_stack) + bytes(0x3C))
+
+
+def write_handlers(memory: HostMemory, idt: int, handlers: int) -> None:
+    """An IDT whose handlers report to CRASH_PORT: a page, and 1.3 KiB at `handlers`."""
+    gates, code = [], []
+    common = handlers + 5 * 256
     for vector in range(256):
-        handler = layout.handlers + 5 * vector
+        handler = handlers + 5 * vector
         gates.append(
             struct.pack(
                 "<HHBBHII",
@@ -206,14 +209,34 @@ def _write_tables(memory: HostMemory, layout: _LongLayout) -> None:
                 0,
             )
         )
-        handlers.append(b"\xe8" + struct.pack("<i", common - (handler + 5)))
-    memory.write(layout.idt, b"".join(gates))
-    memory.write(layout.handlers, b"".join(handlers) + bytes((0xE6, CRASH_PORT, 0xF4)))
+        # Handler n calls the common part, which so finds on the stack who called.
+        code.append(b"\xe8" + struct.pack("<i", common - (handler + 5)))
+    memory.write(idt, b"".join(gates))
+    memory.write(handlers, b"".join(code) + bytes((0xE6, CRASH_PORT, 0xF4)))  # out; hlt
 
+
+def start_long_mode(vcpu: Vcpu, *, cr3: int, gdt: int, idt: int) -> None:
+    """Long mode, paging on, interrupts off, with what the two functions above have written."""
+    sregs = vcpu.get_sregs()
+    sregs.cr3 = cr3
+    sregs.cr0 = _CR0_PE | _CR0_MP | _CR0_NE | _CR0_PG
+    sregs.cr4 = _CR4_PAE | _CR4_OSFXSR | _CR4_OSXMMEXCPT
+    sregs.efer = _EFER_LME | _EFER_LMA
+    for name in ("cs", "ds", "es", "fs", "gs", "ss"):
+        _set_segment(getattr(sregs, name), is_code=name == "cs")
+    task = sregs.tr
+    task.base, task.limit, task.selector = gdt + _TSS, 0x67, _TSS_SELECTOR
+    task.type, task.present, task.s, task.g, task.unusable = 11, 1, 0, 0, 0  # a busy TSS
+    sregs.gdt.base, sregs.gdt.limit = gdt, 0x27
+    sregs.idt.base, sregs.idt.limit = idt, 0xFFF
+    vcpu.set_sregs(sregs)
+
+
+def _write_page_tables(memory: HostMemory, pml4: int) -> None:
     count = _directories(memory.size)
-    pdpt = layout.pml4 + PAGE_SIZE
+    pdpt = pml4 + PAGE_SIZE
     first = pdpt + PAGE_SIZE
-    memory.write(layout.pml4, struct.pack("<Q", pdpt | _PRESENT_WRITABLE))
+    memory.write(pml4, struct.pack("<Q", pdpt | _PRESENT_WRITABLE))
     memory.write(
         pdpt,
         struct.pack(
@@ -256,12 +279,19 @@ def read_exception(mode: Mode, memory: HostMemory, rsp: int) -> Exception_ | Non
             return None
         return Exception_(vector, None, ip, cs, flags, (rsp & 0xFFFF) + 8)
     layout = _long_layout(memory.size)
-    if not layout.exception_stack - PAGE_SIZE <= rsp < layout.exception_stack:
+    return read_long_exception(memory, rsp, layout.handlers, layout.exception_stack)
+
+
+def read_long_exception(
+    memory: HostMemory, rsp: int, handlers: int, exception_stack: int
+) -> Exception_ | None:
+    """The same for long mode, wherever :func:`write_handlers` has put the handlers."""
+    if not exception_stack - PAGE_SIZE <= rsp < exception_stack:
         return None
     # The processor aligns the stack before it pushes 5 words, or 6 with an error code.
     with_code = rsp % 16 == 8
     words = struct.unpack(f"<{7 if with_code else 6}Q", memory.read(rsp, 56 if with_code else 48))
-    vector, odd = divmod(words[0] - 5 - layout.handlers, 5)
+    vector, odd = divmod(words[0] - 5 - handlers, 5)
     if odd or not 0 <= vector < 256:
         return None
     rip, cs, rflags, stack, _ = words[-5:]

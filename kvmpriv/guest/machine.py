@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..cdefs import kvm as k
 from ..memory import HostMemory
-from . import boot
+from . import boot, crash
+from .crash import GuestCrash, GuestTimeout
 from .image import Mode
 
 if TYPE_CHECKING:
@@ -31,31 +32,6 @@ SERIAL_PORT = 0x3F8
 EXIT_PORT = 0xF4
 _LINE_STATUS = SERIAL_PORT + 5
 _TRANSMITTER_EMPTY = 0x60
-
-_EXCEPTIONS = {
-    0: "#DE divide error", 1: "#DB debug", 2: "NMI", 3: "#BP breakpoint", 4: "#OF overflow",
-    5: "#BR bound range exceeded", 6: "#UD invalid opcode", 7: "#NM no FPU", 8: "#DF double fault",
-    10: "#TS invalid TSS", 11: "#NP segment not present", 12: "#SS stack fault",
-    13: "#GP general protection", 14: "#PF page fault", 16: "#MF x87 error",
-    17: "#AC alignment check", 18: "#MC machine check", 19: "#XM SIMD error",
-    20: "#VE virtualization", 21: "#CP control protection",
-}  # fmt: skip
-_GENERAL = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "r8", "r9", "r10", "r11", "r12",
-            "r13", "r14", "r15")  # fmt: skip
-_CONTROL = ("cr0", "cr2", "cr3", "cr4", "efer")
-
-
-class GuestCrash(Exception):  # noqa: N818  # it is the guest's error, not ours
-    """The guest can't go on.  `why` in one line; `report` adds registers and code."""
-
-    def __init__(self, why: str, report: str) -> None:
-        super().__init__(report)
-        self.why = why
-        self.report = report
-
-
-class GuestTimeout(GuestCrash):
-    """The guest was still running when its time was up."""
 
 
 class Machine:
@@ -118,7 +94,7 @@ class Machine:
                 elif reason == k.KVM_EXIT_HLT:
                     return 0
                 elif reason != k.KVM_EXIT_INTR:
-                    raise self._crash(_why(vcpu.exit()))
+                    raise self._crash(crash.describe_exit(vcpu.exit()))
                 elif deadline is not None and time.monotonic() >= deadline:
                     raise self._crash(f"still running after {timeout:g} s", GuestTimeout)
         finally:
@@ -133,16 +109,11 @@ class Machine:
         k.ffi.memmove(target, bytes((value,)) * (io.size * io.count), io.size * io.count)
 
     def _exception(self) -> GuestCrash:
-        exception = boot.read_exception(self._image.mode, self.memory, self.vcpu.get_regs().rsp)
+        rsp = self.vcpu.get_regs().rsp
+        exception = boot.read_exception(self._image.mode, self.memory, rsp)
         if exception is None:
             return self._crash("it wrote to the port of the exception handlers by itself")
-        name = _EXCEPTIONS.get(exception.vector, "no handler for this interrupt")
-        why = f"exception {exception.vector} ({name})"
-        if exception.error_code is not None:
-            why += f", error code {exception.error_code:#x}"
-        if exception.vector == 14:
-            why += f", address {self.vcpu.get_sregs().cr2:#x}"
-        return self._crash(why, exception=exception)
+        return self._crash(crash.describe(exception, self.vcpu), exception=exception)
 
     def _crash(
         self,
@@ -150,32 +121,7 @@ class Machine:
         kind: type[GuestCrash] = GuestCrash,
         exception: boot.Exception_ | None = None,
     ) -> GuestCrash:
-        regs, sregs = self.vcpu.get_regs(), self.vcpu.get_sregs()
-        rip, rsp, rflags, cs = regs.rip, regs.rsp, regs.rflags, sregs.cs.selector
-        linear = sregs.cs.base + rip
-        if exception is not None:  # the handler's own are of no interest
-            _, _, rip, cs, rflags, rsp = exception
-            linear = rip if self._image.mode is Mode.LONG else cs * 16 + rip
-        values = [("rip", rip), ("rsp", rsp), ("rflags", rflags), ("cs", cs)]
-        values += [(name, getattr(regs, name)) for name in _GENERAL]
-        values += [(name, getattr(sregs, name)) for name in _CONTROL]
-        lines = [f"{why} at rip {rip:#x}"]
-        for first in range(0, len(values), 4):
-            row = values[first : first + 4]
-            lines.append("  " + "  ".join(f"{name:>6} {value:016x}" for name, value in row))
-        lines.append(f"  code at {linear:#x}: {self._code(linear)}")
-        return kind(why, "\n".join(lines))
-
-    def _code(self, linear: int) -> str:
-        try:
-            address = self.vcpu.translate(linear)
-        except OSError as error:
-            return f"KVM_TRANSLATE: {error.strerror}"
-        if address is None:
-            return "not mapped"
-        if address >= self.memory.size:
-            return "outside memory"
-        return self.memory.read(address, min(16, self.memory.size - address)).hex(" ")
+        return kind(why, crash.report(self.vcpu, self.memory, why, exception))
 
     def close(self) -> None:
         """End the guest and give its memory back."""
@@ -191,11 +137,3 @@ class Machine:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _why(exit_: Any) -> str:
-    if exit_.reason == k.KVM_EXIT_SHUTDOWN:
-        return "triple fault (KVM_EXIT_SHUTDOWN)"
-    if exit_.reason == k.KVM_EXIT_MMIO:
-        return f"no memory there: {exit_}"
-    return str(exit_)
