@@ -1,0 +1,223 @@
+"""What the tests of private memory share: rule marks, dangerous tests, each ABI's objects."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+import kvmpriv
+from conftest import missing
+from kvmpriv import HostMemory, Kvm, Vm
+from kvmpriv.cdefs import guest_memfd as gm
+from kvmpriv.private import guest_memfd, restrictedmem
+from kvmpriv.private.guest_memfd import GuestMemfd
+from kvmpriv.private.restrictedmem import RestrictedMem
+
+from .helpers import PAGE, GuestMemfdSlots, RestrictedSlots, errno_of
+
+#: The kernel that runs, by its name in scripts/kernel: known by it to be mended.
+MENDED = os.environ.get("KVMPRIV_KERNEL") in ("restrictedmem", "restrictedmem-debug")
+
+#: The test vehicle's switch, read when a VM is made.
+HOOK = Path("/sys/module/kvm/parameters/private_mem_testing")
+
+VM_TYPES = {"default": gm.KVM_X86_DEFAULT_VM, "sw_protected": gm.KVM_X86_SW_PROTECTED_VM}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--dangerous",
+        action="store_true",
+        help="also run what crashes or wedges a kernel that has the defect in question",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in (
+        "rule(*ids): the rules of the kernel's ABI that the test holds it to",
+        "dangerous(why): runs with --dangerous, or where KVMPRIV_KERNEL names a mended kernel",
+    ):
+        config.addinivalue_line("markers", line)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    mark = item.get_closest_marker("dangerous")
+    if mark and not MENDED and not item.config.getoption("dangerous", default=False):
+        pytest.skip(f"dangerous: {mark.args[0]} (--dangerous runs it)")
+
+
+# -- v9 ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def v9() -> None:
+    """The running kernel has memfd_restricted(2)."""
+    errno = restrictedmem.ask_memfd_restricted()
+    if errno_of(errno) != "EINVAL":
+        missing("restrictedmem", f"system call 451 answers {errno_of(errno)}")
+
+
+@pytest.fixture
+def file(v9: None) -> Iterator[RestrictedMem]:
+    """A restrictedmem file without a size."""
+    with RestrictedMem() as made:
+        yield made
+
+
+@contextmanager
+def hook(*, on: bool) -> Iterator[None]:
+    """For the VMs made inside, the arch hook says `on`, where it can be told."""
+    if not HOOK.exists():
+        yield
+        return
+    before = HOOK.read_text()
+    if (before.strip() == "Y") != on:
+        if not os.access(HOOK, os.W_OK):
+            missing("root", f"{HOOK} can't be written")
+        HOOK.write_text("Y" if on else "N")
+    try:
+        yield
+    finally:
+        if HOOK.read_text() != before:
+            HOOK.write_text(before)
+
+
+MakeVm = Callable[[], Vm]
+
+
+@pytest.fixture
+def make_private_vm(v9: None, kvm: Kvm) -> Iterator[MakeVm]:
+    """Makes VMs that accept KVM_MEM_PRIVATE."""
+    with ExitStack() as stack:
+
+        def make() -> Vm:
+            with hook(on=True):
+                return stack.enter_context(kvm.create_vm())
+
+        with RestrictedMem() as file, make() as vm:
+            answer = RestrictedSlots(vm, file, 0).set(userspace_addr=0)
+            if answer != "ok":
+                missing("restrictedmem", f"this kernel's VMs refuse KVM_MEM_PRIVATE: {answer}")
+        yield make
+
+
+@pytest.fixture
+def private_vm(make_private_vm: MakeVm) -> Vm:
+    """A VM that accepts KVM_MEM_PRIVATE."""
+    return make_private_vm()
+
+
+@pytest.fixture
+def refusing_vm(v9: None, kvm: Kvm) -> Iterator[Vm]:
+    """A VM for which the arch hook says no, on a kernel that has v9."""
+    with hook(on=False), kvm.create_vm() as vm, RestrictedMem() as file:
+        if RestrictedSlots(vm, file, 0).set(userspace_addr=0) == "ok":
+            missing("a VM that refuses", f"no {HOOK.name} to tell the kernel to refuse")
+        yield vm
+
+
+@pytest.fixture
+def memory() -> Iterator[HostMemory]:
+    """Host memory of 1 MiB."""
+    with HostMemory(256 * PAGE) as made:
+        yield made
+
+
+@pytest.fixture
+def slots(private_vm: Vm, file: RestrictedMem, memory: HostMemory) -> RestrictedSlots:
+    """Sets slots of a VM that accepts KVM_MEM_PRIVATE."""
+    return RestrictedSlots(private_vm, file, memory.userspace_addr)
+
+
+@pytest.fixture
+def refused_slots(refusing_vm: Vm, file: RestrictedMem, memory: HostMemory) -> RestrictedSlots:
+    """Sets slots of a VM for which the arch hook says no."""
+    return RestrictedSlots(refusing_vm, file, memory.userspace_addr)
+
+
+# -- guest_memfd ---------------------------------------------------------------------------------
+
+
+def takes_guest_memfd(kvm: Kvm, vm_type: int) -> bool:
+    """Whether VMs of a type can be made and take guest_memfd slots."""
+    try:
+        with kvm.create_vm(vm_type) as vm:
+            return vm.check_extension(gm.KVM_CAP_GUEST_MEMFD) > 0
+    except OSError:
+        return False
+
+
+@pytest.fixture
+def guest_memfd_kvm(kvm: Kvm) -> Kvm:
+    """A KVM in which some type of VM takes guest_memfd slots."""
+    if not any(takes_guest_memfd(kvm, number) for number in VM_TYPES.values()):
+        missing("guest_memfd", "no type of VM has KVM_CAP_GUEST_MEMFD")
+    return kvm
+
+
+@pytest.fixture(params=VM_TYPES)
+def vm_type(request: pytest.FixtureRequest, guest_memfd_kvm: Kvm) -> int:
+    """Each type of VM that is made here."""
+    number = VM_TYPES[request.param]
+    # Before 6.8 there was no bitmap, and default VMs are always there.
+    if number and not guest_memfd_kvm.check_extension(gm.KVM_CAP_VM_TYPES) >> number & 1:
+        missing(f"{request.param} VM", "KVM_CAP_VM_TYPES does not list it")
+    return number
+
+
+@pytest.fixture
+def any_vm(vm_type: int, guest_memfd_kvm: Kvm) -> Iterator[Vm]:
+    """A VM of each type, on a KVM that has guest_memfd."""
+    with guest_memfd_kvm.create_vm(vm_type) as vm:
+        yield vm
+
+
+@pytest.fixture
+def gm_vm(any_vm: Vm, request: pytest.FixtureRequest) -> Vm:
+    """A VM of each type that takes guest_memfd slots."""
+    if not any_vm.check_extension(gm.KVM_CAP_GUEST_MEMFD):
+        name = request.node.callspec.params["vm_type"]
+        missing(f"guest_memfd in a {name} VM", "KVM_CAP_GUEST_MEMFD is 0")
+    return any_vm
+
+
+@pytest.fixture
+def gm_file(gm_vm: Vm) -> Iterator[GuestMemfd]:
+    """A guest_memfd file of 1 MiB."""
+    with GuestMemfd(gm_vm, 256 * PAGE) as made:
+        yield made
+
+
+@pytest.fixture
+def gm_slots(gm_vm: Vm, gm_file: GuestMemfd, memory: HostMemory) -> GuestMemfdSlots:
+    """Sets slots of a VM that takes guest_memfd slots."""
+    return GuestMemfdSlots(gm_vm, gm_file, memory.userspace_addr)
+
+
+@pytest.fixture
+def attributes_vm(gm_vm: Vm) -> Vm:
+    """A VM of each type whose memory can be private."""
+    if not gm_vm.check_extension(gm.KVM_CAP_MEMORY_ATTRIBUTES) & gm.KVM_MEMORY_ATTRIBUTE_PRIVATE:
+        missing("private attribute", "KVM_CAP_MEMORY_ATTRIBUTES of this VM type does not have it")
+    return gm_vm
+
+
+@pytest.fixture
+def gm_vcpu(gm_vm: Vm) -> Iterator[kvmpriv.Vcpu]:
+    """A vCPU that never runs, where memory can be mapped ahead."""
+    if not gm_vm.check_extension(gm.KVM_CAP_PRE_FAULT_MEMORY):
+        missing("pre-fault", "KVM_CAP_PRE_FAULT_MEMORY is 0")
+    with gm_vm.create_vcpu() as vcpu:
+        yield vcpu
+
+
+@pytest.fixture
+def set_attributes(gm_vm: Vm) -> Callable[[int, int, int], None]:
+    """KVM_SET_MEMORY_ATTRIBUTES of the VM."""
+    return lambda address, size, value: guest_memfd.set_memory_attributes(
+        gm_vm, address, size, value
+    )

@@ -1,0 +1,284 @@
+"""v9: who keeps what alive.  The slot counts its file; the VM keeps its slots; nobody the VM."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from kvmpriv import Kvm, libc
+from kvmpriv.cdefs import kvm as k
+from kvmpriv.cdefs import restrictedmem as rm
+from kvmpriv.private.restrictedmem import RestrictedMem
+
+from .helpers import (
+    BIG,
+    GIB,
+    HOLE,
+    PAGE,
+    RestrictedSlots,
+    Unevictable,
+    answer,
+    eventually,
+    fallocate,
+    in_child,
+    rule,
+    vms_alive,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvmpriv import HostMemory, Vm
+
+pytestmark = pytest.mark.usefixtures("no_leak", "v9")
+
+PAGES = {"memory_size": 2048 * PAGE, "userspace_addr": 0, "restricted_offset": 0}
+
+
+@rule("v9.life.file_before_slot", "v9.slot.pins_file")
+def test_file_closed_before_the_slot(slots: RestrictedSlots) -> None:
+    """A slot keeps the file: closing its last fd frees nothing, deleting the slot does."""
+    memory = Unevictable()
+    with RestrictedMem() as file:
+        fallocate(file, 0, 0, BIG)
+        assert slots.set(restricted_fd=file.fileno()) == "ok"
+    assert memory.is_about(BIG)
+    assert slots.delete() == "ok"
+    assert memory.is_about(0)
+
+
+@rule("v9.life.slot_before_file")
+def test_slot_deleted_before_the_file(slots: RestrictedSlots) -> None:
+    """Deleting the slot frees nothing while a descriptor is left."""
+    memory = Unevictable()
+    with RestrictedMem() as file:
+        fallocate(file, 0, 0, BIG)
+        assert slots.set(restricted_fd=file.fileno()) == "ok"
+        assert slots.delete() == "ok"
+        assert memory.is_about(BIG)
+    assert memory.is_about(0)
+
+
+@rule("v9.life.vm_with_slots", "v9.slot.vm_uncounted")
+def test_vm_closed_with_slots(make_private_vm: Callable[[], Vm]) -> None:
+    """Closing the VM's last fd frees VM and file with the slots in it."""
+    memory, before = Unevictable(), vms_alive()
+    vm = make_private_vm()
+    (name,) = vms_alive() - before
+    with RestrictedMem() as file:
+        fallocate(file, 0, 0, BIG)
+        slots = RestrictedSlots(vm, file, 0)
+        for number in range(1, 9):
+            where = {"slot": number, "guest_phys_addr": number * GIB}
+            assert slots.set(**PAGES, **where) == "ok"
+    assert memory.is_about(BIG)
+    vm.close()
+    assert memory.is_about(0)
+    assert eventually(lambda: name not in vms_alive()), "the slot must not keep its VM"
+
+
+@rule("v9.life.vm_before_file")
+def test_vm_closed_before_the_file(make_private_vm: Callable[[], Vm]) -> None:
+    """A file outlives the VMs that used it, and can still be allocated and punched."""
+    memory, before = Unevictable(), vms_alive()
+    vm = make_private_vm()
+    (name,) = vms_alive() - before
+    with RestrictedMem() as file:
+        assert RestrictedSlots(vm, file, 0).set() == "ok"
+        vm.close()
+        assert eventually(lambda: name not in vms_alive()), "the file must not keep the VM"
+        fallocate(file, 0, 0, BIG)
+        assert memory.is_about(BIG)
+        fallocate(file, HOLE, 0, BIG)
+        assert memory.is_about(0)
+        assert RestrictedSlots(make_private_vm(), file, 0).set() == "ok"
+
+
+@rule("v9.life.vcpu_keeps_vm")
+def test_vcpu_outlives_the_vm_fd(make_private_vm: Callable[[], Vm]) -> None:
+    """A vCPU's fd keeps the VM with its slots and their files."""
+    memory = Unevictable()
+    vm = make_private_vm()
+    with vm.create_vcpu() as vcpu:
+        with RestrictedMem() as file:
+            fallocate(file, 0, 0, BIG)
+            assert RestrictedSlots(vm, file, 0).set() == "ok"
+        vm.close()
+        assert memory.is_about(BIG)
+        assert vcpu.fileno() >= 0
+    assert memory.is_about(0)
+
+
+@rule("v9.life.two_slots")
+def test_two_slots_on_one_file(slots: RestrictedSlots) -> None:
+    """Each slot counts the file for itself."""
+    memory = Unevictable()
+    with RestrictedMem() as file:
+        fd = file.fileno()
+        fallocate(file, 0, 0, BIG)
+        assert slots.set(restricted_fd=fd) == "ok"
+        assert slots.set(restricted_fd=fd, slot=4, guest_phys_addr=5 * GIB) == "ok"
+    assert slots.delete() == "ok"
+    assert memory.is_about(BIG)
+    assert slots.delete(slot=4) == "ok"
+    assert memory.is_about(0)
+
+
+@rule("v9.life.two_vms")
+def test_two_vms_on_one_file(make_private_vm: Callable[[], Vm]) -> None:
+    """Each VM's slots count the file for themselves."""
+    memory = Unevictable()
+    one, two = make_private_vm(), make_private_vm()
+    with RestrictedMem() as file:
+        fallocate(file, 0, 0, BIG)
+        for vm in (one, two):
+            assert RestrictedSlots(vm, file, 0).set() == "ok"
+    one.close()
+    assert memory.is_about(BIG)
+    two.close()
+    assert memory.is_about(0)
+
+
+@rule("v9.life.dup")
+def test_duplicates(slots: RestrictedSlots) -> None:
+    """A slot made through a duplicate needs neither descriptor."""
+    memory = Unevictable()
+    with RestrictedMem() as file:
+        fallocate(file, 0, 0, BIG)
+        other = os.dup(file.fileno())
+        assert slots.set(restricted_fd=other) == "ok"
+        os.close(other)
+        assert slots.set(slot=4) == "EEXIST"
+    assert memory.is_about(BIG)
+    assert slots.delete() == "ok"
+    assert memory.is_about(0)
+
+
+@rule("v9.life.scm_rights")
+def test_sent_to_another_process(kvm: Kvm, make_private_vm: Callable[[], Vm]) -> None:
+    """A file sent over a socket is the same file: the receiver's VM may use it."""
+    memory = Unevictable()
+    ours, theirs = socket.socketpair()
+
+    def receive() -> tuple[str, str, str]:
+        _, fds, _, _ = socket.recv_fds(theirs, 1, 1)
+        with Kvm() as other, other.create_vm() as vm:
+            slots = RestrictedSlots(vm, fds[0], 0)
+            said = slots.set()
+            return said, answer(lambda: os.ftruncate(fds[0], PAGE)), slots.delete()
+
+    with ours, theirs:
+        file = RestrictedMem()
+        fallocate(file, 0, 0, BIG)
+        socket.send_fds(ours, [b"x"], [file.fileno()])
+        file.close()
+        assert memory.is_about(BIG), "it is on its way"
+        assert in_child(receive) == ("ok", "EPERM", "ok")
+    assert memory.is_about(0)
+
+
+@rule("v9.life.fork")
+def test_fork(slots: RestrictedSlots, file: RestrictedMem) -> None:
+    """A forked process has the same file, but may not use its parent's VM: EIO."""
+    assert slots.set() == "ok"
+
+    def child() -> tuple[str, str, str, str]:
+        size = answer(lambda: file.ftruncate(4 * PAGE))
+        allocated = answer(lambda: fallocate(file, 0, 0, 4 * PAGE))
+        return size, allocated, slots.set(slot=4, guest_phys_addr=5 * GIB), slots.delete()
+
+    assert in_child(child) == ("ok", "ok", "EIO", "EIO")
+    assert answer(lambda: file.ftruncate(4 * PAGE)) == "EPERM", "the child has set the size"
+    assert slots.set(slot=4) == "EEXIST", "the child's end has not ended the slot"
+    slots.accepts(slot=4, guest_phys_addr=5 * GIB)
+    assert slots.delete() == "ok"
+
+
+@rule("v9.life.killed")
+def test_killed(make_private_vm: Callable[[], Vm]) -> None:
+    """A process killed with VM, slots and files open leaves nothing behind."""
+    memory, before = Unevictable(), vms_alive()
+    read_end, write_end = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            with Kvm() as kvm:
+                vm = kvm.create_vm()
+                file = RestrictedMem()
+                fallocate(file, 0, 0, BIG)
+                said = RestrictedSlots(vm, file, 0).set()
+                os.write(write_end, said.encode())
+                os.close(write_end)
+                while True:
+                    os.sched_yield()
+        finally:
+            os._exit(1)
+    os.close(write_end)
+    try:
+        # The switch stands as make_private_vm found it, so that the child's slot may be refused.
+        assert os.read(read_end, 16) in (b"ok", b"EINVAL")
+        assert memory.is_about(BIG)
+        assert len(vms_alive() - before) == 1
+    finally:
+        os.close(read_end)
+        os.kill(pid, 9)
+        os.waitpid(pid, 0)
+    assert memory.is_about(0)
+    assert eventually(lambda: not vms_alive() - before)
+
+
+@rule("v9.life.exec")
+def test_exec(v9: None) -> None:
+    """What is not close-on-exec is the next program's; the binding's file is not."""
+    program = "import os; os.ftruncate({}, 4096)"
+
+    def run(fd: int) -> bool:
+        done = subprocess.run(
+            [sys.executable, "-S", "-c", program.format(fd)],
+            close_fds=False,
+            stderr=subprocess.PIPE,
+        )
+        assert done.returncode == 0 or b"Bad file descriptor" in done.stderr
+        return done.returncode == 0
+
+    bare = libc.syscall(rm.__NR_memfd_restricted, 0)
+    assert bare >= 0
+    try:
+        assert run(bare)
+        assert answer(lambda: os.ftruncate(bare, PAGE)) == "EPERM", "the program has set the size"
+    finally:
+        os.close(bare)
+    with RestrictedMem() as file:
+        assert not run(file.fileno())
+
+
+@rule("v9.life.slot_cycle")
+def test_made_and_deleted(slots: RestrictedSlots, file: RestrictedMem) -> None:
+    """2,000 slots made and deleted, holes punched between, leave nothing behind."""
+    memory = Unevictable()
+    fallocate(file, 0, 0, BIG)
+    made, gone = slots.struct(), slots.struct(memory_size=0)
+    for turn in range(2000):
+        assert slots.vm.ioctl_errno(k.KVM_SET_USER_MEMORY_REGION, made) == 0
+        if turn % 100 == 0:
+            fallocate(file, HOLE, 32 * PAGE, PAGE)
+        assert slots.vm.ioctl_errno(k.KVM_SET_USER_MEMORY_REGION, gone) == 0
+    assert turn == 1999
+    assert memory.is_about(BIG)
+    file.close()
+    assert memory.is_about(0)
+
+
+@rule("v9.life.host_memory")
+def test_host_memory_goes_first(slots: RestrictedSlots, memory: HostMemory) -> None:
+    """What is at userspace_addr may be unmapped under the slot, which is deleted as ever."""
+    assert slots.set() == "ok"
+    memory.close()
+    assert slots.set(slot=4) == "EEXIST"
+    assert slots.delete() == "ok"
+    slots.accepts()
