@@ -1,21 +1,18 @@
 """Exits by name, decoded from kvm_run when somebody asks.
 
-The numbers of the shared core are in ``cdefs/kvm.h``.  KVM_EXIT_MEMORY_FAULT differs from one
-generation of private memory to the next, so each generation hands its :class:`FaultLayout` to
-:func:`register_fault_layout`.
+The numbers of the shared core are in ``cdefs/kvm.h``; KVM_EXIT_MEMORY_FAULT is read as the
+generations of private memory say (:mod:`kvmpriv.faults`).
 """
-
-from __future__ import annotations
 
 from typing import Any, NamedTuple
 
 from .cdefs import kvm
+from .faults import FAULT_LAYOUTS, FaultLayout
 
 __all__ = [
     "DebugExit",
     "Exit",
     "FailEntryExit",
-    "FaultLayout",
     "HypercallExit",
     "InternalErrorExit",
     "IoExit",
@@ -26,7 +23,6 @@ __all__ = [
     "SystemEventExit",
     "decode",
     "exit_name",
-    "register_fault_layout",
 ]
 
 _ffi = kvm.ffi
@@ -40,6 +36,8 @@ _NAMES: dict[int, str] = {
 
 def exit_name(reason: int) -> str:
     """``KVM_EXIT_IO`` for 2; a number that nobody has named is shown as ``exit 77``."""
+    if reason in FAULT_LAYOUTS:
+        return "KVM_EXIT_MEMORY_FAULT"
     return _NAMES.get(reason, f"exit {reason}")
 
 
@@ -205,27 +203,6 @@ class DebugExit(NamedTuple):
 
     def __str__(self) -> str:
         return f"{exit_name(self.reason)}: exception {self.exception} at {self.pc:#x}"
-
-
-class FaultLayout(NamedTuple):
-    """How one generation lays out KVM_EXIT_MEMORY_FAULT."""
-
-    abi: str
-    reason: int
-    struct: str  # the C type at kvm_run's union
-    ffi: Any  # the FFI that knows it
-    private_flag: int
-    errnos: frozenset[int]  # what KVM_RUN fails with; empty where it returns 0
-
-
-#: exit reason -> layout
-FAULT_LAYOUTS: dict[int, FaultLayout] = {}
-
-
-def register_fault_layout(layout: FaultLayout) -> None:
-    """Make :func:`decode` know a generation's memory fault."""
-    FAULT_LAYOUTS[layout.reason] = layout
-    _NAMES[layout.reason] = "KVM_EXIT_MEMORY_FAULT"
 
 
 def decode_memory_fault(run: Any, layout: FaultLayout, errno: int = 0) -> MemoryFaultExit:

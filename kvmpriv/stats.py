@@ -1,7 +1,5 @@
 """KVM's own counters, as its statistics fds give them (api.rst, "KVM_GET_STATS_FD")."""
 
-from __future__ import annotations
-
 import os
 from typing import NamedTuple
 

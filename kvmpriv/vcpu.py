@@ -14,17 +14,18 @@ from fcntl import ioctl as _enter
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import exits, wakeup
+from . import wakeup
 from .cdefs import kvm
 from .cdefs.kvm import KVM_EXIT_INTR, KVM_RUN
+from .faults import FAULT_LAYOUTS
 from .fd import Fd
 from .libc import ioctl as _ioctl
 from .libc import last_errno, os_error, tgkill
-from .stats import StatsFd
 
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from .stats import StatsFd
     from .vm import Lifeline
 
 __all__ = ["CpuidEntry", "Vcpu", "VcpuThread"]
@@ -139,12 +140,12 @@ class Vcpu(Fd):
                 runner.clear()
 
     def _prepare(self, me: int) -> None:
+        self.fileno()
         if self._errno:
             # KVM leaves exit_reason alone when KVM_RUN fails: an old one must not be seen twice.
             self._errno = 0
             self.page.exit_reason = kvm.KVM_EXIT_UNKNOWN
         if self._prepared != me:
-            self.fileno()
             wakeup.prepare_thread()
             if wakeup.in_main_thread():
                 wakeup.watch(self)
@@ -161,7 +162,7 @@ class Vcpu(Fd):
             page.exit_reason = KVM_EXIT_INTR
             return KVM_EXIT_INTR
         reason: int = page.exit_reason
-        layout = exits.FAULT_LAYOUTS.get(reason)
+        layout = FAULT_LAYOUTS.get(reason)
         if layout is not None and errno in layout.errnos:
             self._errno = errno
             return reason
@@ -169,8 +170,10 @@ class Vcpu(Fd):
 
     def exit(self) -> Any:
         """The last exit, decoded: one of the tuples of :mod:`kvmpriv.exits`."""
+        from .exits import decode
+
         self.fileno()
-        return exits.decode(self.page, self._errno)
+        return decode(self.page, self._errno)
 
     def kick(self) -> None:
         """Make :meth:`run`, in whichever thread, return KVM_EXIT_INTR: now, or as soon as called.
@@ -357,6 +360,9 @@ class Vcpu(Fd):
         enable_cap(self, cap, args, flags)
 
     def get_stats_fd(self) -> StatsFd:
+        """The vCPU's counters."""
+        from .stats import StatsFd
+
         return StatsFd(self.ioctl(kvm.KVM_GET_STATS_FD))
 
     def _get(self, request: int, kind: str) -> Any:

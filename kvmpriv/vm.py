@@ -5,14 +5,16 @@ from __future__ import annotations
 import errno as _errno
 import os
 import threading
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .cdefs import kvm
 from .fd import Fd
 from .libc import ioctl as _ioctl
 from .memory import PAGE_SIZE, HostMemory
-from .stats import StatsFd
 from .vcpu import Vcpu, enable_cap
+
+if TYPE_CHECKING:
+    from .stats import StatsFd
 
 __all__ = ["Lifeline", "Slot", "Vm"]
 
@@ -343,4 +345,7 @@ class Vm(Fd):
         self.ioctl(kvm.KVM_SET_CLOCK, clock)
 
     def get_stats_fd(self) -> StatsFd:
+        """The VM's counters."""
+        from .stats import StatsFd
+
         return StatsFd(self.ioctl(kvm.KVM_GET_STATS_FD))

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import weakref
 from contextlib import suppress
@@ -79,8 +80,8 @@ def unwatch(vcpu: Kickable) -> None:
     global _watch
     with _lock:
         _watched.discard(vcpu)
-        if _watched or _watch is None or not in_main_thread():
-            return
+        if _watched or _watch is None or not in_main_thread() or sys.is_finalizing():
+            return  # at the very end the daemon thread can't be waited for: the process takes it
         ending, _watch = _watch, None
     ending.close()  # not under the lock, which its thread may be waiting for
 

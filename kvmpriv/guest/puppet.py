@@ -232,7 +232,7 @@ class PuppetCpu:
         self._one("out", value, _sized(size, 4), port)
 
     def in_(self, port: int, size: int) -> int:
-        """One IN of 1, 2 or 4 bytes.  It is an exit: `serve` puts the answer into the vCPU's page."""
+        """One IN of 1, 2 or 4 bytes: an exit; `serve` puts the answer into the vCPU's page."""
         return self._one("in", 0, _sized(size, 4), port)
 
     def hypercall(self, number: int, *arguments: int) -> int:

@@ -11,7 +11,7 @@ import os
 from typing import TYPE_CHECKING
 
 from ..cdefs import guest_memfd
-from ..exits import FaultLayout, register_fault_layout
+from ..faults import FaultLayout, register_fault_layout
 from ..fd import Fd
 from ..vm import Slot
 

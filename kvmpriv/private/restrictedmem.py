@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from .. import libc
 from ..cdefs import kvm, restrictedmem
-from ..exits import FaultLayout, register_fault_layout
+from ..faults import FaultLayout, register_fault_layout
 from ..fd import Fd
 from ..vm import Slot
 

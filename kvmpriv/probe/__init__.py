@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -71,5 +70,4 @@ def main(arguments: argparse.Namespace) -> int:
         failed = next(check for check in found.checks if check.status == FAIL and check.tried)
         why = f"{failed.tried}: {failed.result}{f' ({failed.hint})' if failed.hint else ''}"
         sys.stderr.write(f"kvmpriv probe: could not probe: {report.plain(why)}\n")
-    gc.freeze()  # Python's last collection, at its exit, need not look through all of this
     return found.exit_status

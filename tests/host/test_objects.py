@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
-import kvmpriv
 from conftest import missing, open_fds
-from kvmpriv import HostMemory, Kvm, Vm
+from kvmpriv import HostMemory, Kvm, Vm, exits
 from kvmpriv.cdefs import guest_memfd as gm
 from kvmpriv.cdefs import kvm as k
 from kvmpriv.private import guest_memfd, restrictedmem
+from kvmpriv.stats import StatsFd
 
 from .conftest import MakeGuest, start
 
@@ -420,13 +420,13 @@ def test_an_exit_of_each_kind_a_guest_can_make(make_guest: MakeGuest) -> None:
         )
     )
     assert vcpu.run() == k.KVM_EXIT_IO
-    assert vcpu.exit() == kvmpriv.exits.IoExit(2, True, 0x42, 2, 1, b"\x34\x12")
+    assert vcpu.exit() == exits.IoExit(2, True, 0x42, 2, 1, b"\x34\x12")
     assert vcpu.run() == k.KVM_EXIT_IO
-    assert vcpu.exit() == kvmpriv.exits.IoExit(2, False, 0x43, 1, 1, b"")
+    assert vcpu.exit() == exits.IoExit(2, False, 0x43, 1, 1, b"")
     assert vcpu.run() == k.KVM_EXIT_MMIO
-    assert vcpu.exit() == kvmpriv.exits.MmioExit(6, True, 0xF0010, 1, b"\x77")
+    assert vcpu.exit() == exits.MmioExit(6, True, 0xF0010, 1, b"\x77")
     assert vcpu.run() == k.KVM_EXIT_MMIO
-    assert vcpu.exit() == kvmpriv.exits.MmioExit(6, False, 0xF0020, 2, b"")
+    assert vcpu.exit() == exits.MmioExit(6, False, 0xF0020, 2, b"")
     vcpu.page.mmio.data = b"\xcd\xab" + bytes(6)
     assert vcpu.run() == k.KVM_EXIT_HLT
     assert vcpu.get_regs().rax & 0xFFFF == 0xABCD
@@ -502,7 +502,7 @@ def test_a_constructor_failing_half_way(vm: Vm, monkeypatch: pytest.MonkeyPatch)
         patch.setattr(mmap, "mmap", fail)
         attempt(vm.create_vcpu)
     with monkeypatch.context() as patch:
-        patch.setattr(kvmpriv.stats.StatsFd, "_read_descriptors", fail)
+        patch.setattr(StatsFd, "_read_descriptors", fail)
         attempt(vm.get_stats_fd)
     with monkeypatch.context() as patch:
         patch.setattr(Kvm, "ioctl", fail)

@@ -168,6 +168,14 @@ def test_a_signal_to_another_thread_is_seen_too(
     assert alarm_handler[0] == 200
 
 
+def interrupt(vcpu: Vcpu) -> None:
+    """Ctrl-C, once the guest runs."""
+    while not vcpu._runner:
+        time.sleep(0.0005)
+    time.sleep(0.002)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
 def _run_for_ever(vcpu: Vcpu) -> None:
     while True:
         vcpu.run()
@@ -176,7 +184,7 @@ def _run_for_ever(vcpu: Vcpu) -> None:
 def test_ctrl_c_in_the_main_thread(make_guest: MakeGuest) -> None:
     _, vcpu, _ = make_guest(SPIN)
     for _ in range(100):
-        timer = threading.Timer(0.002, lambda: os.kill(os.getpid(), signal.SIGINT))
+        timer = threading.Thread(target=interrupt, args=(vcpu,))
         timer.start()
         with pytest.raises(KeyboardInterrupt):
             _run_for_ever(vcpu)
@@ -188,7 +196,7 @@ def test_ctrl_c_in_the_main_thread(make_guest: MakeGuest) -> None:
 
 def test_ctrl_c_while_a_thread_runs_the_guest(make_guest: MakeGuest) -> None:
     _, vcpu, _ = make_guest(SPIN)
-    timer = threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer = threading.Thread(target=interrupt, args=(vcpu,))
     timer.start()
     with pytest.raises(KeyboardInterrupt), VcpuThread(vcpu, lambda *_: True) as thread:
         thread.result()
