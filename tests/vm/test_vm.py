@@ -79,11 +79,11 @@ def qemus_of(pid: int) -> list[str]:
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
             name, _, fields = status.read_text().rpartition(") ")
+            arguments = (status.parent / "cmdline").read_bytes()
         except OSError:
             continue
-        state, _, _, session = fields.split()[:4]
-        mine = f"kvmpriv-vm-{pid}-".encode() in (status.parent / "cmdline").read_bytes()
-        if "qemu" in name and state != "Z" and mine and session:
+        mine = f"kvmpriv-vm-{pid}-".encode() in arguments
+        if "qemu" in name and mine and not fields.startswith("Z"):
             found.append(name)
     return found
 
