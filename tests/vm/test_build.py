@@ -241,6 +241,28 @@ def test_next_call_recovers_from_a_cut_off_build(
     assert not list((tmp_path / "cache").glob("*.building"))
 
 
+def test_patch_edited_during_a_build_does_not_get_into_it(
+    build: Build, scripts: Path, tree: Path, tmp_path: Path
+) -> None:
+    makefile = tree / "Makefile"
+    makefile.write_text(makefile.read_text().replace("sleep 60", "sleep 2"))
+    (tree / "slow").touch()
+    with subprocess.Popen(
+        command(scripts, tree),
+        env=environment(tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as first:
+        wait_for(first.stderr, "compiling")
+        (scripts / "restrictedmem" / "abi" / "0002-late.patch").write_text("")
+        out, _ = first.communicate(timeout=30)
+    record = json.loads((Path(out.strip()).parent / "build.json").read_text())
+    assert record["patches"] == ["0001-shout.patch"]
+    (scripts / "restrictedmem" / "abi" / "0002-late.patch").unlink()
+    assert image_of(build()) == Path(out.strip())
+
+
 def test_second_of_two_builds_waits_and_says_so(scripts: Path, tree: Path, tmp_path: Path) -> None:
     makefile = tree / "Makefile"
     makefile.write_text(makefile.read_text().replace("sleep 60", "sleep 3"))

@@ -79,11 +79,11 @@ def qemus_of(pid: int) -> list[str]:
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
             name, _, fields = status.read_text().rpartition(") ")
+            arguments = (status.parent / "cmdline").read_bytes()
         except OSError:
             continue
-        state, _, _, session = fields.split()[:4]
-        mine = f"kvmpriv-vm-{pid}-".encode() in (status.parent / "cmdline").read_bytes()
-        if "qemu" in name and state != "Z" and mine and session:
+        mine = f"kvmpriv-vm-{pid}-".encode() in arguments
+        if "qemu" in name and mine and not fields.startswith("Z"):
             found.append(name)
     return found
 
@@ -160,10 +160,8 @@ def test_warning(image: str, more: list[str], status: int) -> None:
     script = "echo WARNING >/sys/kernel/debug/provoke-crash/DIRECT; echo after; exit 3"
     result = vm(image, *more, *sh(script))
     assert (result.returncode, result.stdout) == (status, b"after\n")
-    assert b"complained (1 messages, taint 512)" in result.stderr.replace(
-        b"taint 5)", b"taint 512)"
-    )
-    assert (b"at lkdtm_WARNING" in result.stderr) == (not more)
+    assert b"complained (1 messages, taint 512)" in result.stderr
+    assert (b"lkdtm_WARNING+0x" in result.stderr) == (not more)
 
 
 def test_reboot_is_a_lost_vm(image: str) -> None:
@@ -175,11 +173,11 @@ def test_reboot_is_a_lost_vm(image: str) -> None:
 @pytest.mark.parametrize("script", ["sleep 1000", "yes"])
 def test_timeout(image: str, script: str) -> None:
     started = time.monotonic()
-    result = vm(image, "--timeout", "9", *sh(f"echo here; {script}"))
+    result = vm(image, "--timeout", "20", *sh(f"echo here; {script}"))
     assert result.returncode == 124
     assert result.stdout.startswith(b"here\n")
-    assert b"the command did not end; stopped after 9 s" in result.stderr
-    assert 9 <= time.monotonic() - started < 15
+    assert b"the command did not end; stopped after 20 s" in result.stderr
+    assert 20 <= time.monotonic() - started < 30
 
 
 def test_vm_that_does_not_come_up(tmp_path: Path) -> None:
