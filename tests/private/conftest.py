@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,13 @@ def hook(*, on: bool) -> Iterator[None]:
 MakeVm = Callable[[], Vm]
 
 
+@cache
+def says_of_private_slots() -> str:
+    """What a VM that should accept KVM_MEM_PRIVATE says."""
+    with hook(on=True), Kvm() as kvm, kvm.create_vm() as vm, RestrictedMem() as file:
+        return RestrictedSlots(vm, file, 0).set()
+
+
 @pytest.fixture
 def make_private_vm(v9: None, kvm: Kvm) -> Iterator[MakeVm]:
     """Makes VMs that accept KVM_MEM_PRIVATE."""
@@ -98,10 +106,9 @@ def make_private_vm(v9: None, kvm: Kvm) -> Iterator[MakeVm]:
             with hook(on=True):
                 return stack.enter_context(kvm.create_vm())
 
-        with RestrictedMem() as file, make() as vm:
-            answer = RestrictedSlots(vm, file, 0).set(userspace_addr=0)
-            if answer != "ok":
-                missing("restrictedmem", f"this kernel's VMs refuse KVM_MEM_PRIVATE: {answer}")
+        said = says_of_private_slots()
+        if said != "ok":
+            missing("restrictedmem", f"this kernel's VMs refuse KVM_MEM_PRIVATE: {said}")
         yield make
 
 
@@ -115,7 +122,7 @@ def private_vm(make_private_vm: MakeVm) -> Vm:
 def refusing_vm(v9: None, kvm: Kvm) -> Iterator[Vm]:
     """A VM for which the arch hook says no, on a kernel that has v9."""
     with hook(on=False), kvm.create_vm() as vm, RestrictedMem() as file:
-        if RestrictedSlots(vm, file, 0).set(userspace_addr=0) == "ok":
+        if RestrictedSlots(vm, file, 0).set() == "ok":
             missing("a VM that refuses", f"no {HOOK.name} to tell the kernel to refuse")
         yield vm
 
@@ -142,10 +149,11 @@ def refused_slots(refusing_vm: Vm, file: RestrictedMem, memory: HostMemory) -> R
 # -- guest_memfd ---------------------------------------------------------------------------------
 
 
-def takes_guest_memfd(kvm: Kvm, vm_type: int) -> bool:
+@cache
+def takes_guest_memfd(vm_type: int) -> bool:
     """Whether VMs of a type can be made and take guest_memfd slots."""
     try:
-        with kvm.create_vm(vm_type) as vm:
+        with Kvm() as kvm, kvm.create_vm(vm_type) as vm:
             return vm.check_extension(gm.KVM_CAP_GUEST_MEMFD) > 0
     except OSError:
         return False
@@ -154,7 +162,7 @@ def takes_guest_memfd(kvm: Kvm, vm_type: int) -> bool:
 @pytest.fixture
 def guest_memfd_kvm(kvm: Kvm) -> Kvm:
     """A KVM in which some type of VM takes guest_memfd slots."""
-    if not any(takes_guest_memfd(kvm, number) for number in VM_TYPES.values()):
+    if not any(map(takes_guest_memfd, VM_TYPES.values())):
         missing("guest_memfd", "no type of VM has KVM_CAP_GUEST_MEMFD")
     return kvm
 

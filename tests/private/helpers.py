@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno as _errno
+import faulthandler
 import os
 import pickle
 import struct
@@ -306,22 +307,20 @@ class Slots:
     def refuses(self, expected: str, *, twin: dict[str, int] | None = None, **changes: int) -> None:
         """The good slot with `changes` is refused; the twin, without them, is made and deleted."""
         assert self.set(**changes) == expected, changes
-        twin = twin or {}
-        assert self.set(**twin) == "ok", twin
-        where = {"slot": twin["slot"]} if "slot" in twin else {}
-        assert self.delete(**where) == "ok", twin
+        self.accepts(**(twin or {}))
 
     def accepts(self, **changes: int) -> None:
         """The good slot with `changes` is made, and deleted again."""
-        assert self.set(**changes) == "ok", changes
-        assert self.delete(slot=changes.get("slot", self.good["slot"])) == "ok", changes
+        with self.held(**changes):
+            pass
 
     @contextmanager
     def held(self, **changes: int) -> Iterator[None]:
         """The good slot with `changes` is there inside."""
         assert self.set(**changes) == "ok", changes
         yield
-        assert self.delete(slot=changes.get("slot", self.good["slot"])) == "ok", changes
+        same = {name: value for name, value in changes.items() if name in ("slot", "flags")}
+        assert self.delete(**same) == "ok", changes
 
 
 class RestrictedSlots(Slots):
@@ -468,6 +467,7 @@ def child_status(work: Callable[[], Any]) -> tuple[int, Any]:
     read_end, write_end = os.pipe()
     pid = os.fork()
     if pid == 0:
+        faulthandler.disable()  # a death by signal may be what is asked for
         try:
             result = work()
         except BaseException as error:  # noqa: BLE001  # it is raised again in the parent

@@ -275,10 +275,9 @@ def test_offset_alignment(slots: RestrictedSlots) -> None:
 @rule("v9.slot.userspace_addr.range")
 def test_userspace_addr_in_user_space(slots: RestrictedSlots) -> None:
     """userspace_addr and what follows it is a user range, else EINVAL; it need not be mapped."""
-    end = (1 << 47) - PAGE
-    for address in (NOWHERE, 0xFFFF888000000000, TOP - 16 * PAGE, (1 << 56), end - 15 * PAGE):
+    for address in (NOWHERE, 0xFFFF888000000000, TOP - 16 * PAGE, TOP - PAGE):
         assert slots.set(userspace_addr=address) == "EINVAL", hex(address)
-    for address in (0, PAGE, 1 << 40, end - 16 * PAGE):
+    for address in (0, PAGE, 1 << 40):
         slots.accepts(userspace_addr=address)
 
 
@@ -326,12 +325,12 @@ def test_guest_range_that_wraps(slots: RestrictedSlots) -> None:
 @rule("v9.slot.pages")
 def test_too_many_pages(slots: RestrictedSlots) -> None:
     """A slot has at most 2^31 - 1 pages, else EINVAL."""
-    most = (1 << 31) - 1
-    for pages in (most + 1, most + 2, 1 << 33):
-        assert slots.set(memory_size=pages * PAGE, userspace_addr=0) == "EINVAL"
-    # What KVM keeps for each page of so large a slot may be more than there is.
-    said = slots.set(memory_size=most * PAGE, userspace_addr=0, guest_phys_addr=0)
-    assert said in ("ok", "ENOMEM")
+    whole = {"slot": 4, "guest_phys_addr": 0, "userspace_addr": 0}
+    # Few hosts can address so much; with another slot in the way it need not be prepared.
+    with slots.held():
+        for pages in (1 << 31, (1 << 31) + 1, 1 << 33):
+            assert slots.set(**whole, memory_size=pages * PAGE) == "EINVAL"
+        assert slots.set(**whole, memory_size=((1 << 31) - 1) * PAGE) == "EEXIST"
     slots.accepts(memory_size=(1 << 20) * PAGE, userspace_addr=0, guest_phys_addr=1 << 36)
 
 
@@ -539,39 +538,29 @@ def test_hook_comes_before_eexist(refused_slots: RestrictedSlots) -> None:
 # -- 9: the file ---------------------------------------------------------------------------------
 
 
-def descriptors(vm: Vm, kvm: Kvm, file: RestrictedMem) -> dict[str, Callable[[], int]]:
-    """Descriptors that are not of a restrictedmem file, or not one's to use; made when asked."""
-    return {
-        "memfd": lambda: os.memfd_create("other"),
-        "/dev/null": lambda: os.open("/dev/null", os.O_RDWR),
-        "folder": lambda: os.open("/", os.O_RDONLY),
-        "pipe": lambda: os.pipe2(os.O_CLOEXEC)[0],
-        "socket": lambda: socket.socket().detach(),
-        "/dev/kvm": lambda: os.dup(kvm.fileno()),
-        "the VM": lambda: os.dup(vm.fileno()),
-        "O_PATH": lambda: os.open(f"/proc/self/fd/{file.fileno()}", os.O_PATH),
-    }
-
-
 @rule("v9.slot.file")
 def test_other_files(slots: RestrictedSlots, kvm: Kvm, file: RestrictedMem) -> None:
-    """A descriptor that is not open, or of another kind of file, is EINVAL."""
+    """A descriptor that is not open, or of another kind of file, or O_PATH, is EINVAL."""
     closed = os.dup(0)
     os.close(closed)
     for number in (0xFFFFFFFF, 0x7FFFFFFF, closed, 1 << 20):
         assert slots.set(restricted_fd=number) == "EINVAL", number
-    kinds = descriptors(slots.vm, kvm, file)
-    before = set(os.listdir("/proc/self/fd"))
-    for kind, make in kinds.items():
-        fd = make()
-        assert slots.set(restricted_fd=fd) == "EINVAL", kind
-        slots.accepts(restricted_fd=fd, flags=0)  # an ordinary slot has no use for it
-        for left in set(os.listdir("/proc/self/fd")) - before:
-            try:
-                os.close(int(left))
-            except OSError:
-                continue
-    assert slots.asked == 4 + 3 * 8
+    opened = [
+        os.memfd_create("other"),
+        os.open("/dev/null", os.O_RDWR),
+        os.open("/", os.O_RDONLY),
+        *os.pipe(),
+        socket.socket().detach(),
+        os.open(f"/proc/self/fd/{file.fileno()}", os.O_PATH),
+    ]
+    try:
+        for number in (*opened, kvm.fileno(), slots.vm.fileno()):
+            assert slots.set(restricted_fd=number) == "EINVAL", number
+            slots.accepts(restricted_fd=number, flags=0)  # an ordinary slot has no use for it
+    finally:
+        for number in opened:
+            os.close(number)
+    assert slots.asked == 4 + 3 * 9
     slots.accepts()
 
 
@@ -632,8 +621,8 @@ def test_a_range_in_two_vms(
 
 @rule("v9.slot.many")
 def test_every_slot(slots: RestrictedSlots) -> None:
-    """Some thousand private slots on one file, taken away in another order."""
-    count = min(slots.vm.check_extension(k.KVM_CAP_NR_MEMSLOTS), 2000)
+    """Some hundred private slots on one file, taken away in another order."""
+    count = min(slots.vm.check_extension(k.KVM_CAP_NR_MEMSLOTS), 500)
     where = [
         {"slot": n, "guest_phys_addr": n * 2 * PAGE, "memory_size": PAGE} for n in range(count)
     ]

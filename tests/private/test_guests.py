@@ -1,0 +1,500 @@
+"""Guests in private memory, by both ABIs: what they and the host see, which exits they take."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from conftest import missing
+from kvmpriv import HostMemory, Kvm
+from kvmpriv.cdefs import guest_memfd as gm
+from kvmpriv.cdefs import kvm as k
+from kvmpriv.exits import MemoryFaultExit, MmioExit
+from kvmpriv.guest.puppet import GuestExit
+from kvmpriv.private import restrictedmem
+
+from .conftest import MakeVm
+from .guests import (
+    GPA,
+    MIB,
+    OFFSET,
+    PAGE,
+    SIZE,
+    MemfdGuest,
+    PrivateGuest,
+    RestrictedGuest,
+    fault_of,
+)
+
+MakeGuest = Callable[..., PrivateGuest]
+
+pytestmark = pytest.mark.usefixtures("no_leak")
+
+
+@pytest.fixture
+def make_v9(make_private_vm: MakeVm, kvm: Kvm) -> Iterator[Callable[..., RestrictedGuest]]:
+    with ExitStack() as stack:
+
+        def make(cpus: int = 1) -> RestrictedGuest:
+            return RestrictedGuest(stack, make_private_vm(), kvm, cpus)
+
+        yield make
+
+
+@pytest.fixture
+def v9_guest(make_v9: Callable[..., RestrictedGuest]) -> RestrictedGuest:
+    return make_v9()
+
+
+@pytest.fixture(params=["restrictedmem", "guest_memfd"])
+def make(request: pytest.FixtureRequest, kvm: Kvm) -> Iterator[MakeGuest]:
+    """Makes a guest with a private slot, by each ABI that the kernel has."""
+    if request.param == "restrictedmem":
+        yield request.getfixturevalue("make_v9")
+        return
+    if not kvm.check_extension(gm.KVM_CAP_VM_TYPES) >> gm.KVM_X86_SW_PROTECTED_VM & 1:
+        missing("guest_memfd", "no VM type here has private memory")
+    with ExitStack() as stack:
+
+        def make_guest(cpus: int = 1) -> MemfdGuest:
+            vm = stack.enter_context(kvm.create_vm(gm.KVM_X86_SW_PROTECTED_VM))
+            return MemfdGuest(stack, vm, kvm, cpus)
+
+        yield make_guest
+
+
+@pytest.fixture
+def private(make: MakeGuest) -> PrivateGuest:
+    return make()
+
+
+PATTERN = bytes(range(256)) * 16
+
+
+@pytest.mark.rule("faults.private-from-file", "faults.shared-from-userspace-addr")
+def test_private_and_shared_are_two_memories(private: PrivateGuest) -> None:
+    """What the guest writes to private memory is in the file, not where the host can look."""
+    gpa = GPA + 3 * PAGE
+    private.memory.write(3 * PAGE, PATTERN)
+    private.guest.write(gpa, b"private marker")
+    assert private.guest.read(gpa, 14) == b"private marker"
+    assert private.memory.read(3 * PAGE, PAGE) == PATTERN, "the host's page is as it was"
+    private.convert(gpa, PAGE, private=False)
+    assert private.guest.read(gpa, PAGE) == PATTERN, "shared, the guest sees the host's page"
+    private.guest.write(gpa + 8, b"shared marker")
+    assert private.memory.read(3 * PAGE + 8, 13) == b"shared marker"
+    private.convert(gpa, PAGE, private=True)
+    assert private.guest.read(gpa, 14) == b"private marker", "and the private page kept its own"
+    assert private.guest.exits == []
+
+
+@pytest.mark.rule("faults.fresh-pages-are-zero")
+def test_fresh_private_pages_are_zero(private: PrivateGuest) -> None:
+    """Whatever those pages were before: at first touch, after fallocate, after a hole."""
+    # Fill the host's free memory with something to be found, and let go of it.
+    with HostMemory(64 * MIB) as secrets:
+        secrets.write(0, b"\xa5" * (64 * MIB))
+    private.allocate(GPA + 2 * MIB, 2 * MIB)
+    assert private.guest.span(GPA, 0, SIZE) == SIZE
+    private.guest.fill(GPA, 0x77, SIZE)
+    private.punch_hole(GPA + MIB, MIB)
+    assert private.guest.span(GPA + MIB, 0, MIB) == MIB
+    assert private.guest.span(GPA, 0x77, MIB) == MIB
+    assert private.guest.span(GPA + 2 * MIB, 0x77, SIZE - 2 * MIB) == SIZE - 2 * MIB
+
+
+@pytest.mark.rule("invalidation.precise")
+@pytest.mark.parametrize(
+    ("first", "count"), [(0, 1), (5, 1), (1, 3), (511, 2), (512, 512), (1535, 1)]
+)
+def test_a_hole_takes_just_its_pages(private: PrivateGuest, first: int, count: int) -> None:
+    """The guest finds zeros in the hole and all else as it was, on both sides of it."""
+    private.guest.fill(GPA, 0x5A, SIZE)
+    private.punch_hole(GPA + first * PAGE, count * PAGE)
+    start, end = first * PAGE, (first + count) * PAGE
+    assert private.guest.span(GPA, 0x5A, SIZE) == start
+    assert private.guest.span(GPA + start, 0, SIZE - start) == end - start
+    assert private.guest.span(GPA + end, 0x5A, SIZE - end) == SIZE - end
+    private.guest.write(GPA + start, b"again")
+    assert private.guest.read(GPA + start, 5) == b"again"
+
+
+@pytest.mark.rule("invalidation.outside-the-slot")
+def test_holes_beside_the_binding(private: PrivateGuest) -> None:
+    """A hole of the same file before or behind what the slot uses takes nothing."""
+    private.guest.fill(GPA, 0x5A, SIZE)
+    for offset in (0, OFFSET - 2 * MIB, OFFSET - PAGE, OFFSET + SIZE, OFFSET + SIZE + MIB):
+        private.file.punch_hole(offset, PAGE)  # type: ignore[attr-defined]
+        assert private.guest.span(GPA, 0x5A, SIZE) == SIZE
+    private.file.punch_hole(OFFSET - MIB, MIB + PAGE)  # type: ignore[attr-defined]
+    assert private.guest.span(GPA, 0, SIZE) == PAGE
+    assert private.guest.span(GPA + PAGE, 0x5A, SIZE - PAGE) == SIZE - PAGE
+
+
+@pytest.mark.rule("convert.state-survives-the-slot")
+def test_the_state_survives_the_slot(private: PrivateGuest) -> None:
+    """Private or shared is the VM's and the gfn's: deleting the slot changes neither."""
+    private.memory.write(0, b"host 0 ")
+    private.memory.write(PAGE, b"host 1 ")
+    private.guest.write(GPA, b"guest 0")
+    private.convert(GPA + PAGE, PAGE, private=False)
+    private.slot.delete()
+    with pytest.raises(GuestExit) as stopped:
+        private.guest.load(GPA, 4)
+    if private.abi == "restrictedmem":
+        assert stopped.value.exit == MmioExit(6, False, GPA, 4, b"")
+    else:
+        assert fault_of(private, stopped.value) == (GPA, PAGE, True), "no slot: nothing private"
+    private.guest.reset()
+    private.bind(1, GPA, SIZE, OFFSET, private.memory)
+    assert private.guest.read(GPA, 7) == b"guest 0", "the file kept it"
+    assert private.guest.read(GPA + PAGE, 7) == b"host 1 "
+
+
+@pytest.mark.rule("convert.large-ranges")
+def test_conversion_of_parts_of_a_large_range(private: PrivateGuest) -> None:
+    """2 MiB and its parts, back and forth: each stage seen from both sides."""
+    private.memory.write(0, b"\x11" * SIZE)
+    private.guest.fill(GPA, 0x22, SIZE)
+    state = [True] * (SIZE // PAGE)
+    steps = ((512, 512, False), (600, 8, True), (0, 1, False), (1023, 2, False), (512, 512, True))
+    for first, count, wanted in steps:
+        private.convert(GPA + first * PAGE, count * PAGE, private=wanted)
+        state[first : first + count] = [wanted] * count
+        seen = private.guest.read(GPA, SIZE)
+        expected = b"".join((b"\x22" if one else b"\x11") * PAGE for one in state)
+        assert seen == expected, (first, count, wanted)
+    assert private.memory.read(0, SIZE) == b"\x11" * SIZE
+    assert private.guest.exits == []
+
+
+@pytest.mark.rule("slots.same-offset-mapping")
+def test_two_slots_of_one_file(private: PrivateGuest) -> None:
+    """A second slot at another guest address has its own part of the file."""
+    second = 64 << 30
+    with HostMemory(MIB) as memory:
+        slot = private.bind(2, second, MIB, OFFSET + SIZE + MIB, memory)
+        private.convert(second, MIB, private=True)
+        private.guest.write(GPA, b"first")
+        private.guest.write(second, b"second")
+        assert private.guest.read(GPA, 5) == b"first"
+        assert private.guest.read(second, 6) == b"second"
+        private.file.punch_hole(OFFSET + SIZE + MIB, PAGE)  # type: ignore[attr-defined]
+        assert private.guest.read(GPA, 5) == b"first"
+        assert private.guest.read(second, 6) == bytes(6)
+        slot.delete()
+
+
+@pytest.mark.rule("convert.range-across-slots")
+def test_ranges_across_pages(private: PrivateGuest) -> None:
+    """One access that begins in a shared page and ends in a private one reaches both."""
+    private.convert(GPA, PAGE, private=False)
+    private.guest.write(GPA + PAGE - 3, b"abcdef")
+    assert private.memory.read(PAGE - 3, 6) == b"abc\0\0\0"
+    assert private.guest.read(GPA + PAGE - 3, 6) == b"abcdef"
+
+
+@pytest.mark.rule("isolation.host-mapping")
+def test_the_marker_is_nowhere_in_the_process(private: PrivateGuest) -> None:
+    """A marker in private memory is in no page of ours; its twin in shared memory is found."""
+    # Never whole in our own memory: the guest's copy is put together by the guest itself.
+    half = os.urandom(8).hex().encode()
+    for number, byte in enumerate(half + half[::-1]):
+        private.guest.store(GPA + 16 * PAGE + number, 1, byte)
+    private.convert(GPA, PAGE, private=False)
+    for number, byte in enumerate(half + half[::-1]):
+        private.guest.store(GPA + number, 1, byte)
+    at = private.memory.userspace_addr
+    with Path("/proc/self/mem").open("rb", buffering=0) as mem:
+        mem.seek(at)
+        view = mem.read(SIZE)
+    marker = half + half[::-1]
+    assert view.find(marker) == 0, "the control, in shared memory"
+    assert view.find(marker, 1) == -1
+    assert private.guest.read(GPA + 16 * PAGE, 32) == marker, "it is there, for the guest"
+
+
+@pytest.mark.rule("dirty-log.private-writes")
+def test_dirty_logging(v9_guest: RestrictedGuest) -> None:
+    """v9 logs writes to private pages."""
+    v9_guest.slot.delete()
+    v9_guest.bind(1, GPA, SIZE, OFFSET, v9_guest.memory, k.KVM_MEM_LOG_DIRTY_PAGES)
+    v9_guest.guest.write(GPA + 9 * PAGE, b"dirty")
+    log = v9_guest.vm.get_dirty_log(1)
+    assert log[1] == 1 << 1
+    assert sum(byte.bit_count() for byte in log) == 1
+
+
+# -- faults --------------------------------------------------------------------------------------
+
+
+@pytest.mark.rule("v9.fault.exit", "v9.fault.again", "v9.hypercall.wants")
+@pytest.mark.parametrize("wants", [False, True], ids=["wants shared", "wants private"])
+def test_a_guest_that_wants_the_other_kind_exits(v9_guest: RestrictedGuest, wants: bool) -> None:
+    """Exit 38 with gpa, 4096 bytes and the wish, KVM_RUN returning 0; until it is converted."""
+    gpa = GPA + 7 * PAGE
+    v9_guest.memory.write(7 * PAGE, b"hosts")
+    v9_guest.guest.write(gpa, b"guest")
+    v9_guest.convert(gpa, PAGE, private=not wants)
+    assert v9_guest.want(gpa, PAGE, private=wants) == 0
+    with pytest.raises(GuestExit) as stopped:
+        v9_guest.guest.read(gpa + 3, 2)
+    fault = stopped.value.exit
+    assert fault == MemoryFaultExit(38, gpa, PAGE, wants, int(wants), 0, "restrictedmem")
+    assert v9_guest.guest.vcpu.page.exit_reason == 38
+    for _ in range(3):
+        with pytest.raises(GuestExit) as again:
+            v9_guest.guest.resume()
+        assert again.value.exit == fault, "run again unconverted it exits again"
+    v9_guest.convert(fault.gpa, fault.size, private=fault.private)
+    assert v9_guest.guest.resume() == (b"st" if wants else b"ts")
+    # Its neighbours follow the VM's state, and so does the page once the wish is unset.
+    assert v9_guest.guest.read(gpa + PAGE, 1) == b"\0"
+    assert v9_guest.want(gpa, PAGE, private=None) == 0
+    v9_guest.convert(gpa, PAGE, private=not wants)
+    assert v9_guest.guest.read(gpa, 5) == (b"hosts" if wants else b"guest")
+    assert len(v9_guest.guest.exits) == 4
+
+
+@pytest.mark.rule("v9.fault.implicit-conversion")
+def test_implicit_conversion_by_a_server(v9_guest: RestrictedGuest) -> None:
+    """A guest that just accesses, and a host that converts at each exit."""
+
+    def serve(_: object, exit_: MemoryFaultExit) -> bool:
+        v9_guest.convert(exit_.gpa, exit_.size, private=exit_.private)
+        return True
+
+    v9_guest.guest.serve = serve
+    v9_guest.guest.fill(GPA, 0x33, 2 * MIB)
+    v9_guest.memory.write(0, b"\x44" * (2 * MIB))
+    assert v9_guest.want(GPA, 2 * MIB, private=False) == 0
+    assert v9_guest.guest.span(GPA, 0x44, 2 * MIB) == 2 * MIB
+    assert len(v9_guest.guest.exits) == 512
+    assert {exit_.gpa for exit_ in v9_guest.guest.exits} == set(range(GPA, GPA + 2 * MIB, PAGE))
+    assert v9_guest.want(GPA, MIB, private=True) == 0
+    assert v9_guest.guest.span(GPA, 0x33, 2 * MIB) == MIB
+    assert len(v9_guest.guest.exits) == 512 + 256
+
+
+@pytest.mark.rule("v9.hypercall.errors")
+def test_the_hypercalls_errors(v9_guest: RestrictedGuest) -> None:
+    """-EINVAL for a bad range, also with the wish bits; -1000 without them, when not enabled."""
+    call, wish = v9_guest.guest.hypercall, 1 << 8
+    for attributes in (wish, 1 << 9, wish | 1 << 9):
+        assert call(k.KVM_HC_MAP_GPA_RANGE, GPA, 1, attributes) == 0
+        for gpa, pages in ((GPA + 1, 1), (GPA, 0), ((1 << 64) - PAGE, 1 << 52)):
+            assert call(k.KVM_HC_MAP_GPA_RANGE, gpa, pages, attributes) == -errno.EINVAL
+    assert call(k.KVM_HC_MAP_GPA_RANGE, GPA, 1, k.KVM_MAP_GPA_RANGE_ENCRYPTED) == -1000
+    v9_guest.vm.enable_cap(k.KVM_CAP_EXIT_HYPERCALL, 1 << k.KVM_HC_MAP_GPA_RANGE)
+    with pytest.raises(GuestExit) as stopped:
+        call(k.KVM_HC_MAP_GPA_RANGE, GPA, 2, k.KVM_MAP_GPA_RANGE_ENCRYPTED)
+    exit_ = stopped.value.exit
+    assert (exit_.nr, exit_.args[:3], exit_.longmode) == (12, (GPA, 2, 16), True)
+    v9_guest.guest.vcpu.page.hypercall.ret = 5
+    assert v9_guest.guest.resume() == 5
+    with pytest.raises(GuestExit):
+        call(k.KVM_HC_MAP_GPA_RANGE, GPA, 1, k.KVM_MAP_GPA_RANGE_DECRYPTED)
+
+
+@pytest.mark.rule("v9.fault.unmapped-userspace-addr")
+def test_shared_memory_that_is_not_mapped(v9_guest: RestrictedGuest) -> None:
+    """userspace_addr 0: private memory works, a shared access makes KVM_RUN fail with EFAULT."""
+    gpa = GPA + SIZE
+    v9_guest.bind(2, gpa, MIB, 0, None)
+    v9_guest.guest.write(gpa, b"works")
+    assert v9_guest.guest.read(gpa, 5) == b"works"
+    v9_guest.convert(gpa, PAGE, private=False)
+    with pytest.raises(OSError, match="KVM_RUN") as failure:
+        v9_guest.guest.read(gpa, 5)
+    assert failure.value.errno == errno.EFAULT
+    v9_guest.convert(gpa, PAGE, private=True)
+    assert v9_guest.guest.resume() == b"works", "nothing is lost by the failure"
+
+
+@pytest.mark.rule("v9.fault.plain-slot")
+def test_a_plain_slot_ignores_the_state(v9_guest: RestrictedGuest) -> None:
+    """All gfns are private at first, and an ordinary slot works all the same."""
+    with HostMemory(MIB) as memory:
+        v9_guest.vm.map(memory, 0, slot=5)
+        for private in (True, False):
+            v9_guest.convert(0, MIB, private=private)
+            v9_guest.guest.write(PAGE, b"plain")
+            assert memory.read(PAGE, 5) == b"plain"
+        v9_guest.vm.slots[5].delete()
+
+
+@pytest.mark.rule("v9.fault.no-page")
+@pytest.mark.dangerous("a page that can't be had makes the vCPU spin")
+def test_a_page_that_can_not_be_had(v9_guest: RestrictedGuest) -> None:
+    """restricted_offset 1<<63, for which there is no page: KVM_RUN fails, and does not spin."""
+    gpa = GPA + SIZE
+    v9_guest.bind(2, gpa, MIB, 1 << 63, None)
+    with pytest.raises(OSError, match="KVM_RUN") as failure:
+        v9_guest.guest.read(gpa, 1)
+    assert failure.value.errno == errno.EINVAL
+    v9_guest.guest.reset()
+    v9_guest.vm.slots[2].delete()
+    v9_guest.bind(2, gpa, MIB, (1 << 63) - 2 * MIB, None)
+    assert v9_guest.guest.read(gpa, 1) == b"\0", "the twin below it"
+
+
+@pytest.mark.rule("v9.fault.read-only")
+@pytest.mark.dangerous("a write to a private page of a read-only slot spins")
+def test_a_write_to_read_only_private_memory(v9_guest: RestrictedGuest) -> None:
+    """It exits; the page stays as it is; reads work."""
+    v9_guest.guest.write(GPA, b"before")
+    v9_guest.slot.delete()
+    v9_guest.bind(1, GPA, SIZE, OFFSET, v9_guest.memory, k.KVM_MEM_READONLY)
+    assert v9_guest.guest.read(GPA, 6) == b"before"
+    with pytest.raises(GuestExit) as stopped:
+        v9_guest.guest.store(GPA, 4, 0x12345678)
+    assert stopped.value.exit.reason in (k.KVM_EXIT_MMIO, 38)
+    v9_guest.guest.reset()
+    assert v9_guest.guest.read(GPA, 6) == b"before"
+
+
+@pytest.mark.rule("gm.fault.exit")
+def test_private_memory_without_a_slot_for_it(
+    make: MakeGuest, request: pytest.FixtureRequest
+) -> None:
+    """guest_memfd: a private gfn in a plain slot is exit 39, and KVM_RUN fails with EFAULT."""
+    private = make()
+    if private.abi != "guest_memfd":
+        pytest.skip("v9 has its own: a plain slot ignores the state")
+    with HostMemory(MIB) as memory:
+        private.vm.map(memory, 0, slot=5)
+        memory.write(PAGE, b"plain")
+        private.convert(PAGE, PAGE, private=True)
+        with pytest.raises(GuestExit) as stopped:
+            private.guest.read(PAGE, 5)
+        assert fault_of(private, stopped.value) == (PAGE, PAGE, True)
+        assert stopped.value.exit.reason == 39
+        private.convert(PAGE, PAGE, private=False)
+        assert private.guest.resume() == b"plain"
+        private.vm.slots[5].delete()
+
+
+# -- races ---------------------------------------------------------------------------------------
+
+
+def _in_thread(errors: list[BaseException], body: Callable[[], None]) -> threading.Thread:
+    def run() -> None:
+        try:
+            body()
+        except BaseException as error:  # noqa: BLE001  # shown by the test
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread
+
+
+@pytest.mark.rule("race.hole-against-fault")
+def test_holes_against_faults(make: MakeGuest) -> None:
+    """Two vCPUs fault while holes are punched; nothing stale is read once a hole is made."""
+    private = make(cpus=2)
+    errors: list[BaseException] = []
+    stop = threading.Event()
+    faults = [0, 0]
+
+    def churn(number: int) -> Callable[[], None]:
+        cpu = private.guest.cpus[number]
+
+        def body() -> None:
+            while not stop.is_set():
+                cpu.touch(GPA + number * 8, PAGE, 64, byte=0x99)
+                faults[number] += 1
+
+        return body
+
+    threads = [_in_thread(errors, churn(number)) for number in (0, 1)]
+    for round_ in range(150):
+        private.punch_hole(GPA + round_ % 3 * PAGE, 40 * PAGE)
+    stop.set()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive(), "stuck"
+    assert not errors
+    assert min(faults) > 0
+    private.punch_hole(GPA, MIB)
+    for cpu in private.guest.cpus:
+        assert cpu.span(GPA, 0, MIB) == MIB, "nothing stale after the last hole"
+
+
+@pytest.mark.rule("race.conversion-against-fault")
+def test_conversions_against_faults(make: MakeGuest) -> None:
+    """Every write lands in one of the two memories, whatever the moment of the conversion."""
+    private = make(cpus=2)
+    errors: list[BaseException] = []
+    stop = threading.Event()
+    done = [0]
+
+    def count() -> None:
+        while not stop.is_set():
+            done[0] += 100
+            private.guest.increment(GPA, 100)
+
+    thread = _in_thread(errors, count)
+    for round_ in range(100):
+        private.convert(GPA, PAGE, private=bool(round_ % 2))
+    stop.set()
+    thread.join(60)
+    assert not thread.is_alive(), "stuck"
+    assert not errors
+    assert done[0] > 0
+    private.convert(GPA, PAGE, private=True)
+    in_private = private.guest.load(GPA, 8)
+    private.convert(GPA, PAGE, private=False)
+    in_shared = private.guest.cpus[1].load(GPA, 8)
+    assert int.from_bytes(private.memory.read(0, 8), "little") == in_shared
+    assert in_private + in_shared == done[0], "no increment was lost, none counted twice"
+
+
+@pytest.mark.rule("race.slot-against-fault")
+def test_slot_deletion_under_access(make: MakeGuest) -> None:
+    """A slot that comes and goes under a running guest: it exits or it works."""
+    private = make()
+    errors: list[BaseException] = []
+    stop = threading.Event()
+    served: list[int] = []
+
+    def serve(_: object, exit_: MmioExit | MemoryFaultExit) -> bool:
+        served.append(exit_.reason)
+        return True
+
+    private.guest.serve = serve
+
+    def body() -> None:
+        while not stop.is_set():
+            private.guest.touch(GPA, PAGE, 16)
+
+    thread = _in_thread(errors, body)
+    for _ in range(100):
+        private.slot.delete()
+        private.slot = private.bind(1, GPA, SIZE, OFFSET, private.memory)
+    stop.set()
+    thread.join(60)
+    assert not thread.is_alive(), "stuck"
+    assert not errors
+    assert set(served) <= {k.KVM_EXIT_MMIO, (private.abi == "restrictedmem" and 38) or 39}
+    private.guest.serve = None
+    private.guest.write(GPA, b"works")
+    assert private.guest.read(GPA, 5) == b"works"
+
+
+@pytest.mark.rule("v9.hook.off")
+def test_no_private_memory_where_the_hook_says_no(kvm: Kvm, refusing_vm: object) -> None:
+    """The wish bits reach no kernel code then: the hypercall answers as it always has."""
+    from kvmpriv.guest.puppet import Puppet
+
+    with Puppet(refusing_vm, cpuid=kvm.get_supported_cpuid()) as guest:  # type: ignore[arg-type]
+        assert guest.hypercall(k.KVM_HC_MAP_GPA_RANGE, GPA, 1, 1 << 8) == -1000
+    with pytest.raises(OSError, match="REG_REGION") as failure:
+        restrictedmem.memory_encrypt_reg_region(refusing_vm, 0, PAGE)  # type: ignore[arg-type]
+    assert failure.value.errno == errno.ENOTTY
