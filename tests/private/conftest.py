@@ -15,7 +15,7 @@ import kvmpriv
 from conftest import missing, open_fds
 from kvmpriv import HostMemory, Kvm, Vm
 from kvmpriv.cdefs import guest_memfd as gm
-from kvmpriv.private import guest_memfd, restrictedmem
+from kvmpriv.private import restrictedmem
 from kvmpriv.private.guest_memfd import GuestMemfd
 from kvmpriv.private.restrictedmem import RestrictedMem
 
@@ -47,6 +47,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    # Before the fixtures ask, so that there is one line for all that lack the same.
+    wants = getattr(item, "fixturenames", ())
+    if "v9" in wants:
+        require_v9()
+    if "guest_memfd_kvm" in wants:
+        require_guest_memfd()
     mark = item.get_closest_marker("dangerous")
     if mark and not MENDED and not item.config.getoption("dangerous", default=False):
         pytest.skip(f"dangerous: {mark.args[0]} (--dangerous runs it)")
@@ -84,6 +90,10 @@ def no_leak() -> Iterator[Callable[[], None]]:
 @pytest.fixture
 def v9() -> None:
     """The running kernel has memfd_restricted(2)."""
+    require_v9()
+
+
+def require_v9() -> None:
     errno = restrictedmem.ask_memfd_restricted()
     if errno_of(errno) != "EINVAL":
         missing("restrictedmem", f"system call 451 answers {errno_of(errno)}")
@@ -189,9 +199,13 @@ def takes_guest_memfd(vm_type: int) -> int:
 @pytest.fixture
 def guest_memfd_kvm(kvm: Kvm) -> Kvm:
     """A KVM in which some type of VM takes guest_memfd slots."""
+    require_guest_memfd()
+    return kvm
+
+
+def require_guest_memfd() -> None:
     if not any(takes_guest_memfd(number) == 1 for number in VM_TYPES.values()):
         missing("guest_memfd", "no type of VM has KVM_CAP_GUEST_MEMFD")
-    return kvm
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -199,7 +213,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "vm_type" in metafunc.fixturenames:
         least = 0 if "gm_vm" not in metafunc.fixturenames else 1
         types = {name: n for name, n in VM_TYPES.items() if takes_guest_memfd(n) >= least}
-        # Without any, guest_memfd_kvm says what is missing.
+        # Without any, require_guest_memfd says what is missing.
         metafunc.parametrize("vm_type", types.values() or [0], ids=types or ["none"])
 
 
@@ -244,11 +258,3 @@ def gm_vcpu(gm_vm: Vm) -> Iterator[kvmpriv.Vcpu]:
         missing("pre-fault", "KVM_CAP_PRE_FAULT_MEMORY is 0")
     with gm_vm.create_vcpu() as vcpu:
         yield vcpu
-
-
-@pytest.fixture
-def set_attributes(gm_vm: Vm) -> Callable[[int, int, int], None]:
-    """KVM_SET_MEMORY_ATTRIBUTES of the VM."""
-    return lambda address, size, value: guest_memfd.set_memory_attributes(
-        gm_vm, address, size, value
-    )

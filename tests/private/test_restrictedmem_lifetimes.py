@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
@@ -283,4 +284,31 @@ def test_host_memory_goes_first(slots: RestrictedSlots, memory: HostMemory) -> N
     memory.close()
     assert slots.set(slot=4) == "EEXIST"
     assert slots.delete() == "ok"
+    slots.accepts()
+
+
+@rule("v9.race.slot_against_hole")
+@pytest.mark.dangerous("known defect 10: a slot that comes or goes during a hole is a BUG")
+@pytest.mark.parametrize("mode", [0, HOLE], ids=["allocate", "hole"])
+def test_slots_against_holes(slots: RestrictedSlots, file: RestrictedMem, mode: int) -> None:
+    """Slots made and deleted while another thread changes the file: all succeed, no report."""
+    over, holes = threading.Event(), []
+
+    def change() -> None:
+        while not over.is_set():
+            fallocate(file, mode, 32 * PAGE, 16 * PAGE)
+            holes.append(None)
+
+    made, gone = slots.struct(), slots.struct(memory_size=0)
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        for turn in range(200):
+            assert slots.vm.ioctl_errno(k.KVM_SET_USER_MEMORY_REGION, made) == 0, turn
+            assert slots.vm.ioctl_errno(k.KVM_SET_USER_MEMORY_REGION, gone) == 0, turn
+    finally:
+        over.set()
+        thread.join()
+    assert turn == 199
+    assert len(holes) > 100
     slots.accepts()
