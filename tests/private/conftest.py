@@ -58,6 +58,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(f"dangerous: {mark.args[0]} (--dangerous runs it)")
 
 
+@pytest.fixture(autouse=True)
+def untainted() -> Iterator[None]:
+    """Fails the test during which the kernel had to warn: a WARN, a BUG, a sanitizer's report."""
+    taint = Path("/proc/sys/kernel/tainted")
+    before = taint.read_text()
+    yield
+    assert taint.read_text() == before, "the kernel complained: see its log"
+
+
 @pytest.fixture
 def no_leak() -> Iterator[Callable[[], None]]:
     """Fails the test if descriptors or mappings of KVM are left behind at its end.

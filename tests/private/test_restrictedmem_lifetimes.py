@@ -21,6 +21,8 @@ from .helpers import (
     BIG,
     GIB,
     HOLE,
+    KEEP_SIZE,
+    MIB,
     PAGE,
     RestrictedSlots,
     Unevictable,
@@ -289,14 +291,14 @@ def test_host_memory_goes_first(slots: RestrictedSlots, memory: HostMemory) -> N
 
 @rule("v9.race.slot_against_hole")
 @pytest.mark.dangerous("known defect 10: a slot that comes or goes during a hole is a BUG")
-@pytest.mark.parametrize("mode", [0, HOLE], ids=["allocate", "hole"])
-def test_slots_against_holes(slots: RestrictedSlots, file: RestrictedMem, mode: int) -> None:
+def test_slots_against_holes(slots: RestrictedSlots, file: RestrictedMem) -> None:
     """Slots made and deleted while another thread changes the file: all succeed, no report."""
     over, holes = threading.Event(), []
 
     def change() -> None:
         while not over.is_set():
-            fallocate(file, mode, 32 * PAGE, 16 * PAGE)
+            fallocate(file, KEEP_SIZE, 0, MIB)
+            fallocate(file, HOLE, 0, MIB)
             holes.append(None)
 
     made, gone = slots.struct(), slots.struct(memory_size=0)
@@ -310,5 +312,5 @@ def test_slots_against_holes(slots: RestrictedSlots, file: RestrictedMem, mode: 
         over.set()
         thread.join()
     assert turn == 199
-    assert len(holes) > 100
+    assert len(holes) > 20
     slots.accepts()
