@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 SETUP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check cdefs bench clean packages
+.PHONY: help demo test test-debug check kernels cdefs bench clean packages
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -13,14 +13,28 @@ help:  ## list the targets
 demo: $(SETUP)  ## set everything up, probe this host, bring a guest up on it
 	@scripts/demo
 
-test: $(SETUP)  ## set everything up and run every test: unit, host
+test: kernels  ## set everything up and run every test: unit, host, the suite in both kernels
 	$(BIN)/python -m pytest tests
+	scripts/suite restrictedmem
+	scripts/suite restrictedmem --append kvm.tdp_mmu=0
+	scripts/suite guest_memfd
+
+test-debug: $(SETUP)  ## the suite under the debug kernels, with a clean log (an hour and more)
+	scripts/suite restrictedmem --debug
+	scripts/suite restrictedmem --debug --append kvm.tdp_mmu=0
+	scripts/suite guest_memfd --debug
 
 check: $(SETUP)  ## lint, format, types, unit tests: under a minute
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	MYPYPATH=scripts/kernel $(BIN)/mypy --config-file= --strict scripts/vm
+	MYPYPATH=scripts/kernel $(BIN)/mypy --config-file= --strict scripts/kernel/build
 	$(BIN)/python -m pytest -q tests/unit
+
+kernels: $(SETUP)  ## build the kernels, or find them in the cache (~/.cache/kvmpriv)
+	scripts/kernel/build restrictedmem
+	scripts/kernel/build guest_memfd
 
 cdefs: $(SETUP)  ## write what is generated: kvmpriv/cdefs from cdefs/, the ready guest from its source
 	$(BIN)/python scripts/cdefs

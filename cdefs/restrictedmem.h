@@ -23,6 +23,13 @@ struct kvm_userspace_memory_region_ext {
 	__u64 pad2[14];
 };
 
+/*
+ * KVM_HC_MAP_GPA_RANGE where CONFIG_KVM_PRIVATE_MEM_TESTING lets any VM have private memory: how
+ * the guest is going to access a range.  Both: as whatever it is.
+ */
+#define KVM_MAP_GPA_RANGE_WANT_PRIVATE	(1 << 8)
+#define KVM_MAP_GPA_RANGE_WANT_SHARED	(1 << 9)
+
 #define KVM_EXIT_MEMORY_FAULT		38
 #define KVM_MEMORY_EXIT_FLAG_PRIVATE	(1 << 0)
 

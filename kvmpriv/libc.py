@@ -12,6 +12,8 @@ import signal
 from ctypes import c_int, c_long, c_ulong, c_void_p
 
 __all__ = [
+    "FALLOC_FL_KEEP_SIZE",
+    "FALLOC_FL_PUNCH_HOLE",
     "fallocate",
     "fstatfs_type",
     "ioctl",
@@ -41,6 +43,8 @@ _fallocate.argtypes = (c_int, c_int, ctypes.c_int64, ctypes.c_int64)
 _fallocate.restype = c_int
 
 _SYS_tgkill = 234  # x86-64
+
+FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2  # <linux/falloc.h>
 
 
 def os_error(errno: int, what: str) -> OSError:

@@ -1,4 +1,3 @@
-# ruff: noqa: S603 (running commands is what this is for)
 """What the kernel scripts need from the system: found, installed on Debian, or named."""
 
 from __future__ import annotations

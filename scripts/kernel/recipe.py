@@ -1,4 +1,3 @@
-# ruff: noqa: S603 (running commands is what this is for)
 """How a kernel is made from a source, patches and a config.
 
 Every file of this folder that decides what comes out is part of the cache's key, this one

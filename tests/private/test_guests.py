@@ -288,8 +288,10 @@ def test_the_hypercalls_errors(v9_guest: RestrictedGuest) -> None:
     call, wish = v9_guest.guest.hypercall, 1 << 8
     for attributes in (wish, 1 << 9, wish | 1 << 9):
         assert call(k.KVM_HC_MAP_GPA_RANGE, GPA, 1, attributes) == 0
-        for gpa, pages in ((GPA + 1, 1), (GPA, 0), ((1 << 64) - PAGE, 1 << 52)):
+        for gpa, pages in ((GPA + 1, 1), (GPA, 0), (GPA, (1 << 64) - 1)):
             assert call(k.KVM_HC_MAP_GPA_RANGE, gpa, pages, attributes) == -errno.EINVAL
+        # What may not wrap is the page number, not the address.
+        assert call(k.KVM_HC_MAP_GPA_RANGE, (1 << 64) - PAGE, 2, attributes) == 0
     assert call(k.KVM_HC_MAP_GPA_RANGE, GPA, 1, k.KVM_MAP_GPA_RANGE_ENCRYPTED) == -1000
     v9_guest.vm.enable_cap(k.KVM_CAP_EXIT_HYPERCALL, 1 << k.KVM_HC_MAP_GPA_RANGE)
     with pytest.raises(GuestExit) as stopped:
@@ -337,7 +339,7 @@ def test_a_page_that_can_not_be_had(v9_guest: RestrictedGuest) -> None:
     v9_guest.bind(2, gpa, MIB, 1 << 63, None)
     with pytest.raises(OSError, match="KVM_RUN") as failure:
         v9_guest.guest.read(gpa, 1)
-    assert failure.value.errno == errno.EINVAL
+    assert failure.value.errno == errno.EFBIG
     v9_guest.guest.reset()
     v9_guest.vm.slots[2].delete()
     v9_guest.bind(2, gpa, MIB, (1 << 63) - 2 * MIB, None)

@@ -1,0 +1,98 @@
+"""What the kernels of scripts/kernel are: the probe's verdict, and two witnesses of the v9 ABI."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT, missing
+from kvmpriv.cdefs import restrictedmem
+from unit import abi, layouts
+
+SCRIPTS = ROOT / "scripts"
+
+
+def image(name: str) -> Path:
+    """A built kernel; building it is `make kernels`, not a test."""
+    sys.path.insert(0, str(SCRIPTS / "kernel"))
+    try:
+        from packages import cache_root  # type: ignore[import-not-found]
+    finally:
+        sys.path.pop(0)
+    if not [*cache_root().glob(f"{name}.*/bzImage")]:
+        missing(name, f"no such kernel is built: scripts/kernel/build {name}")
+    built = subprocess.run(
+        [SCRIPTS / "kernel" / "build", name], check=True, capture_output=True, text=True
+    )
+    return Path(built.stdout.splitlines()[-1])
+
+
+def vm(
+    name: str, *command: str | Path, options: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
+    image(name)
+    return subprocess.run(
+        [SCRIPTS / "vm", name, "-q", "--timeout", "100", *options, "--", *command],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "verdict", "status"),
+    [
+        ("restrictedmem", (), "v9 usable", 0),
+        (
+            "restrictedmem",
+            ("--append", "kvm.private_mem_testing=0"),
+            "v9 advertised but refused",
+            1,
+        ),
+        ("guest_memfd", (), "guest_memfd private", 0),
+    ],
+)
+def test_the_probes_verdict(name: str, options: tuple[str, ...], verdict: str, status: int) -> None:
+    done = vm(name, sys.executable, "-m", "kvmpriv", "probe", options=options)
+    assert done.stdout.splitlines()[0] == verdict, done.stderr
+    assert done.returncode == status
+
+
+def test_two_witnesses_see_the_same(tmp_path: Path) -> None:
+    """A C program, built against the patched tree's headers alone, and the binding."""
+    headers = image("restrictedmem").parent / "headers" / "include"
+    witness = tmp_path / "witness"
+    source = SCRIPTS / "kernel" / "restrictedmem" / "witness.c"
+    subprocess.run(["cc", "-static", "-Wall", "-I", headers, "-o", witness, source], check=True)
+    script = (
+        f"{witness} >{tmp_path}/c && {sys.executable} {ROOT}/tests/vm/walk.py >{tmp_path}/python"
+    )
+    done = vm("restrictedmem", "sh", "-c", script, options=("--output-dir", str(tmp_path)))
+    assert done.returncode == 0, done.stderr + done.stdout
+    c, python = (
+        dict(line.rsplit(" ", 1) for line in (tmp_path / name).read_text().splitlines())
+        for name in ("c", "python")
+    )
+    assert python == c
+    assert c["done"] == "1"
+    assert c["slot.bind"] == "0"
+    assert len(c) > 90
+
+
+def test_the_patched_trees_headers_agree(tmp_path: Path) -> None:
+    headers = image("restrictedmem").parent / "headers" / "include"
+    ours = {name: value for name, value in vars(restrictedmem).items() if isinstance(value, int)}
+    theirs_name = "kvm_userspace_memory_region_ext"
+    structs, values = abi.ask_compiler(
+        ["<linux/kvm.h>", "<linux/kvm_para.h>", "<linux/magic.h>", "<asm/unistd.h>"],
+        {theirs_name: layouts.RESTRICTEDMEM[theirs_name]},
+        ours,
+        tmp_path,
+        "-I",
+        str(headers),
+    )
+    assert structs == {theirs_name: layouts.RESTRICTEDMEM[theirs_name]}
+    assert values == ours
