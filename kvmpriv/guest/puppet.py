@@ -289,22 +289,23 @@ class PuppetCpu:
 
     def _drive(self, steps: _Steps[_T], result: int | None) -> _T:
         mailbox = self._mailbox
-        self._under_way = steps
-        try:
-            while True:
-                name, arguments, (gpa, size) = next(steps) if result is None else steps.send(result)
-                mailbox[_COMMAND] = _COMMANDS[name]
-                for at, argument in enumerate(arguments, _ARGUMENTS):
-                    mailbox[at] = argument & _MASK
-                if size:
-                    window = gpa & -_LARGE_PAGE
-                    mailbox[_WINDOW] = window
-                    mailbox[_PAGES] = (gpa + size - window + _LARGE_PAGE - 1) // _LARGE_PAGE
-                self._enter()
-                result = mailbox[_RESULT]
-        except StopIteration as end:
-            self._under_way = None
-            return end.value  # type: ignore[no-any-return]
+        while True:
+            self._under_way = None  # nothing is, should the steps themselves go wrong
+            try:
+                step = next(steps) if result is None else steps.send(result)
+            except StopIteration as end:
+                return end.value  # type: ignore[no-any-return]
+            self._under_way = steps
+            name, arguments, (gpa, size) = step
+            mailbox[_COMMAND] = _COMMANDS[name]
+            for at, argument in enumerate(arguments, _ARGUMENTS):
+                mailbox[at] = argument & _MASK
+            if size:
+                window = gpa & -_LARGE_PAGE
+                mailbox[_WINDOW] = window
+                mailbox[_PAGES] = (gpa + size - window + _LARGE_PAGE - 1) // _LARGE_PAGE
+            self._enter()
+            result = mailbox[_RESULT]
 
     def _enter(self) -> None:
         """Run until the command is done."""

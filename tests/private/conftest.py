@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import kvmpriv
-from conftest import missing, open_fds
+from conftest import missing
 from kvmpriv import HostMemory, Kvm, Vm
 from kvmpriv.cdefs import guest_memfd as gm
 from kvmpriv.private import restrictedmem
@@ -65,32 +64,6 @@ def untainted() -> Iterator[None]:
     before = taint.read_text()
     yield
     assert taint.read_text() == before, "the kernel complained: see its log"
-
-
-@pytest.fixture
-def no_leak() -> Iterator[Callable[[], None]]:
-    """Fails the test if descriptors or mappings of KVM are left behind at its end.
-
-    The same as everywhere, but it collects garbage only where something seems to be left: in an
-    emulated machine that takes longer than most tests here.
-    """
-
-    def kvm_mappings() -> int:
-        return Path("/proc/self/maps").read_text().count("anon_inode:kvm")
-
-    fds, maps = open_fds(), kvm_mappings()
-
-    def left() -> dict[int, str]:
-        return {number: what for number, what in open_fds().items() if number not in fds}
-
-    def check() -> None:
-        if left() or kvm_mappings() > maps:
-            gc.collect()
-        assert not left(), "descriptors left open"
-        assert kvm_mappings() <= maps, "mappings of KVM's files left"
-
-    yield check
-    check()
 
 
 # -- v9 ------------------------------------------------------------------------------------------

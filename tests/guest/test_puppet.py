@@ -1,0 +1,188 @@
+"""The puppet, in ordinary memory: what it is told it does, and what it does the host sees."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from kvmpriv import HostMemory, Kvm, Vm
+from kvmpriv.cdefs import kvm as k
+from kvmpriv.exits import Exit, IoExit, MmioExit
+from kvmpriv.guest import GuestCrash
+from kvmpriv.guest.puppet import HOME, HOME_SIZE, GuestExit, Puppet
+
+GPA, SIZE = 0x1_0000_0000, 8 << 20
+
+pytestmark = pytest.mark.usefixtures("no_leak")
+
+
+@pytest.fixture
+def memory() -> Iterator[HostMemory]:
+    with HostMemory(SIZE) as made:
+        yield made
+
+
+@pytest.fixture
+def guest(kvm: Kvm, vm: Vm, memory: HostMemory) -> Iterator[Puppet]:
+    vm.map(memory, GPA)
+    with Puppet(vm, cpus=2, cpuid=kvm.get_supported_cpuid()) as made:
+        yield made
+
+
+@pytest.mark.parametrize("offset", [0, 1, 4095, (2 << 20) - 3, SIZE - 300_001])
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 4096, 65536, 65537, 300_001])
+def test_write_and_read(guest: Puppet, memory: HostMemory, offset: int, size: int) -> None:
+    data = os.urandom(size)
+    guest.write(GPA + offset, data)
+    assert memory.read(offset, size) == data
+    data = os.urandom(size)
+    memory.write(offset, data)
+    assert guest.read(GPA + offset, size) == data
+    assert guest.exits == []
+
+
+def test_fill_span_checksum_touch(guest: Puppet, memory: HostMemory) -> None:
+    guest.fill(GPA + 3, 0xAB, 70_001)
+    assert memory.read(0, 4) == b"\0\0\0\xab"
+    assert memory.read(3, 70_002) == b"\xab" * 70_001 + b"\0"
+    assert guest.span(GPA + 3, 0xAB, 80_000) == 70_001
+    assert guest.span(GPA + 3, 0xAB, 70_001) == 70_001
+    assert guest.span(GPA, 0xAB, 100) == 0
+    assert guest.span(GPA, 0xAB, 0) == 0
+    words = memory.view()[:80_000].cast("Q")
+    assert guest.checksum(GPA, 80_000) == sum(words) % (1 << 64)
+    words.release()
+    with pytest.raises(ValueError, match="12 bytes are not a number of 64-bit words"):
+        guest.checksum(GPA, 12)
+    guest.touch(GPA + 1, 4096, 5, byte=0x55)
+    assert [memory.read(n * 4096 + 1, 1) for n in range(6)] == [b"\x55"] * 5 + [b"\xab"]
+    guest.touch(GPA, 4096, 5)
+    guest.touch(GPA, 4096, 0)
+
+
+def test_single_accesses(guest: Puppet, memory: HostMemory) -> None:
+    for size in (1, 2, 4, 8):
+        memory.write(0, b"\xff" * 16)
+        guest.store(GPA + 3, size, 0x1122334455667788)
+        value = 0x1122334455667788 % (1 << 8 * size)
+        assert memory.read(3, size + 1) == value.to_bytes(size, "little") + b"\xff"
+        assert guest.load(GPA + 3, size) == value
+    for bad in (0, 3, 16):
+        with pytest.raises(ValueError, match="one access has"):
+            guest.load(GPA, bad)
+
+
+def test_two_cpus_at_once(guest: Puppet, memory: HostMemory) -> None:
+    threads = [
+        threading.Thread(target=lambda cpu=cpu: [cpu.increment(GPA, 1000) for _ in range(20)])
+        for cpu in guest.cpus
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert int.from_bytes(memory.read(0, 8), "little") == 40_000
+
+
+def test_exits_on_the_way(guest: Puppet) -> None:
+    nowhere = GPA + SIZE
+    with pytest.raises(GuestExit) as stopped:
+        guest.load(nowhere + 8, 4)
+    assert stopped.value.exit == MmioExit(6, False, nowhere + 8, 4, b"")
+    assert stopped.value.cpu is guest
+    with pytest.raises(RuntimeError, match="a command is under way"):
+        guest.load(GPA, 4)
+    guest.vcpu.page.mmio.data = b"\x78\x56\x34\x12\0\0\0\0"
+    assert guest.resume() == 0x12345678
+    with pytest.raises(RuntimeError, match="no command is under way"):
+        guest.resume()
+
+    with pytest.raises(GuestExit):
+        guest.out(0x80, 2, 0xBEEF)
+    guest.resume()
+    with pytest.raises(GuestExit, match="KVM_EXIT_HLT"):
+        guest.halt()
+    guest.resume()
+    assert guest.exits[1:] == [IoExit(2, True, 0x80, 2, 1, b"\xef\xbe"), Exit(k.KVM_EXIT_HLT)]
+    assert guest.read(GPA, 4) == bytes(4), "and it goes on"
+
+
+def test_a_server_settles_exits(guest: Puppet) -> None:
+    asked = []
+
+    def serve(cpu: Puppet, exit_: IoExit) -> bool:
+        asked.append((exit_.port, exit_.size))
+        io = cpu.vcpu.page.io
+        target = k.ffi.cast("unsigned char *", cpu.vcpu.page) + io.data_offset
+        k.ffi.memmove(target, b"\x0d\xf0\xad\x8b", exit_.size)
+        return True
+
+    guest.serve = serve  # type: ignore[assignment]
+    assert guest.in_(0x71, 1) == 0x0D
+    assert guest.in_(0x71, 2) == 0xF00D
+    assert guest.in_(0x71, 4) == 0x8BADF00D
+    assert asked == [(0x71, 1), (0x71, 2), (0x71, 4)]
+
+
+def test_reset_in_the_middle(guest: Puppet) -> None:
+    for _ in range(3):
+        with pytest.raises(GuestExit):
+            guest.read(GPA + SIZE, 100)
+        guest.reset()
+        guest.write(GPA, b"works")
+        assert guest.read(GPA, 5) == b"works"
+
+
+def test_code_cpuid_msrs_time(kvm: Kvm, guest: Puppet) -> None:
+    guest.write(GPA + 0x1000, bytes.fromhex("488d4701 c3"))  # lea 1(%rdi), %rax; ret
+    assert guest.run(GPA + 0x1000, 41) == 42
+    vendor = next(entry for entry in kvm.get_supported_cpuid() if entry.function == 0)
+    assert guest.cpuid(0)[1:] == (vendor.ebx, vendor.ecx, vendor.edx)
+    assert guest.rdtsc() < guest.rdtsc()
+    star = 0xC0000081
+    guest.wrmsr(star, 0x23000800000000)
+    assert guest.rdmsr(star) == 0x23000800000000
+
+
+def test_a_crash_is_told(guest: Puppet) -> None:
+    guest.write(GPA, b"\x0f\x0b")
+    with pytest.raises(GuestCrash, match=r"exception 6 \(#UD invalid opcode\)") as crash:
+        guest.run(GPA)
+    assert crash.value.why.startswith("exception 6")
+    guest.reset()
+    assert guest.load(GPA, 2) == 0x0B0F
+    with pytest.raises(GuestCrash, match=r"exception 13 \(#GP"):
+        guest.rdmsr(0xDEAD0000)
+
+
+@pytest.mark.parametrize("home", [0, 2 << 20, 1 << 38])
+def test_anywhere(kvm: Kvm, vm: Vm, memory: HostMemory, home: int) -> None:
+    """The home goes to any multiple of 2 MiB, and memory to any page."""
+    at = 64 << 20
+    vm.map(memory, at)
+    with Puppet(vm, home=home, cpuid=kvm.get_supported_cpuid()) as guest:
+        guest.write(at + 5, b"there")
+        assert memory.read(5, 5) == b"there"
+        assert guest.load(home + 0x1000, 4) != 0, "its own code, for instance"
+    assert list(vm.slots) == [0], "the home is gone with it"
+
+
+def test_bad_arguments(vm: Vm) -> None:
+    for home in (HOME + 4096, -HOME_SIZE, 1 << 52):
+        with pytest.raises(ValueError, match="is not a multiple of 0x200000 below"):
+            Puppet(vm, home=home)
+    for cpus in (0, 16):
+        with pytest.raises(ValueError, match=f"a puppet has 1 to 15 vCPUs, not {cpus}"):
+            Puppet(vm, cpus=cpus)
+    assert vm.slots == {}
+    with HostMemory(4096) as memory:
+        vm.map(memory, HOME)
+        with pytest.raises(FileExistsError):
+            Puppet(vm)
+    with Puppet(vm, home=0) as guest:
+        for gpa, size in ((-1, 1), (1 << 52, 1), ((1 << 52) - 1, 2)):
+            with pytest.raises(ValueError, match="are no guest physical range"):
+                guest.read(gpa, size)
