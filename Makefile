@@ -14,7 +14,8 @@ demo: $(SETUP)  ## set everything up, probe this host, bring a guest up on it
 	@scripts/demo
 
 test: kernels  ## set everything up and run every test: unit, host, the suite in both kernels
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests/unit tests/host tests/guest tests/private
+	KVMPRIV_REQUIRE=restrictedmem,guest_memfd $(BIN)/python -m pytest tests/vm
 	scripts/suite restrictedmem
 	scripts/suite restrictedmem --append kvm.tdp_mmu=0
 	scripts/suite guest_memfd
