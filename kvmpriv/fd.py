@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import errno as _errno
 import os
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from . import libc
 from .cdefs import guest_memfd, kvm, restrictedmem_v10
 from .libc import ioctl as _ioctl
 from .libc import last_errno, os_error
-
-if TYPE_CHECKING:
-    from types import TracebackType
 
 __all__ = ["REQUEST_NAMES", "Fd", "describe"]
 
@@ -150,12 +147,7 @@ class Fd:
             raise self._closed_error()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __del__(self) -> None:

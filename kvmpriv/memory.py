@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import mmap
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .cdefs import kvm
-
-if TYPE_CHECKING:
-    from types import TracebackType
 
 __all__ = ["PAGE_SIZE", "HostMemory"]
 
@@ -104,12 +101,7 @@ class HostMemory:
         self._checked()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __repr__(self) -> str:

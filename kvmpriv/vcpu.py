@@ -23,8 +23,6 @@ from .libc import ioctl as _ioctl
 from .libc import last_errno, os_error, tgkill
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from .stats import StatsFd
     from .vm import Lifeline
 
@@ -438,10 +436,5 @@ class VcpuThread(threading.Thread):
         self.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()

@@ -21,8 +21,6 @@ from .crash import GuestCrash, GuestTimeout
 from .image import Mode
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from ..kvm import Kvm
     from .image import Image
 
@@ -130,10 +128,5 @@ class Machine:
     def __enter__(self) -> Machine:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

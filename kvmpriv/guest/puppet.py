@@ -36,8 +36,6 @@ from .crash import GuestCrash
 from .ready import PUPPET
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from ..vcpu import CpuidEntry, Vcpu
     from ..vm import Vm
 
@@ -401,12 +399,7 @@ class Puppet(PuppetCpu):
     def __enter__(self) -> Puppet:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
