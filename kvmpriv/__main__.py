@@ -3,6 +3,7 @@
 import gc
 import os
 import sys
+from contextlib import suppress
 
 gc.disable()  # what start-up makes stays: to look through it again and again is 4 ms for nothing
 
@@ -16,7 +17,8 @@ def run() -> None:
     status = main()
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
-            stream.flush()
+            with suppress(OSError):  # a full disk is no reason for another status
+                stream.flush()
     os._exit(status)  # all is closed and written; to take the interpreter apart is 4 ms more
 
 

@@ -7,6 +7,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -45,6 +46,8 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if sys.stderr is None:  # closed: what would be said there must not go anywhere else
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
     parser = _Parser(
         prog="kvmpriv", description="KVM guest private memory: probe it, use it, test it."
     )
@@ -66,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = _SIGNALLED + 13  # as if SIGPIPE had ended us: whoever read has read enough
     except KeyboardInterrupt:
         status = _SIGNALLED + 2
+        with suppress(OSError):  # what was printed before it is no less true
+            sys.stdout.flush()
     except OSError as error:
         if error.filename != _STDOUT:
             raise

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from . import libc
 from .cdefs import guest_memfd, kvm, restrictedmem_v10
 from .libc import ioctl as _ioctl
-from .libc import last_errno, os_error
+from .libc import last_errno, os_error, set_errno
 
 __all__ = ["REQUEST_NAMES", "Fd", "describe"]
 
@@ -87,9 +87,13 @@ class Fd:
         ioctl's name and its argument in the message; ValueError for a struct that is smaller
         than the request says (the kernel would write beyond it).
         """
-        result: int = _ioctl(self._fd, request, self._address(request, argument))
+        address = self._address(request, argument)
+        before = last_errno()
+        result: int = _ioctl(self._fd, request, address)
         if result < 0:
-            raise self._error(request, argument)
+            error = self._error(request, argument)
+            set_errno(before)  # we may be in a signal handler, between a call and its errno
+            raise error
         return result
 
     def ioctl_errno(self, request: int, argument: Any = 0) -> int:
@@ -97,9 +101,12 @@ class Fd:
 
         A result other than 0 (a new fd, a count) is lost: use :meth:`ioctl` where it matters.
         """
-        if _ioctl(self._fd, request, self._address(request, argument)) >= 0:
+        address = self._address(request, argument)
+        before = last_errno()
+        if _ioctl(self._fd, request, address) >= 0:
             return 0
         errno = last_errno()
+        set_errno(before)
         if errno == _errno.EBADF and self._fd < 0:
             raise self._closed_error()
         return errno

@@ -11,6 +11,7 @@ from .libc import ioctl as _ioctl
 from .libc import last_errno, os_error
 from .vcpu import CpuidEntry, read_cpuid_growing
 from .vm import Vm
+from .wakeup import uninterrupted
 
 __all__ = ["Kvm"]
 
@@ -30,11 +31,12 @@ class Kvm(Fd):
 
     def __init__(self, path: str | os.PathLike[str] = "/dev/kvm") -> None:
         name = os.fspath(path)
-        try:
-            fd = os.open(name, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
-        except OSError as error:
-            raise OSError(error.errno, f"{error.strerror}{_hint(error.errno)}", name) from None
-        super().__init__(fd)
+        with uninterrupted():
+            try:
+                fd = os.open(name, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+            except OSError as error:
+                raise OSError(error.errno, f"{error.strerror}{_hint(error.errno)}", name) from None
+            super().__init__(fd)
         try:
             version = _ioctl(fd, kvm.KVM_GET_API_VERSION, 0)
             if version < 0:
@@ -42,7 +44,10 @@ class Kvm(Fd):
                 raise OSError(errno, f"not KVM: KVM_GET_API_VERSION: {os.strerror(errno)}", name)
             if version != kvm.KVM_API_VERSION:
                 raise OSError(_errno.EPROTO, f"KVM's API version is {version}, not 12", name)
-            self._vcpu_mmap_size = self.ioctl(kvm.KVM_GET_VCPU_MMAP_SIZE)
+            self._vcpu_mmap_size: int = _ioctl(fd, kvm.KVM_GET_VCPU_MMAP_SIZE, 0)
+            if self._vcpu_mmap_size < 0:
+                errno = last_errno()
+                raise OSError(errno, f"KVM_GET_VCPU_MMAP_SIZE: {os.strerror(errno)}", name)
         except BaseException:
             self.close()
             raise
@@ -71,11 +76,12 @@ class Kvm(Fd):
         OSError: EINVAL for a type that is not offered, ENOMEM, EMFILE.
         """
         while True:
-            fd: int = _ioctl(self._fd, kvm.KVM_CREATE_VM, vm_type)
-            if fd >= 0:
-                return Vm(fd, self._vcpu_mmap_size)
-            if last_errno() != _errno.EINTR or self._fd < 0:
-                raise self._error(kvm.KVM_CREATE_VM, vm_type)
+            with uninterrupted():
+                fd: int = _ioctl(self._fd, kvm.KVM_CREATE_VM, vm_type)
+                if fd >= 0:
+                    return Vm(fd, self._vcpu_mmap_size)
+                if last_errno() != _errno.EINTR or self._fd < 0:
+                    raise self._error(kvm.KVM_CREATE_VM, vm_type)
 
     def get_supported_cpuid(self) -> list[CpuidEntry]:
         """The CPUID leaves that KVM can give a guest here."""

@@ -20,6 +20,7 @@ __all__ = [
     "last_errno",
     "os_error",
     "pthread_sigmask_unblock",
+    "set_errno",
     "signal_ignored_in_c",
     "syscall",
     "tgkill",
@@ -27,7 +28,7 @@ __all__ = [
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
-last_errno = ctypes.get_errno
+last_errno, set_errno = ctypes.get_errno, ctypes.set_errno
 
 #: ``int ioctl(int fd, unsigned long request, unsigned long argument)``: a pointer goes as a number.
 ioctl = _libc.ioctl
@@ -81,8 +82,14 @@ def fstatfs_type(fd: int) -> int:
 
 
 def tgkill(tid: int, signum: int) -> int:
-    """Send a signal to one thread of this process; -1 with ESRCH when it is gone."""
-    return syscall(_SYS_tgkill, os.getpid(), tid, signum)
+    """Send a signal to one thread of this process; -1 when it is gone.
+
+    errno is left alone: signal handlers kick, and may come between a call and its errno.
+    """
+    before = last_errno()
+    result = syscall(_SYS_tgkill, os.getpid(), tid, signum)
+    set_errno(before)
+    return result
 
 
 class _Sigaction(ctypes.Structure):

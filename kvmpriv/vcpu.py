@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from fcntl import ioctl as _enter
-from threading import get_ident
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import wakeup
@@ -21,6 +20,7 @@ from .faults import FAULT_LAYOUTS
 from .fd import Fd
 from .libc import ioctl as _ioctl
 from .libc import last_errno, os_error, tgkill
+from .wakeup import uninterrupted
 
 if TYPE_CHECKING:
     from .stats import StatsFd
@@ -34,6 +34,16 @@ _ffi = kvm.ffi
 # KVM_RUN at a sixth of ctypes' cost.  From Python 3.14 on it hides EINTR and calls again, and so
 # would never come back from a kick.
 _FCNTL_SHOWS_EINTR = sys.version_info < (3, 14)
+
+
+class _Here(threading.local):
+    """What tells threads apart: get_ident's numbers are used again for the next thread."""
+
+    def __init__(self) -> None:
+        self.me = object()
+
+
+_here = _Here()
 
 
 class CpuidEntry(NamedTuple):
@@ -80,22 +90,22 @@ class Vcpu(Fd):
     _what = "vCPU"
 
     def __init__(self, fd: int, mmap_size: int, lifeline: Lifeline, vcpu_id: int) -> None:
-        super().__init__(fd)
         self.vcpu_id = vcpu_id
-        #: struct kvm_run, read and written in place.
-        self.page: Any
         #: The thread that is in KVM_RUN or about to be; at most one entry.
-        self._runner: dict[str, int] = {}
-        self._prepared = 0  # the thread (get_ident) that has run it last …
+        self._runner: dict[str, object] = {}
+        self._prepared: object = None  # the thread that has run it last …
         self._tid = 0  # … and its number in the kernel
         self._errno = 0  # what KVM_RUN failed with, when that is an exit
         # Re-entrant: a signal handler may kick while kick is under way.
         self._kick_lock = threading.RLock()
         self._pid = os.getpid()
         self._lifeline: Lifeline | None = None
+        super().__init__(fd)
         try:
             self._mmap = mmap.mmap(fd, mmap_size)
-            self.page = _ffi.from_buffer("struct kvm_run *", self._mmap, require_writable=True)
+            #: ``struct kvm_run *``, read and written in place.  A part of it (``page.io``) does
+            #: not keep it alive: take it anew after each run, and never after close.
+            self.page: Any = _ffi.from_buffer("struct kvm_run *", self._mmap, require_writable=True)
         except BaseException:
             super().close()
             raise
@@ -115,13 +125,13 @@ class Vcpu(Fd):
         Raises OSError with KVM_RUN's errno, RuntimeError when another thread runs this vCPU,
         ValueError after close.
         """
-        me = get_ident()
+        me = _here.me
         runner = self._runner
         try:
             # One call, hence atomic; and what it did can be seen below, whatever came between.
-            if runner.setdefault("thread", me) != me:
+            if runner.setdefault("thread", me) is not me:
                 raise self._busy_error()
-            if self._prepared != me or self._errno:
+            if self._prepared is not me or self._errno:
                 self._prepare(me)
             if _FCNTL_SHOWS_EINTR:
                 _enter(self._fd, KVM_RUN)
@@ -134,16 +144,16 @@ class Vcpu(Fd):
                 raise
             return self._no_ordinary_exit(getattr(error, "errno", _errno.EBADF))
         finally:
-            if runner.get("thread") == me:
+            if runner == {"thread": me}:  # no call, behind which a signal handler might come
                 runner.clear()
 
-    def _prepare(self, me: int) -> None:
+    def _prepare(self, me: object) -> None:
         self.fileno()
         if self._errno:
             # KVM leaves exit_reason alone when KVM_RUN fails: an old one must not be seen twice.
             self._errno = 0
             self.page.exit_reason = kvm.KVM_EXIT_UNKNOWN
-        if self._prepared != me:
+        if self._prepared is not me:
             wakeup.prepare_thread()
             if wakeup.in_main_thread():
                 wakeup.watch(self)
@@ -176,10 +186,13 @@ class Vcpu(Fd):
     def kick(self) -> None:
         """Make :meth:`run`, in whichever thread, return KVM_EXIT_INTR: now, or as soon as called.
 
-        Kicks that come before the vCPU is seen to stop count as one.  ValueError after close.
+        Kicks that come before the vCPU is seen to stop count as one.  ValueError after close,
+        RuntimeError in a process that has it by fork.
         """
         with self._kick_lock:
             self.fileno()
+            if os.getpid() != self._pid:
+                raise RuntimeError(f"the vCPU belongs to process {self._pid}")
             self._interrupt()
 
     def _interrupt(self) -> None:
@@ -189,24 +202,31 @@ class Vcpu(Fd):
 
     def close(self) -> None:
         """Close the vCPU; one that is running elsewhere is called back first."""
-        if self._runner.get("thread") == get_ident():
+        if self._runner.get("thread") is _here.me:
             raise RuntimeError("a vCPU can't be closed by a signal handler that interrupts its run")
         with self._kick_lock:
             fd, self._fd = self._fd, -1
         if fd < 0:
             return
-        wakeup.unwatch(self)
-        while self._runner:
-            self._interrupt()
-            time.sleep(0.0005)
-        del self.page, self._mmap
-        os.close(fd)
-        if self._lifeline is not None:
-            self._lifeline.leave()
+        try:
+            wakeup.unwatch(self)
+            while self._runner and os.getpid() == self._pid:
+                self._interrupt()
+                time.sleep(0.0005)
+        finally:
+            del self.page, self._mmap
+            os.close(fd)
+            if self._lifeline is not None:
+                self._lifeline.leave()
 
-    def _busy_error(self) -> RuntimeError:
+    def __getattr__(self, name: str) -> Any:
+        if name == "page":  # gone with close
+            raise self._closed_error()
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def _busy_error(self) -> RuntimeError | ValueError:
         if self.closed:
-            return RuntimeError("vCPU is closed")
+            return self._closed_error()
         return RuntimeError(
             f"vCPU {self.vcpu_id} is being run by another thread: kick it and wait for it first"
         )
@@ -217,7 +237,7 @@ class Vcpu(Fd):
         The kernel would let the call wait until that thread comes back, for ever maybe;
         :meth:`Fd.ioctl_errno` does.
         """
-        if self._runner and self._runner.get("thread") != get_ident():
+        if self._runner and self._runner.get("thread") is not _here.me:
             raise self._busy_error()
         return super().ioctl(request, argument)
 
@@ -361,7 +381,8 @@ class Vcpu(Fd):
         """The vCPU's counters."""
         from .stats import StatsFd
 
-        return StatsFd(self.ioctl(kvm.KVM_GET_STATS_FD))
+        with uninterrupted():
+            return StatsFd(self.ioctl(kvm.KVM_GET_STATS_FD))
 
     def _get(self, request: int, kind: str) -> Any:
         value = _ffi.new(kind)

@@ -12,6 +12,7 @@ from .fd import Fd
 from .libc import ioctl as _ioctl
 from .memory import PAGE_SIZE, HostMemory
 from .vcpu import Vcpu, enable_cap
+from .wakeup import uninterrupted
 
 if TYPE_CHECKING:
     from .stats import StatsFd
@@ -36,16 +37,17 @@ class Lifeline:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        #: Re-entrant: a signal handler may come in the middle and use the VM itself.
+        self.lock = threading.RLock()
         self._users = 1
         self._held: dict[int, tuple[Held, ...]] = {}
 
     def join(self) -> None:
-        with self._lock:
+        with self.lock:
             self._users += 1
 
     def leave(self) -> None:
-        with self._lock:
+        with self.lock:
             self._users -= 1
             if self._users == 0:
                 for slot in list(self._held):
@@ -53,14 +55,18 @@ class Lifeline:
 
     def keep(self, slot: int, held: tuple[Held, ...]) -> None:
         """Slot number `slot` uses `held` from now on, and no longer what it used before."""
-        with self._lock:
+        with self.lock:
+            before = self._held.get(slot, ())
             for thing in held:
-                thing.hold()
-            self.drop(slot)
+                if not any(thing is one for one in before):
+                    thing.hold()
             self._held[slot] = held
+            for thing in before:
+                if not any(thing is one for one in held):
+                    thing.release()
 
     def drop(self, slot: int) -> None:
-        with self._lock:
+        with self.lock:
             for thing in self._held.pop(slot, ()):
                 thing.release()
 
@@ -96,7 +102,13 @@ class Slot:
     def delete(self) -> None:
         """Take the slot away from the guest.  Nothing happens when it is gone already."""
         if self.vm.slots.get(self.slot) is self:
-            self.vm.set_user_memory_region(self.slot, self.guest_phys_addr, 0, 0)
+            try:
+                self.vm.set_user_memory_region(self.slot, self.guest_phys_addr, 0, 0)
+            except OSError as error:
+                # EINVAL: the kernel has no such slot; an interrupted call may have deleted it.
+                if error.errno != _errno.EINVAL:
+                    raise
+                self.vm.forget_slot(self)
 
     def __repr__(self) -> str:
         return (
@@ -111,18 +123,19 @@ class Vm(Fd):
     _what = "VM"
 
     def __init__(self, fd: int, vcpu_mmap_size: int) -> None:
-        super().__init__(fd)
         self._vcpu_mmap_size = vcpu_mmap_size
         self._lifeline = Lifeline()
         self._pid = os.getpid()
         #: slot number -> the slot; those set through the raw layer are not here
         self.slots: dict[int, Slot] = {}
+        super().__init__(fd)
 
     def close(self) -> None:
         """Close the VM's fd.  Its vCPUs and their memory live until they are closed too."""
-        if not self.closed:
-            super().close()
-            self._lifeline.leave()
+        with self._lifeline.lock:
+            if not self.closed:
+                super().close()
+                self._lifeline.leave()
 
     def _error(self, request: int, argument: Any = 0) -> OSError | ValueError:
         error = super()._error(request, argument)
@@ -146,8 +159,9 @@ class Vm(Fd):
 
         OSError: EEXIST for an id in use, EINVAL for one beyond KVM_CAP_MAX_VCPU_ID.
         """
-        fd = self.ioctl(kvm.KVM_CREATE_VCPU, vcpu_id)
-        return Vcpu(fd, self._vcpu_mmap_size, self._lifeline, vcpu_id)
+        with uninterrupted():
+            fd = self.ioctl(kvm.KVM_CREATE_VCPU, vcpu_id)
+            return Vcpu(fd, self._vcpu_mmap_size, self._lifeline, vcpu_id)
 
     # -- memory --------------------------------------------------------------------------------
 
@@ -200,30 +214,45 @@ class Vm(Fd):
         flags, slot number, a change that is not allowed), EEXIST (overlaps another slot).
         """
         region = self._region(slot, guest_phys_addr, memory_size, userspace_addr, flags)
-        self.set_region(
-            kvm.KVM_SET_USER_MEMORY_REGION,
-            region,
-            Slot(self, slot, guest_phys_addr, memory_size, flags),
-        )
+        old = self.slots.get(slot)  # one that is only changed goes on using what it has
+        held = old.held if old and memory_size else ()
+        new = Slot(self, slot, guest_phys_addr, memory_size, flags, held)
+        self.set_region(kvm.KVM_SET_USER_MEMORY_REGION, region, new)
 
     def set_region(self, request: int, region: Any, slot: Slot) -> None:
         """Set or delete a slot by any generation's request and struct.
 
         `slot` describes what `region` says; once the kernel has agreed it is the VM's, and keeps
-        what it holds alive.
+        what it holds alive.  While it is not known whether the kernel has agreed (Ctrl-C in the
+        midst of it), what either slot uses is kept.
         """
-        self._lifeline.keep(-1, slot.held)  # nothing may vanish under the ioctl
-        try:
-            if _ioctl(self._fd, request, self._address(request, region)) < 0:
-                raise self._region_error(request, region, slot)
+        number = slot.slot
+        with self._lifeline.lock:
+            old = self.slots.get(number)
+            before = old.held if old else ()
+            both = (*before, *(one for one in slot.held if not any(one is b for b in before)))
+            self._lifeline.keep(number, both)
             if slot.memory_size:
-                self._lifeline.keep(slot.slot, slot.held)
-                self.slots[slot.slot] = slot
-            else:
-                self._lifeline.drop(slot.slot)
-                self.slots.pop(slot.slot, None)
-        finally:
-            self._lifeline.drop(-1)
+                self.slots[number] = slot
+            if _ioctl(self._fd, request, self._address(request, region)) < 0:
+                error = self._region_error(request, region, slot)
+                self._set_slot(number, old)
+                raise error
+            self._set_slot(number, slot if slot.memory_size else None)
+
+    def _set_slot(self, number: int, slot: Slot | None) -> None:
+        if slot is None:
+            self.slots.pop(number, None)
+            self._lifeline.drop(number)
+        else:
+            self.slots[number] = slot
+            self._lifeline.keep(number, slot.held)
+
+    def forget_slot(self, slot: Slot) -> None:
+        """The kernel does not have `slot` (any more): give up what it holds."""
+        with self._lifeline.lock:
+            if self.slots.get(slot.slot) is slot:
+                self._set_slot(slot.slot, None)
 
     def free_slot(self, address_space: int = 0) -> int:
         """The lowest slot number that is not in use.  OSError (ENOSPC) when there is none."""
@@ -270,6 +299,8 @@ class Vm(Fd):
 
     def get_dirty_log(self, slot: int) -> bytes:
         """One bit a page, first page in bit 0 of byte 0; a slot with KVM_MEM_LOG_DIRTY_PAGES."""
+        if slot not in self.slots:
+            raise ValueError(f"slot {slot} is none of this VM's: {sorted(self.slots)}")
         size = self.slots[slot].memory_size // PAGE_SIZE
         bitmap = _ffi.new("unsigned char[]", (size + 63) // 64 * 8)
         self.ioctl(
@@ -348,4 +379,5 @@ class Vm(Fd):
         """The VM's counters."""
         from .stats import StatsFd
 
-        return StatsFd(self.ioctl(kvm.KVM_GET_STATS_FD))
+        with uninterrupted():
+            return StatsFd(self.ioctl(kvm.KVM_GET_STATS_FD))

@@ -14,7 +14,8 @@ vCPU has the signal unblocked.
 when the main thread is back from C.  So as long as the main thread has vCPUs that it runs, kvmpriv
 has `signal.set_wakeup_fd`: a thread of ours reads there that a signal has come, and kicks them.
 The wake-up fd that was set before is given every byte it would have had, and is set again when
-the last of those vCPUs is closed.
+the last of those vCPUs is closed.  Whoever sets it after us (asyncio's add_signal_handler) takes
+it from us: such a program runs its vCPUs in threads.
 
 Off the main thread there is nothing to watch: Python runs signal handlers in the main thread
 alone, whose waiting (``Thread.join``, ``Event.wait``) they interrupt.  The handler, or the code
@@ -33,12 +34,10 @@ from typing import Protocol
 
 from . import libc
 
-__all__ = ["KICK_SIGNAL", "prepare_thread", "unwatch", "watch"]
+__all__ = ["KICK_SIGNAL", "prepare_thread", "uninterrupted", "unwatch", "watch"]
 
 #: Interrupts KVM_RUN; 34 on x86-64 with glibc.
 KICK_SIGNAL: int = signal.SIGRTMIN
-
-_STOP = 0  # no signal has this number
 
 
 class Kickable(Protocol):
@@ -51,6 +50,25 @@ def prepare_thread() -> None:
     """Make the calling thread one that KICK_SIGNAL interrupts."""
     libc.signal_ignored_in_c(KICK_SIGNAL)
     libc.pthread_sigmask_unblock(KICK_SIGNAL)
+
+
+class uninterrupted:  # used as a statement
+    """Signals wait while a descriptor is made and has no owner yet: Ctrl-C there would lose it.
+
+    A signal that the kernel gives to another thread of ours is not held back.
+    """
+
+    def __enter__(self) -> None:
+        self._before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        try:
+            # Runs the handlers of what has come already, when all is blocked: they may raise.
+            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        except BaseException:
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._before)
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._before)
 
 
 # Re-entrant: a signal handler may come in the middle and run, kick or close a vCPU itself.
@@ -66,11 +84,8 @@ def in_main_thread() -> bool:
 def watch(vcpu: Kickable) -> None:
     """Kick `vcpu` whenever a signal with a Python handler comes.  In the main thread only."""
     global _watch
-    with _lock:
+    with uninterrupted(), _lock:
         _watched.add(vcpu)
-        if _watch is not None and not _watch.alive:
-            _watch.close()
-            _watch = None
         if _watch is None:
             _watch = _SignalWatch()
 
@@ -98,7 +113,6 @@ class _SignalWatch:
     """A pipe as wake-up fd and the thread that reads it."""
 
     def __init__(self) -> None:
-        self._pid = os.getpid()
         self._read, self._write = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(self._write, False)
         self._previous = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
@@ -107,33 +121,46 @@ class _SignalWatch:
             self._thread.start()
         except BaseException:
             self._restore()
+            os.close(self._read)
             raise
 
-    @property
-    def alive(self) -> bool:
-        """False in a child made by fork, which has the pipe but not the thread."""
-        return os.getpid() == self._pid
-
     def _serve(self) -> None:
-        while True:
-            numbers = os.read(self._read, 512)
+        while numbers := os.read(self._read, 512):
             if self._previous >= 0:
                 with suppress(OSError):  # its owner may have closed it, or not be reading
-                    os.write(self._previous, numbers.replace(bytes((_STOP,)), b""))
-            _kick_all()
-            if _STOP in numbers:
-                return
+                    os.write(self._previous, numbers)
+            # Where the user has a handler of his own for KICK_SIGNAL, a kick comes by here too;
+            # to kick for that would never end.
+            if numbers.strip(bytes((KICK_SIGNAL,))):
+                _kick_all()
+        os.close(self._read)
 
     def _restore(self) -> None:
-        current = signal.set_wakeup_fd(self._previous)
+        current = signal.set_wakeup_fd(self._previous, warn_on_full_buffer=False)
         if current != self._write:  # somebody has set another one since: it stays
-            signal.set_wakeup_fd(current)
-        os.close(self._read)
+            signal.set_wakeup_fd(current, warn_on_full_buffer=False)
         os.close(self._write)
 
     def close(self) -> None:
-        """Give the wake-up fd back."""
-        if self.alive:
-            os.write(self._write, bytes((_STOP,)))
-            self._thread.join()
+        """Give the wake-up fd back; the thread ends when it has read what came until then."""
         self._restore()
+        self._thread.join()
+
+    def forget(self) -> None:
+        """In a child made by fork: it has the pipe, but neither the thread nor our vCPUs."""
+        with suppress(ValueError):  # not the main thread: then the wake-up fd is not ours to set
+            if signal.set_wakeup_fd(-1) != self._write:
+                return
+        os.close(self._read)
+        os.close(self._write)
+
+
+def _after_fork() -> None:
+    global _lock, _watched, _watch
+    _lock, _watched = threading.RLock(), weakref.WeakSet()
+    if _watch is not None:
+        _watch.forget()
+        _watch = None
+
+
+os.register_at_fork(after_in_child=_after_fork)

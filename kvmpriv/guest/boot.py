@@ -73,6 +73,8 @@ class _LongLayout(NamedTuple):
 
 def _long_layout(memory_size: int) -> _LongLayout:
     directories = _directories(memory_size)
+    if directories > 512:
+        raise ImageError("long mode's page tables are made for at most 512 GiB of memory")
     base = memory_size - (7 + directories) * PAGE_SIZE
     idt, handlers, stack_end, pml4 = (base + n * PAGE_SIZE for n in (1, 2, 5, 5))
     return _LongLayout(base, idt, handlers, stack_end, pml4)
@@ -269,11 +271,15 @@ def _write_arguments(memory: HostMemory, base: int, arguments: tuple[bytes, ...]
     return base
 
 
-def read_exception(mode: Mode, memory: HostMemory, rsp: int) -> Exception_ | None:
+def read_exception(mode: Mode, memory: HostMemory, vcpu: Vcpu) -> Exception_ | None:
     """What a handler's stack says after its write to CRASH_PORT; None if it says nothing."""
+    rsp = vcpu.get_regs().rsp
     if mode is Mode.REAL:
+        stack = vcpu.get_sregs().ss.base + (rsp & 0xFFFF)
+        if stack + 8 > memory.size:
+            return None
         # The caller's address, then what the processor pushed: ip, cs, flags.
-        caller, ip, cs, flags = struct.unpack("<4H", memory.read(rsp & 0xFFFF, 8))
+        caller, ip, cs, flags = struct.unpack("<4H", memory.read(stack, 8))
         vector, odd = divmod(caller - 3 - _REAL_HANDLERS, 3)
         if odd or not 0 <= vector < 256:
             return None

@@ -8,9 +8,8 @@ writes without effect, as an empty bus does; an access to an address without mem
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from threading import Timer
 from typing import TYPE_CHECKING, Any
 
@@ -69,8 +68,14 @@ class Machine:
 
         GuestCrash when it can't go on, GuestTimeout after `timeout` seconds.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
-        timer = None if timeout is None else Timer(timeout, self.vcpu.kick)
+        expired: list[bool] = []
+
+        def expire() -> None:
+            expired.append(True)
+            with suppress(ValueError):  # it has ended and is closed
+                self.vcpu.kick()
+
+        timer = None if timeout is None else Timer(timeout, expire)
         if timer is not None:
             timer.daemon = True
             timer.start()
@@ -93,7 +98,7 @@ class Machine:
                     return 0
                 elif reason != k.KVM_EXIT_INTR:
                     raise self._crash(crash.describe_exit(vcpu.exit()))
-                elif deadline is not None and time.monotonic() >= deadline:
+                elif expired:
                     raise self._crash(f"still running after {timeout:g} s", GuestTimeout)
         finally:
             if timer is not None:
@@ -107,8 +112,7 @@ class Machine:
         k.ffi.memmove(target, bytes((value,)) * (io.size * io.count), io.size * io.count)
 
     def _exception(self) -> GuestCrash:
-        rsp = self.vcpu.get_regs().rsp
-        exception = boot.read_exception(self._image.mode, self.memory, rsp)
+        exception = boot.read_exception(self._image.mode, self.memory, self.vcpu)
         if exception is None:
             return self._crash("it wrote to the port of the exception handlers by itself")
         return self._crash(crash.describe(exception, self.vcpu), exception=exception)

@@ -104,7 +104,7 @@ def _image(options: argparse.Namespace) -> Image:
 
 def _print(data: bytes) -> None:
     sys.stdout.buffer.write(data)
-    if b"\n" in data:
+    if b"\n" in data or sys.stdout.isatty():
         sys.stdout.buffer.flush()
 
 
@@ -141,6 +141,10 @@ def main(options: argparse.Namespace) -> int:
         with machine:
             try:
                 status = machine.run(options.timeout)
+            except OSError as error:
+                if error.filename is not None or isinstance(error, BrokenPipeError):
+                    raise  # the output's, not KVM's
+                return _fail(f"the guest can't go on: {error.strerror}", EXIT_NO_KVM)
             except GuestCrash as crash:
                 sys.stdout.flush()
                 verb = "" if isinstance(crash, GuestTimeout) else "crashed: "

@@ -1,6 +1,6 @@
 """The two ABIs of private memory, a module each: v9's restrictedmem, mainline's guest_memfd.
 
-Nothing outside this folder knows which generation it speaks to.
+No room below knows which generation it speaks to; what it needs of one is handed down.
 """
 
 from . import guest_memfd, restrictedmem

@@ -14,6 +14,7 @@ from ..cdefs import guest_memfd
 from ..faults import FaultLayout, register_fault_layout
 from ..fd import Fd
 from ..vm import Slot
+from ..wakeup import uninterrupted
 
 if TYPE_CHECKING:
     from ..memory import HostMemory
@@ -56,12 +57,17 @@ class GuestMemfd(Fd):
         argument = guest_memfd.ffi.new(
             "struct kvm_create_guest_memfd *", {"size": size, "flags": flags}
         )
-        super().__init__(vm.ioctl(guest_memfd.KVM_CREATE_GUEST_MEMFD, argument))
-        os.set_inheritable(self._fd, False)  # noqa: FBT003  # the ioctl has no flag for it
         self.size = size
         self.flags = flags
         self._slots = 0
         self._wanted = True
+        with uninterrupted():
+            super().__init__(vm.ioctl(guest_memfd.KVM_CREATE_GUEST_MEMFD, argument))
+        try:
+            os.set_inheritable(self._fd, False)  # noqa: FBT003  # the ioctl has no flag for it
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def closed(self) -> bool:

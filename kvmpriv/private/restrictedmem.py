@@ -14,6 +14,7 @@ from ..cdefs import kvm, restrictedmem
 from ..faults import FaultLayout, register_fault_layout
 from ..fd import Fd
 from ..vm import Slot
+from ..wakeup import uninterrupted
 
 if TYPE_CHECKING:
     from ..memory import HostMemory
@@ -70,12 +71,11 @@ class RestrictedMem(Fd):
             if errno in (0, _errno.EBADF):
                 errno = _errno.ENOSYS
             raise libc.os_error(errno, "memfd_restricted")
-        fd = libc.syscall(_SYS_MEMFD_RESTRICTED, 0)
-        if fd < 0:
-            raise libc.os_error(libc.last_errno(), "memfd_restricted(0)")
-        super().__init__(fd)
-        self._slots = 0
-        self._open = True
+        with uninterrupted():
+            fd = libc.syscall(_SYS_MEMFD_RESTRICTED, 0)
+            if fd < 0:
+                raise libc.os_error(libc.last_errno(), "memfd_restricted(0)")
+            super().__init__(fd)
         try:
             magic = libc.fstatfs_type(fd)
             if magic != restrictedmem.RESTRICTEDMEM_MAGIC:

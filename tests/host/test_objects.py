@@ -6,9 +6,12 @@ import errno
 import gc
 import mmap
 import os
+import random
 import resource
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,13 +19,13 @@ from typing import Any
 import pytest
 
 from conftest import missing, open_fds
-from kvmpriv import HostMemory, Kvm, Vm, exits
+from kvmpriv import HostMemory, Kvm, VcpuThread, Vm, exits
 from kvmpriv.cdefs import guest_memfd as gm
 from kvmpriv.cdefs import kvm as k
 from kvmpriv.private import guest_memfd, restrictedmem
 from kvmpriv.stats import StatsFd
 
-from .conftest import MakeGuest, start
+from .conftest import SPIN, MakeGuest, start
 
 MIB = 1 << 20
 
@@ -69,16 +72,15 @@ def test_not_permitted(tmp_path: Path) -> None:
         missing("root", "another user's rights can only be had by root")
     node = tmp_path / "kvm"
     node.touch(mode=0o600)
-    for folder in (tmp_path, *tmp_path.parents):
-        if folder.stat().st_uid == 0 and folder != Path("/"):
-            folder.chmod(folder.stat().st_mode | 0o005)
+    refused(errno.ENOTTY, lambda: Kvm(node))  # root gets as far as asking what it is
+    here = os.open(tmp_path, os.O_PATH)  # others may not be let into the folders above
     os.seteuid(65534)
     try:
-        error = refused(errno.EACCES, lambda: Kvm(node))
+        error = refused(errno.EACCES, lambda: Kvm(f"/proc/self/fd/{here}/kvm"))
     finally:
         os.seteuid(0)
+        os.close(here)
     assert "group kvm" in str(error)
-    refused(errno.ENOTTY, lambda: Kvm(node))  # root gets as far as asking what it is
 
 
 def test_vm_types(kvm: Kvm) -> None:
@@ -279,10 +281,20 @@ def test_memfd_restricted_is_not_called_where_it_is_another_call() -> None:
 def test_dirty_log(make_guest: MakeGuest) -> None:
     vm, vcpu, memory = make_guest(bytes.fromhex("c606002001 f4"))  # movb $1, 0x2000; hlt
     vm.set_user_memory_region(0, 0, 0x10000, memory.userspace_addr, k.KVM_MEM_LOG_DIRTY_PAGES)
+    memory.hold()
+    memory.close()
+    assert mapped(memory), "a slot that is changed goes on holding its memory"
+    memory.release()
+    assert mapped(memory)
+    with pytest.raises(ValueError, match="slot 3 is none of this VM's"):
+        vm.get_dirty_log(3)
     assert vm.get_dirty_log(0) == bytes(8)
     assert vcpu.run() == k.KVM_EXIT_HLT
     assert vm.get_dirty_log(0)[0] & 1 << 2
-    assert memory.read(0x2000, 1) == b"\x01"
+    vm.close()
+    assert mapped(memory)
+    vcpu.close()
+    assert not mapped(memory)
 
 
 # -- vCPUs ---------------------------------------------------------------------------------------
@@ -505,8 +517,12 @@ def test_a_constructor_failing_half_way(vm: Vm, monkeypatch: pytest.MonkeyPatch)
         patch.setattr(StatsFd, "_read_descriptors", fail)
         attempt(vm.get_stats_fd)
     with monkeypatch.context() as patch:
-        patch.setattr(Kvm, "ioctl", fail)
+        patch.setattr("kvmpriv.kvm._ioctl", fail)
         attempt(Kvm)
+    if vm.check_extension(gm.KVM_CAP_GUEST_MEMFD):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "set_inheritable", fail)
+            attempt(lambda: guest_memfd.GuestMemfd(vm, MIB))
     attempt(lambda: Kvm("/dev/null"), OSError)
     vm.create_vcpu(1).close()  # number 0 stays taken: a VM keeps a vCPU whose fd is closed
 
@@ -565,6 +581,62 @@ def test_the_raw_layer(vm: Vm) -> None:
     assert "KVM_SET_USER_MEMORY_REGION(flags=0x40000000, memory_size=0x1000)" in str(error)
     assert vm.ioctl_errno(k.KVM_SET_USER_MEMORY_REGION, 8) == errno.EFAULT
     assert vm.ioctl_errno(0xAEFF) == errno.ENOTTY
+
+
+def test_fork_while_a_thread_runs_a_vcpu(make_guest: MakeGuest) -> None:
+    """The child can close what it has by fork, and the parent's guest does not notice."""
+    _, vcpu, _ = make_guest(SPIN)
+    interrupted = []
+    with VcpuThread(vcpu, lambda *_: True) as thread:
+        while not vcpu._runner:
+            time.sleep(0.001)
+        child = os.fork()
+        if child == 0:
+            try:
+                vcpu.kick()
+            except RuntimeError:
+                vcpu.close()
+                os._exit(7)
+            os._exit(1)
+        interrupted.append(vcpu.page.immediate_exit)
+        assert os.waitpid(child, 0)[1] == 7 << 8
+        assert thread.is_alive()
+        assert vcpu.page.immediate_exit == 0
+    assert interrupted == [0]
+
+
+def test_ctrl_c_anywhere_leaves_no_fd_and_no_slot(kvm: Kvm) -> None:
+    """A signal handler that raises, at any moment of making VMs, vCPUs and slots."""
+
+    class Interrupt(Exception):  # noqa: N818
+        pass
+
+    def raise_it(*_: object) -> None:
+        raise Interrupt
+
+    before, fds = signal.signal(signal.SIGALRM, raise_it), open_fds()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    interrupted = 0
+    try:
+        deadline = time.monotonic() + 1.5
+        while time.monotonic() < deadline:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, 8e-4))
+                with kvm.create_vm() as vm, HostMemory(4096) as memory:
+                    slot = vm.map(memory, 0)
+                    vm.create_vcpu().close()
+                    slot.delete()
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+            except Interrupt:
+                interrupted += 1
+                assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mask
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert interrupted > 20
+    gc.collect()
+    assert open_fds() == fds
 
 
 def test_fork_while_a_vm_is_open(make_guest: MakeGuest) -> None:

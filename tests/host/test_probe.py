@@ -133,7 +133,9 @@ def test_findings_agree_with_kvm(kvm: kvmpriv.Kvm) -> None:
                 name = errno.errorcode[converted]
                 assert result_of(found, "guest_memfd/default/conversion") == name
     answer = ask_memfd_restricted()
-    assert status["v9/syscall"] == (PASS if answer == errno.EINVAL else FAIL)
+    undecided = found.host["seccomp"] and answer not in (errno.EINVAL, errno.EBADF)
+    expected = PASS if answer == errno.EINVAL else SKIP if undecided else FAIL
+    assert status["v9/syscall"] == expected
     if status["v9/syscall"] == FAIL:
         assert status["v9/file"] == status["v9/default/slot"] == SKIP
 
@@ -212,9 +214,11 @@ def test_no_stderr(tmp_path: Path) -> None:
     assert (process.returncode, process.stdout) == (3, "none\n")
 
 
-@pytest.mark.parametrize("path", ["/dev/null", "/dev/zero", "/etc/hostname"])
-def test_device_that_is_not_kvm(path: str) -> None:
-    found = could_not_probe(run("--json", "--device", path), "ENOTTY", "not KVM")
+@pytest.mark.parametrize("path", ["/dev/null", "/dev/zero", "{folder}/file"])
+def test_device_that_is_not_kvm(path: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    device = path.format(folder=tmp_path)
+    found = could_not_probe(run("--json", "--device", device), "ENOTTY", "not KVM")
     assert status_of(found)["kvm/device"] == FAIL
 
 
@@ -225,7 +229,8 @@ def test_device_that_is_a_folder(tmp_path: Path) -> None:
 def test_not_permitted() -> None:
     """As a user who is not in the node's group, where the node asks for one."""
     node = Path("/dev/kvm")
-    if not node.exists() or node.stat().st_mode & stat.S_IWOTH:
+    open_to_us = os.geteuid() != 0 and os.access(node, os.R_OK | os.W_OK)
+    if open_to_us or not node.exists() or node.stat().st_mode & stat.S_IWOTH:
         node = Path("/etc/shadow")  # any that this user may not open
     could_not_probe(run_as_nobody("--json", "--device", str(node)), "EACCES", "usermod -aG")
 

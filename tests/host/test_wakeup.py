@@ -194,6 +194,39 @@ def test_ctrl_c_in_the_main_thread(make_guest: MakeGuest) -> None:
     assert vcpu.run() == k.KVM_EXIT_INTR, "it can be run after each of them"
 
 
+def test_a_handler_that_raises_never_leaves_it_running(make_guest: MakeGuest) -> None:
+    """Wherever in run() the signal comes, the vCPU is free again, and can be closed."""
+    _, vcpu, _ = make_guest(OUT_LOOP)
+
+    def handler(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, handler)
+    interrupted = 0
+    try:
+        deadline = time.monotonic() + 1.5
+        while time.monotonic() < deadline:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, 3e-4))
+                _run_for_ever(vcpu)
+            except KeyboardInterrupt:
+                interrupted += 1
+                assert not vcpu._runner
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert interrupted > 100
+
+
+def test_one_thread_after_another(make_guest: MakeGuest) -> None:
+    """The system gives a thread the number of one that has ended; each can be called back."""
+    _, vcpu, _ = make_guest(SPIN)
+    for _ in range(20):
+        with VcpuThread(vcpu, lambda *_: True):
+            while not vcpu._runner:
+                time.sleep(0.001)
+
+
 def test_ctrl_c_while_a_thread_runs_the_guest(make_guest: MakeGuest) -> None:
     _, vcpu, _ = make_guest(SPIN)
     timer = threading.Thread(target=interrupt, args=(vcpu,))
@@ -236,7 +269,7 @@ def test_eintr_storm(make_guest: MakeGuest, alarm_handler: list[int]) -> None:
     try:
         with Kvm() as system:
             deadline = time.monotonic() + 1.5
-            while time.monotonic() < deadline or outs < 100 or interrupted < 100:
+            while time.monotonic() < deadline:
                 reason = vcpu.run()
                 if reason == k.KVM_EXIT_IO:
                     outs += 1
@@ -244,7 +277,7 @@ def test_eintr_storm(make_guest: MakeGuest, alarm_handler: list[int]) -> None:
                 else:
                     assert reason == k.KVM_EXIT_INTR
                     interrupted += 1
-                if outs % 50 == 0:
+                if outs // 50 > made:
                     with system.create_vm() as other, HostMemory(4096) as memory:
                         other.map(memory, 0)
                         with other.create_vcpu() as second:
@@ -254,6 +287,8 @@ def test_eintr_storm(make_guest: MakeGuest, alarm_handler: list[int]) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
     assert made > 0
+    assert outs > 0
+    assert interrupted > 0
     assert vm.slots
     assert alarm_handler == [0]
 
@@ -396,6 +431,13 @@ def test_a_handler_of_the_users_own_is_left_alone(make_guest: MakeGuest) -> None
         threading.Timer(0.05, vcpu.kick).start()
         assert vcpu.run() == k.KVM_EXIT_INTR
         assert hits[0] == 1
+        timer = threading.Timer(0.2, vcpu.kick)
+        timer.start()
+        interrupted = 0
+        while timer.is_alive() or hits[0] < 2:
+            interrupted += vcpu.run() == k.KVM_EXIT_INTR
+        assert hits[0] == 2
+        assert interrupted < 5, "a kick is answered once, not for ever"
     finally:
         signal.signal(wakeup.KICK_SIGNAL, before)
 
