@@ -79,6 +79,19 @@ def read_cpuid_growing(fd: Fd, request: int) -> list[CpuidEntry]:
         room *= 2
 
 
+class _ClosedPage:
+    """What is in the place of struct kvm_run once the vCPU is closed: every use says so.
+
+    A __getattr__ of Vcpu itself would do, and make each attribute that run() looks at slower.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        raise ValueError("vCPU is closed")
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise ValueError("vCPU is closed")
+
+
 class Vcpu(Fd):
     """A vCPU; made by :meth:`Vm.create_vcpu`.
 
@@ -130,6 +143,7 @@ class Vcpu(Fd):
         try:
             # One call, hence atomic; and what it did can be seen below, whatever came between.
             if runner.setdefault("thread", me) is not me:
+                runner = {}  # not ours to clear
                 raise self._busy_error()
             if self._prepared is not me or self._errno:
                 self._prepare(me)
@@ -144,8 +158,10 @@ class Vcpu(Fd):
                 raise
             return self._no_ordinary_exit(getattr(error, "errno", _errno.EBADF))
         finally:
-            if runner == {"thread": me}:  # no call, behind which a signal handler might come
-                runner.clear()
+            if (
+                runner and runner["thread"] is me
+            ):  # no call, after which a signal handler might come
+                del runner["thread"]
 
     def _prepare(self, me: object) -> None:
         self.fileno()
@@ -214,15 +230,11 @@ class Vcpu(Fd):
                 self._interrupt()
                 time.sleep(0.0005)
         finally:
-            del self.page, self._mmap
+            self.page = _ClosedPage()
+            del self._mmap
             os.close(fd)
             if self._lifeline is not None:
                 self._lifeline.leave()
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "page":  # gone with close
-            raise self._closed_error()
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def _busy_error(self) -> RuntimeError | ValueError:
         if self.closed:

@@ -458,7 +458,15 @@ def test_use_after_close_of_every_object(kvm: Kvm) -> None:
         (
             vcpu,
             "vCPU",
-            [vcpu.run, vcpu.exit, vcpu.kick, vcpu.get_regs, lambda: vcpu.ioctl_errno(k.KVM_RUN)],
+            [
+                vcpu.run,
+                vcpu.exit,
+                vcpu.kick,
+                vcpu.get_regs,
+                lambda: vcpu.ioctl_errno(k.KVM_RUN),
+                lambda: vcpu.page.exit_reason,
+                lambda: setattr(vcpu.page, "immediate_exit", 1),
+            ],
         ),
         (
             vm,
