@@ -220,10 +220,13 @@ class Vcpu(Fd):
         """Close the vCPU; one that is running elsewhere is called back first."""
         if self._runner.get("thread") is _here.me:
             raise RuntimeError("a vCPU can't be closed by a signal handler that interrupts its run")
-        with self._kick_lock:
-            fd, self._fd = self._fd, -1
-        if fd < 0:
-            return
+        with uninterrupted():
+            with self._kick_lock:
+                fd, self._fd = self._fd, -1
+            if fd >= 0:
+                self._let_go(fd)
+
+    def _let_go(self, fd: int) -> None:
         try:
             wakeup.unwatch(self)
             while self._runner and os.getpid() == self._pid:

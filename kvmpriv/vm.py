@@ -132,7 +132,7 @@ class Vm(Fd):
 
     def close(self) -> None:
         """Close the VM's fd.  Its vCPUs and their memory live until they are closed too."""
-        with self._lifeline.lock:
+        with uninterrupted(), self._lifeline.lock:
             if not self.closed:
                 super().close()
                 self._lifeline.leave()

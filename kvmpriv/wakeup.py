@@ -53,7 +53,7 @@ def prepare_thread() -> None:
 
 
 class uninterrupted:  # used as a statement
-    """Signals wait while a descriptor is made and has no owner yet: Ctrl-C there would lose it.
+    """Signals wait while a descriptor has no owner, before it has one or after: it would be lost.
 
     A signal that the kernel gives to another thread of ours is not held back.
     """
