@@ -222,9 +222,11 @@ def test_one_thread_after_another(make_guest: MakeGuest) -> None:
     """The system gives a thread the number of one that has ended; each can be called back."""
     _, vcpu, _ = make_guest(SPIN)
     for _ in range(20):
-        with VcpuThread(vcpu, lambda *_: True):
+        with VcpuThread(vcpu, lambda *_: True) as thread:
             while not vcpu._runner:
                 time.sleep(0.001)
+        assert not thread.is_alive()
+        assert thread.result() is None
 
 
 def test_ctrl_c_while_a_thread_runs_the_guest(make_guest: MakeGuest) -> None:
