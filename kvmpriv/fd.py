@@ -6,7 +6,6 @@ import errno as _errno
 import os
 from typing import Any, TypeVar
 
-from . import libc
 from .cdefs import guest_memfd, kvm, restrictedmem_v10
 from .libc import ioctl as _ioctl
 from .libc import last_errno, os_error, set_errno
@@ -110,16 +109,6 @@ class Fd:
         if errno == _errno.EBADF and self._fd < 0:
             raise self._closed_error()
         return errno
-
-    def fallocate(self, mode: int, offset: int, length: int) -> None:
-        """fallocate(2) on a descriptor that is a file's: ``FALLOC_FL_*``, bytes.  OSError."""
-        if libc.fallocate(self.fileno(), mode, offset, length) != 0:
-            what = f"fallocate(mode {mode:#x}, {offset:#x}, {length:#x})"
-            raise os_error(last_errno(), what)
-
-    def punch_hole(self, offset: int, length: int) -> None:
-        """Take pages away from a file, and so from every guest that has them; bytes."""
-        self.fallocate(libc.FALLOC_FL_PUNCH_HOLE | libc.FALLOC_FL_KEEP_SIZE, offset, length)
 
     @staticmethod
     def _address(request: int, argument: Any) -> int:

@@ -32,6 +32,7 @@ class HostMemory:
             raise ValueError(f"memory size {size:#x} is not a positive multiple of {PAGE_SIZE}")
         if size >= 1 << 63:
             raise ValueError(f"memory size {size:#x} is beyond any address space")
+        self._discard = mmap.MADV_REMOVE if fd >= 0 else mmap.MADV_DONTNEED
         if fd >= 0:
             flags = mmap.MAP_SHARED
         else:
@@ -68,6 +69,14 @@ class HostMemory:
     def madvise(self, advice: int, offset: int = 0, size: int | None = None) -> None:
         """madvise(2) with one of ``mmap.MADV_*``."""
         self._checked().madvise(advice, offset, self.size - offset if size is None else size)
+
+    def discard(self, offset: int, size: int) -> None:
+        """Give pages back to the system; they read as zeros afterwards.  Bytes, page aligned.
+
+        A mapped file loses them too.  OSError: EINVAL where they are locked, EOPNOTSUPP for a file
+        that can have no holes.
+        """
+        self._checked(offset, size).madvise(self._discard, offset, size)
 
     def _checked(self, offset: int = 0, size: int = 0) -> mmap.mmap:
         if not self._open or self._mmap is None:

@@ -17,7 +17,7 @@ from .wakeup import uninterrupted
 if TYPE_CHECKING:
     from .stats import StatsFd
 
-__all__ = ["Lifeline", "Slot", "Vm"]
+__all__ = ["Held", "Lifeline", "Slot", "Vm"]
 
 _ffi = kvm.ffi
 
@@ -142,6 +142,11 @@ class Vm(Fd):
         if isinstance(error, OSError) and error.errno == _errno.EIO and os.getpid() != self._pid:
             return OSError(error.errno, f"{error.strerror} (the VM belongs to process {self._pid})")
         return error
+
+    @property
+    def slots_lock(self) -> threading.RLock:
+        """Held while slots are set; whoever relies on `slots` for more than one look holds it."""
+        return self._lifeline.lock
 
     def check_extension(self, cap: int) -> int:
         """What this VM can do, as an int: 0 no, 1 yes, or more than that says the capability."""

@@ -20,22 +20,35 @@ and given to `serve`; where that does not settle it, the command raises :class:`
         data = guest.resume()
 
 Several vCPUs (`cpus=`) have a mailbox each; different threads may drive them at the same time.
+
+Given the ABI of its VM's private memory, a puppet can ask for conversions as guests do, and gets
+what it asks for:
+
+    abi = kvmpriv.private.choose(kvm)
+    with abi.create_vm(kvm) as vm, Puppet(vm, abi=abi) as guest:
+        abi.bind(vm, gpa, size, file, memory=memory)
+        guest.convert(gpa, size, private=True)
 """
 
 from __future__ import annotations
 
+import errno as _errno
 from collections.abc import Callable, Generator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..cdefs import kvm as k
-from ..memory import HostMemory
+from ..kvm import Kvm
+from ..libc import os_error
+from ..memory import PAGE_SIZE, HostMemory
+from ..private import serve_conversion
 from . import boot, crash
 from .crash import GuestCrash
 from .ready import PUPPET
 
 if TYPE_CHECKING:
+    from ..private import PrivateAbi
     from ..vcpu import CpuidEntry, Vcpu
     from ..vm import Vm
 
@@ -72,6 +85,7 @@ _WINDOW_ADDRESS = 1 << 30
 _WINDOW_SIZE = 512 * _LARGE_PAGE
 _PRESENT_WRITABLE, _LARGE = 0x3, 0x80
 _MASK = (1 << 64) - 1
+_KVM_ENOSYS = 1000  # <linux/kvm_para.h>: what KVM answers to a hypercall that it does not do
 _OP_NONE: tuple[int, int] = (0, 0)
 
 _T = TypeVar("_T")
@@ -101,7 +115,7 @@ class PuppetCpu:
         #: Every exit but those that end a command, in order.
         self.exits: list[Any] = []
         #: Called with each such exit; True when it is settled and the guest may go on.
-        self.serve: Callable[[PuppetCpu, Any], bool] | None = None
+        self.serve: Callable[[PuppetCpu, Any], bool] | None = puppet.first_server()
         self._puppet = puppet
         self._cell = _CELLS + number * _CELL_SIZE
         self._under_way: _Steps[Any] | None = None
@@ -260,6 +274,23 @@ class PuppetCpu:
         """Call the code at `gpa` (which must not leave its 2 MiB) with rdi set; returns its rax."""
         return self._one("run", _seen(gpa), argument, shows=(gpa, 1))
 
+    def convert(self, gpa: int, size: int, *, private: bool) -> None:
+        """Have the guest ask for a range to be made private, or shared: KVM_HC_MAP_GPA_RANGE.
+
+        `gpa` and `size` are page aligned.  OSError: what the guest was answered, EINVAL for memory
+        that is not in private-capable slots.  ValueError for a puppet that was given no ABI.
+        """
+        if self._puppet.abi is None:
+            raise ValueError("this puppet was made without the ABI of its private memory (abi=)")
+        if size % PAGE_SIZE:
+            raise ValueError(f"{size:#x} bytes are not a number of pages")
+        attributes = k.KVM_MAP_GPA_RANGE_ENCRYPTED if private else k.KVM_MAP_GPA_RANGE_DECRYPTED
+        answer = self.hypercall(k.KVM_HC_MAP_GPA_RANGE, gpa, size // PAGE_SIZE, attributes)
+        if answer:
+            kind = "private" if private else "shared"
+            errno = _errno.ENOSYS if answer == -_KVM_ENOSYS else -answer
+            raise os_error(errno, f"KVM_HC_MAP_GPA_RANGE({gpa:#x}, {size:#x} bytes, {kind})")
+
     def halt(self) -> None:
         """HLT.  It is an exit; `resume` goes on behind it."""
         self._one("halt")
@@ -351,8 +382,10 @@ class Puppet(PuppetCpu):
     """A puppet in `vm`, with `cpus` vCPUs; it is itself the first of them, `cpus[0]`.
 
     `home` is the guest physical address of its 2 MiB, a multiple of 2 MiB; `slot` the slot for it
-    (the lowest free one if none is given); `cpuid` what the vCPUs are given.  ValueError for a
-    bad home or number of vCPUs, OSError when the VM refuses; nothing is left behind then.
+    (the lowest free one if none is given); `cpuid` what the vCPUs are given (None: all that KVM
+    supports).  With `abi`, the guest's hypercalls for a conversion are served, and if `implicit`
+    its accesses to memory of the other kind too; `serve` may be replaced.  ValueError for a bad
+    home or number of vCPUs, OSError when the VM refuses; nothing is left behind then.
     """
 
     def __init__(
@@ -364,13 +397,23 @@ class Puppet(PuppetCpu):
         slot: int | None = None,
         cpuid: list[CpuidEntry] | None = None,
         hypercall_instruction: str | None = None,
+        abi: PrivateAbi | None = None,
+        implicit: bool = False,
     ) -> None:
         if home % HOME_SIZE or not 0 <= home < 1 << 52:
             raise ValueError(f"home {home:#x} is not a multiple of {HOME_SIZE:#x} below 2^52")
         if not 1 <= cpus <= CPUS_MAX:
             raise ValueError(f"a puppet has 1 to {CPUS_MAX} vCPUs, not {cpus}")
         self.home = home
+        self.vm = vm
+        self.abi = abi
+        self._implicit = implicit
         self.hypercall_instruction = hypercall_instruction or _hypercall_instruction()
+        if abi is not None and vm.check_extension(k.KVM_CAP_EXIT_HYPERCALL):
+            vm.enable_cap(k.KVM_CAP_EXIT_HYPERCALL, 1 << k.KVM_HC_MAP_GPA_RANGE)
+        if cpuid is None:
+            with Kvm() as kvm:
+                cpuid = kvm.get_supported_cpuid()
         with ExitStack() as stack:
             self.memory = stack.enter_context(HostMemory(HOME_SIZE))
             self.slot = vm.map(self.memory, home, slot=slot)
@@ -381,7 +424,7 @@ class Puppet(PuppetCpu):
             self.cpus: list[PuppetCpu] = []
             for number in range(cpus):
                 vcpu = stack.enter_context(vm.create_vcpu(number))
-                if cpuid:
+                if cpuid:  # kernels differ in whether they let a vCPU without it into long mode
                     vcpu.set_cpuid2(cpuid)
                 if number == 0:
                     super().__init__(self, vcpu, 0)
@@ -389,6 +432,18 @@ class Puppet(PuppetCpu):
                 else:
                     self.cpus.append(PuppetCpu(self, vcpu, number))
             self._stack = stack.pop_all()
+
+    def first_server(self) -> Callable[[PuppetCpu, Any], bool] | None:
+        """What a vCPU's `serve` is at first."""
+        abi = self.abi
+        if abi is None:
+            return None
+
+        def serve(cpu: PuppetCpu, exit_: Any) -> bool:
+            asked = self._implicit or exit_.reason == k.KVM_EXIT_HYPERCALL
+            return asked and serve_conversion(abi, self.vm, cpu.vcpu, exit_)
+
+        return serve
 
     def close(self) -> None:
         """Close the vCPUs, take the home away from the VM and give it back."""

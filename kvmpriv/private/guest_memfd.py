@@ -12,26 +12,39 @@ from typing import TYPE_CHECKING
 
 from ..cdefs import guest_memfd
 from ..faults import FaultLayout, register_fault_layout
-from ..fd import Fd
 from ..vm import Slot
 from ..wakeup import uninterrupted
+from .backing import PrivateFile, PrivateSlot, bind_slot, discard
 
 if TYPE_CHECKING:
+    from ..kvm import Kvm
     from ..memory import HostMemory
     from ..vcpu import Vcpu
     from ..vm import Vm
 
 __all__ = [
+    "DEFAULT_PRIVATE",
     "FAULT_LAYOUT",
+    "NAME",
     "GuestMemfd",
+    "bind",
+    "convert",
+    "create_file",
+    "create_vm",
+    "populate",
     "pre_fault_memory",
     "set_memory_attributes",
     "set_user_memory_region2",
 ]
 
+NAME = "guest_memfd"
+
+#: What a gfn is until it is converted.
+DEFAULT_PRIVATE = False
+
 #: KVM_RUN fails with EFAULT (EHWPOISON for a poisoned page) and describes the fault in kvm_run.
 FAULT_LAYOUT = FaultLayout(
-    abi="guest_memfd",
+    abi=NAME,
     reason=guest_memfd.KVM_EXIT_MEMORY_FAULT,
     struct="struct kvm_run_memory_fault",
     ffi=guest_memfd.ffi,
@@ -41,7 +54,7 @@ FAULT_LAYOUT = FaultLayout(
 register_fault_layout(FAULT_LAYOUT)
 
 
-class GuestMemfd(Fd):
+class GuestMemfd(PrivateFile):
     """A file made by KVM_CREATE_GUEST_MEMFD for one VM, close-on-exec.
 
     `size` in bytes, page aligned; `flags` of ``GUEST_MEMFD_FLAG_*`` (KVM_CAP_GUEST_MEMFD_FLAGS says
@@ -59,8 +72,6 @@ class GuestMemfd(Fd):
         )
         self.size = size
         self.flags = flags
-        self._slots = 0
-        self._wanted = True
         with uninterrupted():
             super().__init__(vm.ioctl(guest_memfd.KVM_CREATE_GUEST_MEMFD, argument))
         try:
@@ -68,34 +79,6 @@ class GuestMemfd(Fd):
         except BaseException:
             self.close()
             raise
-
-    @property
-    def closed(self) -> bool:
-        return not self._wanted or super().closed
-
-    def fileno(self) -> int:
-        if not self._wanted:
-            raise self._closed_error()
-        return super().fileno()
-
-    def hold(self) -> None:
-        """A slot begins to use the file."""
-        self.fileno()
-        self._slots += 1
-
-    def release(self) -> None:
-        """A slot has ended."""
-        self._slots -= 1
-        self._close_if_unused()
-
-    def close(self) -> None:
-        """End the use through this object; the fd goes with the last slot that has it."""
-        self._wanted = False
-        self._close_if_unused()
-
-    def _close_if_unused(self) -> None:
-        if not self._wanted and self._slots == 0:
-            super().close()
 
 
 def set_user_memory_region2(
@@ -116,18 +99,24 @@ def set_user_memory_region2(
     `memory_offset` (None: userspace_addr 0); all in bytes, page aligned.  OSError: EBADF for a bad
     fd, EEXIST when it overlaps another slot, EINVAL for whatever else is not right.
     """
-    region = guest_memfd.ffi.new("struct kvm_userspace_memory_region2 *")
-    region.slot = slot
-    region.flags = flags
-    region.guest_phys_addr = guest_phys_addr
-    region.memory_size = memory_size
-    region.userspace_addr = memory.userspace_addr + memory_offset if memory else 0
-    region.guest_memfd_offset = guest_memfd_offset
-    region.guest_memfd = (file if isinstance(file, int) else file.fileno()) & 0xFFFFFFFF
+    fd = file if isinstance(file, int) else file.fileno()
     held = tuple(thing for thing in (memory, file) if thing and not isinstance(thing, int))
     new = Slot(vm, slot, guest_phys_addr, memory_size, flags, held)
-    vm.set_region(guest_memfd.KVM_SET_USER_MEMORY_REGION2, region, new)
+    userspace_addr = memory.userspace_addr + memory_offset if memory else 0
+    _set_region(new, userspace_addr, fd, guest_memfd_offset)
     return new
+
+
+def _set_region(slot: Slot, userspace_addr: int, fd: int, guest_memfd_offset: int) -> None:
+    region = guest_memfd.ffi.new("struct kvm_userspace_memory_region2 *")
+    region.slot = slot.slot
+    region.flags = slot.flags
+    region.guest_phys_addr = slot.guest_phys_addr
+    region.memory_size = slot.memory_size
+    region.userspace_addr = userspace_addr
+    region.guest_memfd_offset = guest_memfd_offset
+    region.guest_memfd = fd & 0xFFFFFFFF
+    slot.vm.set_region(guest_memfd.KVM_SET_USER_MEMORY_REGION2, region, slot)
 
 
 def set_memory_attributes(vm: Vm, address: int, size: int, attributes: int) -> None:
@@ -148,3 +137,69 @@ def pre_fault_memory(vcpu: Vcpu, gpa: int, size: int) -> int:
     argument = guest_memfd.ffi.new("struct kvm_pre_fault_memory *", {"gpa": gpa, "size": size})
     vcpu.ioctl(guest_memfd.KVM_PRE_FAULT_MEMORY, argument)
     return int(argument.size)
+
+
+# -- the protocol: see PrivateAbi --------------------------------------------------------------
+
+
+def create_vm(kvm: Kvm) -> Vm:
+    """A VM of type KVM_X86_SW_PROTECTED_VM.  OSError: EINVAL where KVM has no such VMs."""
+    return kvm.create_vm(guest_memfd.KVM_X86_SW_PROTECTED_VM)
+
+
+def create_file(vm: Vm, size: int) -> GuestMemfd:
+    """A file for this VM; it keeps the kernel's VM alive."""
+    return GuestMemfd(vm, size)
+
+
+def bind(
+    vm: Vm,
+    guest_phys_addr: int,
+    memory_size: int,
+    file: PrivateFile,
+    offset: int = 0,
+    *,
+    memory: HostMemory | None = None,
+    memory_offset: int = 0,
+    slot: int | None = None,
+    flags: int = 0,
+) -> PrivateSlot:
+    """No other flag is allowed; the range is inside the file and no other slot's.
+
+    OSError: EINVAL, EBADF, EEXIST as :func:`set_user_memory_region2` has them.
+    """
+    flags |= guest_memfd.KVM_MEM_GUEST_MEMFD
+    return bind_slot(
+        vm,
+        guest_phys_addr,
+        memory_size,
+        file,
+        offset,
+        memory,
+        memory_offset,
+        slot,
+        flags,
+        _set_region,
+    )
+
+
+def convert(vm: Vm, gpa: int, size: int, *, private: bool, keep: bool = False) -> None:
+    """By KVM_SET_MEMORY_ATTRIBUTES."""
+    with vm.slots_lock:
+        attributes = guest_memfd.KVM_MEMORY_ATTRIBUTE_PRIVATE if private else 0
+        set_memory_attributes(vm, gpa, size, attributes)
+        if not keep:
+            discard(vm, gpa, size, private=not private)
+
+
+def populate(vcpu: Vcpu, gpa: int, size: int) -> None:
+    """By KVM_PRE_FAULT_MEMORY; ENOENT where no slot is, ENOTTY before Linux 6.11.
+
+    Commit bc1a5cd00211 ("KVM: Add KVM_PRE_FAULT_MEMORY vcpu ioctl to pre-populate guest memory").
+    """
+    end = gpa + size
+    while size:
+        try:
+            size = pre_fault_memory(vcpu, end - size, size)
+        except InterruptedError:  # nothing was mapped before a signal came
+            continue

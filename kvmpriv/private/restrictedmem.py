@@ -12,26 +12,40 @@ from typing import TYPE_CHECKING
 from .. import libc
 from ..cdefs import kvm, restrictedmem
 from ..faults import FaultLayout, register_fault_layout
-from ..fd import Fd
 from ..vm import Slot
 from ..wakeup import uninterrupted
+from .backing import PrivateFile, PrivateSlot, bind_slot, discard
 
 if TYPE_CHECKING:
+    from ..kvm import Kvm
     from ..memory import HostMemory
+    from ..vcpu import Vcpu
     from ..vm import Vm
 
 __all__ = [
+    "DEFAULT_PRIVATE",
     "FAULT_LAYOUT",
+    "NAME",
     "RestrictedMem",
     "ask_memfd_restricted",
+    "bind",
+    "convert",
+    "create_file",
+    "create_vm",
     "memory_encrypt_reg_region",
     "memory_encrypt_unreg_region",
+    "populate",
     "set_user_memory_region_ext",
 ]
 
+NAME = "restrictedmem"
+
+#: What a gfn is until it is converted.
+DEFAULT_PRIVATE = True
+
 #: KVM_RUN returns 0; v10 widened `flags` over the padding, which is 0 in v9: one layout reads both.
 FAULT_LAYOUT = FaultLayout(
-    abi="restrictedmem",
+    abi=NAME,
     reason=restrictedmem.KVM_EXIT_MEMORY_FAULT,
     struct="struct kvm_run_memory_fault",
     ffi=restrictedmem.ffi,
@@ -56,11 +70,13 @@ def ask_memfd_restricted() -> int:
     return libc.last_errno()
 
 
-class RestrictedMem(Fd):
+class RestrictedMem(PrivateFile):
     """A file made by ``memfd_restricted(0)``, close-on-exec.
 
     Raises OSError: ENOSYS where system call 451 is not memfd_restricted (it is not called then),
     EMFILE, ENFILE.
+
+    The kernel's slot counts the file itself: closing the fd frees nothing while a slot has it.
     """
 
     _what = "restrictedmem file"
@@ -91,6 +107,7 @@ class RestrictedMem(Fd):
     def ftruncate(self, size: int) -> None:
         """Set the size, once: bytes, page aligned.  OSError: EINVAL, EPERM when it has one."""
         os.ftruncate(self.fileno(), size)
+        self.size = size
 
 
 def set_user_memory_region_ext(
@@ -112,23 +129,23 @@ def set_user_memory_region_ext(
     whatever is not right, a bad fd too; EEXIST when it overlaps another slot.
     """
     fd = restrictedmem_file if isinstance(restrictedmem_file, int) else restrictedmem_file.fileno()
-    region = restrictedmem.ffi.new("struct kvm_userspace_memory_region_ext *")
-    region.region.slot = slot
-    region.region.flags = flags
-    region.region.guest_phys_addr = guest_phys_addr
-    region.region.memory_size = memory_size
-    region.region.userspace_addr = memory.userspace_addr + memory_offset if memory else 0
-    region.restricted_offset = restricted_offset
-    region.restricted_fd = fd & 0xFFFFFFFF
-    # The kernel's slot counts the file itself: a closed fd frees nothing, nothing to hold here.
-    held = (memory,) if memory else ()
+    held = (memory,) if memory else ()  # not the file: the kernel's slot counts it itself
     new = Slot(vm, slot, guest_phys_addr, memory_size, flags, held)
-    vm.set_region(kvm.KVM_SET_USER_MEMORY_REGION, region, new)
+    userspace_addr = memory.userspace_addr + memory_offset if memory else 0
+    _set_region(new, userspace_addr, fd, restricted_offset)
     return new
 
 
-def _convert(vm: Vm, request: int, gpa: int, size: int) -> None:
-    vm.ioctl(request, kvm.ffi.new("struct kvm_enc_region *", (gpa, size)))
+def _set_region(slot: Slot, userspace_addr: int, fd: int, restricted_offset: int) -> None:
+    region = restrictedmem.ffi.new("struct kvm_userspace_memory_region_ext *")
+    region.region.slot = slot.slot
+    region.region.flags = slot.flags
+    region.region.guest_phys_addr = slot.guest_phys_addr
+    region.region.memory_size = slot.memory_size
+    region.region.userspace_addr = userspace_addr
+    region.restricted_offset = restricted_offset
+    region.restricted_fd = fd & 0xFFFFFFFF
+    slot.vm.set_region(kvm.KVM_SET_USER_MEMORY_REGION, region, slot)
 
 
 def memory_encrypt_reg_region(vm: Vm, gpa: int, size: int) -> None:
@@ -137,9 +154,81 @@ def memory_encrypt_reg_region(vm: Vm, gpa: int, size: int) -> None:
     Bytes, page aligned.  OSError: EINVAL for a bad range, ENOTTY where this VM has no private
     memory.  On a kernel that is not v9's the same request takes a host address: know your ABI.
     """
-    _convert(vm, kvm.KVM_MEMORY_ENCRYPT_REG_REGION, gpa, size)
+    region = kvm.ffi.new("struct kvm_enc_region *", (gpa, size))
+    vm.ioctl(kvm.KVM_MEMORY_ENCRYPT_REG_REGION, region)
 
 
 def memory_encrypt_unreg_region(vm: Vm, gpa: int, size: int) -> None:
     """KVM_MEMORY_ENCRYPT_UNREG_REGION: make a range shared, on the terms of its opposite."""
-    _convert(vm, kvm.KVM_MEMORY_ENCRYPT_UNREG_REGION, gpa, size)
+    region = kvm.ffi.new("struct kvm_enc_region *", (gpa, size))
+    vm.ioctl(kvm.KVM_MEMORY_ENCRYPT_UNREG_REGION, region)
+
+
+# -- the protocol: see PrivateAbi --------------------------------------------------------------
+
+
+def create_vm(kvm: Kvm) -> Vm:
+    """A default VM; whether it has private memory an arch hook says, when a slot is bound."""
+    return kvm.create_vm()
+
+
+def create_file(vm: Vm, size: int) -> RestrictedMem:
+    """A file for any VM, its size set (v9 binds and faults beyond it all the same)."""
+    file = RestrictedMem()
+    try:
+        file.ftruncate(size)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def bind(
+    vm: Vm,
+    guest_phys_addr: int,
+    memory_size: int,
+    file: PrivateFile,
+    offset: int = 0,
+    *,
+    memory: HostMemory | None = None,
+    memory_offset: int = 0,
+    slot: int | None = None,
+    flags: int = 0,
+) -> PrivateSlot:
+    """Beside `flags`, KVM_MEM_LOG_DIRTY_PAGES and KVM_MEM_READONLY are allowed.
+
+    A slot may have a range of the file that another has; the kernel leaves undefined what that
+    means.  OSError: EINVAL, EEXIST as :func:`set_user_memory_region_ext` has them.
+    """
+    flags |= restrictedmem.KVM_MEM_PRIVATE
+    return bind_slot(
+        vm,
+        guest_phys_addr,
+        memory_size,
+        file,
+        offset,
+        memory,
+        memory_offset,
+        slot,
+        flags,
+        _set_region,
+    )
+
+
+def convert(vm: Vm, gpa: int, size: int, *, private: bool, keep: bool = False) -> None:
+    """By KVM_MEMORY_ENCRYPT_REG_REGION and UNREG_REGION.
+
+    Literal v9 stores state page by page, under a lock: pass it no huge range.
+    """
+    request = memory_encrypt_reg_region if private else memory_encrypt_unreg_region
+    with vm.slots_lock:
+        request(vm, gpa, size)
+        if not keep:
+            discard(vm, gpa, size, private=not private)
+
+
+def populate(vcpu: Vcpu, gpa: int, size: int) -> None:
+    """v9 can not: OSError, EOPNOTSUPP."""
+    raise libc.os_error(
+        _errno.EOPNOTSUPP, "v9 maps nothing ahead; PrivateSlot.allocate fills the file"
+    )

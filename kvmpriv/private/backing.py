@@ -1,0 +1,198 @@
+"""What both ABIs have: a file whose pages only guests see, a slot with two sides, tidiness.
+
+A gfn of a private-capable slot has two homes: a page of the file (its private side) and a page at
+userspace_addr (its shared side).  A kernel that converts it frees neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from .. import libc
+from ..fd import Fd
+from ..vm import Slot
+
+if TYPE_CHECKING:
+    from ..memory import HostMemory
+    from ..vm import Held, Vm
+
+__all__ = ["PrivateFile", "PrivateSlot", "bind_slot", "discard"]
+
+HOLE = libc.FALLOC_FL_PUNCH_HOLE | libc.FALLOC_FL_KEEP_SIZE
+
+
+class PrivateFile(Fd):
+    """A file of guest memory that the host can neither read nor, as a rule, map.
+
+    `size` in bytes.  `close` ends the use through this object; the fd itself goes with the last
+    slot that holds it.
+    """
+
+    size = 0
+
+    def __init__(self, fd: int) -> None:
+        self._slots = 0
+        self._wanted = True
+        super().__init__(fd)
+
+    @property
+    def closed(self) -> bool:
+        return not self._wanted or super().closed
+
+    def fileno(self) -> int:
+        if not self._wanted:
+            raise self._closed_error()
+        return super().fileno()
+
+    def hold(self) -> None:
+        """A slot begins to use the file."""
+        self.fileno()
+        self._slots += 1
+
+    def release(self) -> None:
+        """A slot has ended."""
+        self._slots -= 1
+        self._close_if_unused()
+
+    def close(self) -> None:
+        """End the use through this object; the fd goes with the last slot that has it."""
+        self._wanted = False
+        self._close_if_unused()
+
+    def _close_if_unused(self) -> None:
+        if not self._wanted and self._slots == 0:
+            super().close()
+
+    def fallocate(self, mode: int, offset: int, length: int) -> None:
+        """fallocate(2): ``FALLOC_FL_*``, bytes.  OSError."""
+        self.fileno()
+        self.fallocate_held(mode, offset, length)
+
+    def allocate(self, offset: int, length: int) -> None:
+        """Give the file pages, without changing its size; bytes."""
+        self.fallocate(libc.FALLOC_FL_KEEP_SIZE, offset, length)
+
+    def punch_hole(self, offset: int, length: int) -> None:
+        """Take pages away from the file, and so from every guest that has them; bytes."""
+        self.fallocate(HOLE, offset, length)
+
+    def fallocate_held(self, mode: int, offset: int, length: int) -> None:
+        """fallocate(2), for a slot that holds the file: works when its maker has closed it."""
+        if libc.fallocate(super().fileno(), mode, offset, length) != 0:
+            what = f"fallocate(mode {mode:#x}, {offset:#x}, {length:#x})"
+            raise libc.os_error(libc.last_errno(), what)
+
+
+class PrivateSlot(Slot):
+    """A slot with a private side (`file` from `offset` on) and a shared one (`memory`).
+
+    It holds both.  `memory` is None where the slot has no shared side (userspace_addr 0).
+    Addresses are guest physical, bytes, page aligned; ValueError when not inside the slot.
+    """
+
+    def __init__(
+        self,
+        vm: Vm,
+        slot: int,
+        guest_phys_addr: int,
+        memory_size: int,
+        flags: int,
+        file: PrivateFile,
+        offset: int,
+        memory: HostMemory | None,
+        memory_offset: int,
+    ) -> None:
+        held: tuple[Held, ...] = (memory, file) if memory else (file,)
+        super().__init__(vm, slot, guest_phys_addr, memory_size, flags, held)
+        self.file = file
+        self.offset = offset
+        self.memory = memory
+        self.memory_offset = memory_offset
+
+    def allocate(self, gpa: int, size: int) -> None:
+        """Give the private side its pages now.  OSError: ENOMEM and what fallocate(2) says."""
+        self.file.fallocate_held(libc.FALLOC_FL_KEEP_SIZE, *self._in_file(gpa, size))
+
+    def punch_hole(self, gpa: int, size: int) -> None:
+        """Take pages of the private side away; a guest that comes back finds zeros."""
+        self.file.fallocate_held(HOLE, *self._in_file(gpa, size))
+
+    def _in_file(self, gpa: int, size: int) -> tuple[int, int]:
+        if not (self.guest_phys_addr <= gpa and 0 < size <= self.end - gpa):
+            raise ValueError(f"{size:#x} bytes at {gpa:#x} are not inside {self!r}")
+        return self.offset + gpa - self.guest_phys_addr, size
+
+
+def bind_slot(
+    vm: Vm,
+    guest_phys_addr: int,
+    memory_size: int,
+    file: PrivateFile,
+    offset: int,
+    memory: HostMemory | None,
+    memory_offset: int,
+    slot: int | None,
+    flags: int,
+    set_region: Callable[[Slot, int, int, int], None],
+) -> PrivateSlot:
+    """Make a slot of `memory` and `file` by an ABI's (slot, userspace_addr, fd, offset)."""
+    if memory is not None and not 0 <= memory_offset <= memory.size - memory_size:
+        raise ValueError(f"{memory_size:#x} bytes at {memory_offset:#x} are not inside {memory!r}")
+    with vm.slots_lock:
+        number = vm.free_slot() if slot is None else slot
+        new = PrivateSlot(
+            vm, number, guest_phys_addr, memory_size, flags, file, offset, memory, memory_offset
+        )
+        userspace_addr = memory.userspace_addr + memory_offset if memory else 0
+        set_region(new, userspace_addr, file.fileno(), offset)
+    return new
+
+
+def discard(vm: Vm, gpa: int, size: int, *, private: bool) -> None:
+    """Free the private (or the shared) pages of a range, as far as slots made by `bind` have it.
+
+    For what a conversion has put out of the guest's reach.  What another slot of the VM has at
+    another address stays.  OSError from fallocate(2) or madvise(2).
+    """
+    for slot in [one for one in vm.slots.values() if isinstance(one, PrivateSlot)]:
+        start = max(gpa, slot.guest_phys_addr) - slot.guest_phys_addr
+        end = min(gpa + size, slot.end) - slot.guest_phys_addr
+        if start >= end:
+            continue
+        others = [one for one in vm.slots.values() if one is not slot]
+        if private:
+            used = [range_ for other in others for range_ in _in_file(other, slot.file)]
+            for first, last in _without(used, slot.offset + start, slot.offset + end):
+                slot.file.fallocate_held(HOLE, first, last - first)
+        elif slot.memory is not None:
+            base = slot.memory_offset
+            used = [range_ for other in others for range_ in _in_memory(other, slot.memory)]
+            for first, last in _without(used, base + start, base + end):
+                slot.memory.discard(first, last - first)
+
+
+def _in_file(slot: Slot, file: PrivateFile) -> Iterator[tuple[int, int]]:
+    if isinstance(slot, PrivateSlot) and slot.file is file:
+        yield slot.offset, slot.offset + slot.memory_size
+
+
+def _in_memory(slot: Slot, memory: HostMemory) -> Iterator[tuple[int, int]]:
+    if not any(held is memory for held in slot.held):
+        return
+    if isinstance(slot, PrivateSlot):
+        yield slot.memory_offset, slot.memory_offset + slot.memory_size
+    else:
+        yield 0, memory.size  # it does not say which part it has
+
+
+def _without(used: Iterable[tuple[int, int]], start: int, end: int) -> Iterator[tuple[int, int]]:
+    """What is left of [start, end) without the ranges in `used`."""
+    for first, last in sorted(used):
+        if last <= start or first >= end:
+            continue
+        if first > start:
+            yield start, first
+        start = max(start, last)
+    if start < end:
+        yield start, end

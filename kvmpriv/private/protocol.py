@@ -1,0 +1,126 @@
+"""One protocol over both ABIs, and which of them this machine has.
+
+abi = private.choose(kvm)
+with abi.create_vm(kvm) as vm, abi.create_file(vm, size) as file, HostMemory(size) as memory:
+    slot = abi.bind(vm, gpa, size, file, memory=memory)
+    abi.convert(vm, gpa, size, private=True)
+"""
+
+from __future__ import annotations
+
+import errno as _errno
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..cdefs import kvm as k
+from ..exits import HypercallExit, MemoryFaultExit
+from ..memory import PAGE_SIZE
+from .backing import PrivateSlot
+
+if TYPE_CHECKING:
+    from ..faults import FaultLayout
+    from ..kvm import Kvm
+    from ..memory import HostMemory
+    from ..vcpu import Vcpu
+    from ..vm import Vm
+    from .backing import PrivateFile
+
+__all__ = ["PrivateAbi", "serve_conversion", "try_out"]
+
+
+class PrivateAbi(Protocol):
+    """What :mod:`restrictedmem` and :mod:`guest_memfd` have in common; each says how it differs.
+
+    Addresses, offsets and sizes are in bytes and page aligned.  What the kernel refuses is an
+    OSError with its errno.
+    """
+
+    @property
+    def NAME(self) -> str: ...
+
+    @property
+    def DEFAULT_PRIVATE(self) -> bool:
+        """What a gfn of a private-capable slot is until it is converted."""
+
+    @property
+    def FAULT_LAYOUT(self) -> FaultLayout:
+        """How KVM_EXIT_MEMORY_FAULT comes; Vcpu.exit() decodes either to MemoryFaultExit."""
+
+    def create_vm(self, kvm: Kvm) -> Vm:
+        """Make a VM of the kind that can have private memory."""
+
+    def create_file(self, vm: Vm, size: int) -> PrivateFile:
+        """Make a file for private pages.  ENOSYS, ENOTTY, EINVAL where the kernel has no such."""
+
+    def bind(
+        self,
+        vm: Vm,
+        guest_phys_addr: int,
+        memory_size: int,
+        file: PrivateFile,
+        offset: int = 0,
+        *,
+        memory: HostMemory | None = None,
+        memory_offset: int = 0,
+        slot: int | None = None,
+        flags: int = 0,
+    ) -> PrivateSlot:
+        """Make a slot: private pages from `file` at `offset`, shared ones from `memory`.
+
+        The slot keeps both alive, closed or not; its number is the lowest free one if none is
+        given.  ValueError when the range is not inside `memory` or the file is closed.
+        """
+
+    def convert(self, vm: Vm, gpa: int, size: int, *, private: bool, keep: bool = False) -> None:
+        """Make a range private, or shared; no slot needs to be there.
+
+        All or nothing.  What the guest can't reach any more is then freed, so that no page is
+        held twice: converting there and back finds zeros.  `keep=True` frees nothing.
+        """
+
+    def populate(self, vcpu: Vcpu, gpa: int, size: int) -> None:
+        """Map a range ahead of the guest.  EOPNOTSUPP, ENOTTY where the kernel can not."""
+
+
+def try_out(abi: PrivateAbi, kvm: Kvm) -> None:
+    """Make a VM, a file and a slot, and convert it.  OSError: what the kernel refused, and how."""
+    with abi.create_vm(kvm) as vm, abi.create_file(vm, PAGE_SIZE) as file:
+        abi.bind(vm, 0, PAGE_SIZE, file)
+        abi.convert(vm, 0, PAGE_SIZE, private=True)
+
+
+def serve_conversion(abi: PrivateAbi, vm: Vm, vcpu: Vcpu, exit_: Any) -> bool:
+    """Convert memory as the guest asks for it; True if `exit_` was that, and KVM_RUN may go on.
+
+    By KVM_HC_MAP_GPA_RANGE (the VM has KVM_CAP_EXIT_HYPERCALL enabled for it; the guest gets 0 or
+    a negative errno as its answer), or by an access of the other kind (KVM_EXIT_MEMORY_FAULT).  A
+    guest converts no memory but that of private-capable slots: -EINVAL, and False.
+    """
+    if isinstance(exit_, MemoryFaultExit):
+        if not _all_private_capable(vm, exit_.gpa, exit_.size):
+            return False
+        abi.convert(vm, exit_.gpa, exit_.size, private=exit_.private)
+        return True
+    if not isinstance(exit_, HypercallExit) or exit_.nr != k.KVM_HC_MAP_GPA_RANGE:
+        return False
+    gpa, pages, attributes = exit_.args[:3]
+    size = pages * PAGE_SIZE
+    errno = _errno.EINVAL
+    if _all_private_capable(vm, gpa, size):
+        private = bool(attributes & k.KVM_MAP_GPA_RANGE_ENCRYPTED)
+        errno = 0
+        try:
+            abi.convert(vm, gpa, size, private=private)
+        except OSError as error:
+            errno = error.errno or _errno.EIO
+    vcpu.page.hypercall.ret = -errno & 0xFFFF_FFFF_FFFF_FFFF
+    return True
+
+
+def _all_private_capable(vm: Vm, gpa: int, size: int) -> bool:
+    end = gpa + size
+    with vm.slots_lock:
+        slots = [slot for slot in vm.slots.values() if isinstance(slot, PrivateSlot)]
+    for slot in sorted(slots, key=lambda one: one.guest_phys_addr):
+        if slot.guest_phys_addr <= gpa < slot.end:
+            gpa = slot.end
+    return gpa >= end
