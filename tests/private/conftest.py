@@ -11,14 +11,16 @@ from pathlib import Path
 import pytest
 
 import kvmpriv
-from conftest import missing
 from kvmpriv import HostMemory, Kvm, Vm
 from kvmpriv.cdefs import guest_memfd as gm
 from kvmpriv.private import restrictedmem
 from kvmpriv.private.guest_memfd import GuestMemfd
 from kvmpriv.private.restrictedmem import RestrictedMem
 
+from .base import kvm, missing, no_leak, vm
 from .helpers import PAGE, GuestMemfdSlots, RestrictedSlots, errno_of
+
+__all__ = ["kvm", "no_leak", "vm"]  # fixtures for all tests here
 
 #: The kernel that runs, by its name in scripts/kernel: known by it to be mended.
 MENDED = os.environ.get("KVMPRIV_KERNEL") in ("restrictedmem", "restrictedmem-debug")

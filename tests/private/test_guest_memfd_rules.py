@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from conftest import missing
 from kvmpriv import HostMemory, Kvm
 from kvmpriv.cdefs import guest_memfd as gm
 from kvmpriv.cdefs import kvm as k
 from kvmpriv.private.guest_memfd import GuestMemfd
 
+from .base import missing
 from .helpers import (
     BIG,
     COLLAPSE,

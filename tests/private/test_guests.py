@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from conftest import missing
 from kvmpriv import HostMemory, Kvm
 from kvmpriv.cdefs import guest_memfd as gm
 from kvmpriv.cdefs import kvm as k
@@ -19,6 +18,7 @@ from kvmpriv.exits import MemoryFaultExit, MmioExit
 from kvmpriv.guest.puppet import GuestExit
 from kvmpriv.private import restrictedmem
 
+from .base import missing
 from .conftest import MakeVm
 from .guests import (
     GPA,

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from conftest import missing
 from kvmpriv import libc
 from kvmpriv.cdefs import kvm as k
 from kvmpriv.cdefs import restrictedmem as rm
 from kvmpriv.private.restrictedmem import RestrictedMem
 
+from .base import missing
 from .helpers import (
     BIG,
     COLLAPSE,

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from conftest import missing
 from kvmpriv.cdefs import guest_memfd as gm
 from kvmpriv.cdefs import kvm as k
 from kvmpriv.cdefs import restrictedmem as rm
 from kvmpriv.private.restrictedmem import RestrictedMem
 
+from .base import missing
 from .helpers import (
     BIG,
     GIB,
