@@ -32,7 +32,8 @@ def test_the_wheel_is_pure_python(wheel: Path) -> None:
     assert wheel.name.endswith("-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert not [name for name in names if name.endswith((".so", ".c", ".pyc"))]
-    for needed in ("cdefs/kvm.py", "guest/ready.py", "probe/schema.json", "py.typed", "_suite/base.py"):
+    needs = ("cdefs/kvm.py", "guest/ready.py", "probe/schema.json", "py.typed", "_suite/base.py")
+    for needed in needs:
         assert f"kvmpriv/{needed}" in names
 
 
