@@ -1,0 +1,129 @@
+"""The cache of built kernels: found by their key, built under a lock, swept when there are many."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import resource
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from packages import DEB_TOOLS, TOOLS, Refused, cache_root, ensure, say
+from recipe import MODULES_GIB, PATCH, PLAIN_GIB, SPACE, Plan, make_kernel
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+KEEP = 4  # kernels per variant: older ones are what an edited patch left behind
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock file at `path`; the kernel lets go of it however we end."""
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            say(f"waiting: process {file.read().strip() or '?'} is building this very kernel")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def sweep(cache: Path, variant: str) -> None:
+    """Remove what cut-off builds left, and all but the newest kernels of this variant."""
+    for scratch in cache.glob("*.building"):
+        lock_file = scratch.with_suffix(".lock")
+        with lock_file.open("a") as lock, contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            say(f"removing what a cut-off build left: {scratch}")
+            shutil.rmtree(scratch, ignore_errors=True)
+    done = [path for path in cache.glob(f"{variant}.*") if (path / "bzImage").exists()]
+    done.sort(key=lambda path: path.stat().st_mtime)
+    for old in done[: -KEEP or None]:
+        shutil.rmtree(old, ignore_errors=True)
+        old.with_suffix(old.suffix + ".lock").unlink(missing_ok=True)
+
+
+def check_space(cache: Path, plan: Plan) -> None:
+    need = MODULES_GIB if plan.config else PLAIN_GIB * (1.5 if plan.debug else 1)
+    free = shutil.disk_usage(cache).free / 2**30
+    if free < need:
+        raise Refused(
+            SPACE,
+            f"no space: a build needs {need:.1f} GiB in {cache}, which has {free:.1f}. "
+            "Make room there or let KVMPRIV_CACHE name another place.",
+        )
+
+
+def find_or_build(plan: Plan, make: Callable[[Plan, Path, Path], None] = make_kernel) -> Path:
+    """The cache's entry for `plan`; where there is none, `make` makes it."""
+    cache = cache_root()
+    cache.mkdir(parents=True, exist_ok=True)
+    needs = TOOLS | (DEB_TOOLS if plan.deb else {})
+    if not plan.source:
+        needs |= {str(plan.tarball): plan.tarball.name.removesuffix(".tar.xz")}
+    if "CC" in os.environ:
+        needs = {what: package for what, package in needs.items() if what != "gcc"}
+        needs[os.environ["CC"].split()[0]] = os.environ["CC"].split()[0]
+    ensure(needs)
+    name = f"{plan.variant}.{plan.key()}"
+    entry, scratch = cache / name, cache / f"{name}.building"
+    if (entry / "bzImage").exists():
+        os.utime(entry)
+        return entry
+    with locked(cache / f"{name}.lock"):
+        if (entry / "bzImage").exists():  # built while we waited
+            return entry
+        # Under its lock this scratch is nobody's: a build was cut off.
+        shutil.rmtree(scratch, ignore_errors=True)
+        sweep(cache, plan.variant)
+        check_space(cache, plan)
+        out = scratch / "out"
+        out.mkdir(parents=True)
+        started, cpu = time.monotonic(), children_seconds()
+        log = cache / f"{plan.variant}.failed.log"
+        try:
+            plan = snapshot(plan, scratch / "inputs")
+            make(plan, scratch, out)
+            record = {
+                "variant": plan.variant,
+                "release": (out / "release").read_text().strip(),
+                "patches": [patch.name for patch in plan.patches()],
+                "cpu_seconds": round(children_seconds() - cpu),
+                "wall_seconds": round(time.monotonic() - started),
+            }
+            (out / "build.json").write_text(json.dumps(record, indent=1) + "\n")
+            out.rename(entry)
+        except Refused as refused:
+            shutil.copyfile(out / "build.log", log) if (out / "build.log").exists() else None
+            raise Refused(refused.code, f"{refused}\nThe whole log: {log}") from None
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        say(
+            f"built {record['release']} in {record['wall_seconds']} s, "
+            f"{record['cpu_seconds']} s of processor time"
+        )
+    return entry
+
+
+def snapshot(plan: Plan, folder: Path) -> Plan:
+    """The plan with its own copy of patches and fragments: ours may be edited while we build."""
+    shutil.copytree(plan.here, folder, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    copied = dataclasses.replace(plan, here=folder)
+    if copied.key() != plan.key():
+        raise Refused(PATCH, f"{plan.here} was edited at this very moment: call again")
+    return copied
+
+
+def children_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
