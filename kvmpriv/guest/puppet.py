@@ -440,8 +440,9 @@ class Puppet(PuppetCpu):
             return None
 
         def serve(cpu: PuppetCpu, exit_: Any) -> bool:
-            asked = self._implicit or exit_.reason == k.KVM_EXIT_HYPERCALL
-            return asked and serve_conversion(abi, self.vm, cpu.vcpu, exit_)
+            served = self._implicit or abi.ACCESS_FOLLOWS_STATE
+            served = served or exit_.reason == k.KVM_EXIT_HYPERCALL
+            return served and serve_conversion(abi, self.vm, cpu.vcpu, exit_)
 
         return serve
 

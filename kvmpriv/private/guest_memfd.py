@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..vm import Vm
 
 __all__ = [
+    "ACCESS_FOLLOWS_STATE",
     "DEFAULT_PRIVATE",
     "FAULT_LAYOUT",
     "NAME",
@@ -41,6 +42,11 @@ NAME = "guest_memfd"
 
 #: What a gfn is until it is converted.
 DEFAULT_PRIVATE = False
+
+#: A software-protected VM's access is of the kind that the gfn is (arch/x86/kvm/mmu/mmu_internal.h,
+#: kvm_mmu_do_page_fault), so that a fault in private-capable memory tells of a conversion that came
+#: between: nothing is to be done but to run again.
+ACCESS_FOLLOWS_STATE = True
 
 #: KVM_RUN fails with EFAULT (EHWPOISON for a poisoned page) and describes the fault in kvm_run.
 FAULT_LAYOUT = FaultLayout(

@@ -42,6 +42,10 @@ class PrivateAbi(Protocol):
         """What a gfn of a private-capable slot is until it is converted."""
 
     @property
+    def ACCESS_FOLLOWS_STATE(self) -> bool:
+        """If guests of :meth:`create_vm` never want the other kind; what a fault means then."""
+
+    @property
     def FAULT_LAYOUT(self) -> FaultLayout:
         """How KVM_EXIT_MEMORY_FAULT comes; Vcpu.exit() decodes either to MemoryFaultExit."""
 
@@ -98,7 +102,8 @@ def serve_conversion(abi: PrivateAbi, vm: Vm, vcpu: Vcpu, exit_: Any) -> bool:
     if isinstance(exit_, MemoryFaultExit):
         if not _all_private_capable(vm, exit_.gpa, exit_.size):
             return False
-        abi.convert(vm, exit_.gpa, exit_.size, private=exit_.private)
+        if not abi.ACCESS_FOLLOWS_STATE:
+            abi.convert(vm, exit_.gpa, exit_.size, private=exit_.private)
         return True
     if not isinstance(exit_, HypercallExit) or exit_.nr != k.KVM_HC_MAP_GPA_RANGE:
         return False

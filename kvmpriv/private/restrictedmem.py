@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..vm import Vm
 
 __all__ = [
+    "ACCESS_FOLLOWS_STATE",
     "DEFAULT_PRIVATE",
     "FAULT_LAYOUT",
     "NAME",
@@ -42,6 +43,9 @@ NAME = "restrictedmem"
 
 #: What a gfn is until it is converted.
 DEFAULT_PRIVATE = True
+
+#: Guests have a wish of their own for each gfn: a fault asks for a conversion.
+ACCESS_FOLLOWS_STATE = False
 
 #: KVM_RUN returns 0; v10 widened `flags` over the padding, which is 0 in v9: one layout reads both.
 FAULT_LAYOUT = FaultLayout(

@@ -1,0 +1,387 @@
+"""Private memory by whichever ABI the kernel has: the protocol, and a guest that uses it.
+
+What the kernel itself promises is tested in tests/private.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from conftest import missing
+from kvmpriv import HostMemory, Kvm, Vm, private
+from kvmpriv.cdefs import kvm as k
+from kvmpriv.cdefs import restrictedmem as rm
+from kvmpriv.exits import HypercallExit, MemoryFaultExit
+from kvmpriv.guest.puppet import GuestExit, Puppet
+from kvmpriv.private import PrivateAbi, PrivateFile, PrivateSlot
+
+PAGE, MIB = 4096, 1 << 20
+GPA, OFFSET, SIZE = 4 << 30, 3 * MIB, 4 * MIB
+HOOK = Path("/sys/module/kvm/parameters/private_mem_testing")
+
+pytestmark = pytest.mark.usefixtures("no_leak")
+
+
+@pytest.fixture
+def abi(kvm: Kvm) -> PrivateAbi:
+    try:
+        return private.choose(kvm)
+    except OSError as error:
+        missing("private memory", error.strerror)
+
+
+@pytest.fixture
+def vm(kvm: Kvm, abi: PrivateAbi) -> Iterator[Vm]:
+    with abi.create_vm(kvm) as made:
+        yield made
+
+
+@pytest.fixture
+def file(abi: PrivateAbi, vm: Vm) -> Iterator[PrivateFile]:
+    with abi.create_file(vm, OFFSET + SIZE) as made:
+        yield made
+
+
+@pytest.fixture
+def memory() -> Iterator[HostMemory]:
+    with HostMemory(MIB + SIZE) as made:
+        yield made
+
+
+@pytest.fixture
+def slot(abi: PrivateAbi, vm: Vm, file: PrivateFile, memory: HostMemory) -> PrivateSlot:
+    """All of it private at first."""
+    made = abi.bind(vm, GPA, SIZE, file, OFFSET, memory=memory, memory_offset=MIB)
+    abi.convert(vm, GPA, SIZE, private=True)
+    return made
+
+
+@pytest.fixture
+def guest(abi: PrivateAbi, vm: Vm, slot: PrivateSlot) -> Iterator[Puppet]:
+    with Puppet(vm, abi=abi, cpus=2) as made:
+        yield made
+
+
+def resident(memory: HostMemory) -> int:
+    """Bytes of the mapping that are in memory, by /proc/self/pagemap's topmost bit of each page."""
+    with Path("/proc/self/pagemap").open("rb") as pagemap:
+        pagemap.seek(memory.userspace_addr // PAGE * 8)
+        entries = pagemap.read(memory.size // PAGE * 8)
+    return sum(high >> 7 for high in entries[7::8]) * PAGE
+
+
+def has_fd(fd: int) -> bool:
+    return Path(f"/proc/self/fd/{fd}").is_symlink()
+
+
+# -- choosing --------------------------------------------------------------------------------------
+
+
+def test_choose(kvm: Kvm, abi: PrivateAbi) -> None:
+    assert private.choose(kvm, abi.NAME) is abi
+    assert private.ABIS[abi.NAME] is abi
+    (other,) = set(private.ABIS) - {abi.NAME}
+    with pytest.raises(OSError, match=f"no private memory here: {other}: ") as refused:
+        private.choose(kvm, other)
+    assert refused.value.errno == errno.EOPNOTSUPP
+
+
+def test_choose_an_unknown_abi(kvm: Kvm) -> None:
+    with pytest.raises(ValueError, match="'sev'; there are restrictedmem, guest_memfd"):
+        private.choose(kvm, "sev")
+
+
+def test_choose_where_there_is_none(kvm: Kvm) -> None:
+    """The message says what each ABI was refused."""
+    try:
+        abi = private.choose(kvm)
+    except OSError as error:
+        refused = error
+    else:
+        if abi is not private.restrictedmem or not os.access(HOOK, os.W_OK):
+            missing("a refusal", f"no way to take {abi.NAME} away from this kernel")
+        HOOK.write_text("N")
+        try:
+            with pytest.raises(OSError, match=r"KVM_SET_USER_MEMORY_REGION.*Invalid") as caught:
+                private.choose(kvm)
+        finally:
+            HOOK.write_text("Y")
+        refused = caught.value
+    assert refused.errno == errno.EOPNOTSUPP
+    for name in private.ABIS:
+        assert f"{name}: " in refused.strerror
+
+
+# -- binding ---------------------------------------------------------------------------------------
+
+
+def test_a_slot_keeps_what_it_uses(
+    abi: PrivateAbi, vm: Vm, file: PrivateFile, memory: HostMemory, slot: PrivateSlot
+) -> None:
+    fd = file.fileno()
+    view = memory.view()
+    with Puppet(vm, abi=abi) as guest:
+        guest.write(GPA, b"before")
+        file.close()
+        memory.close()
+        assert has_fd(fd)
+        assert guest.read(GPA, 6) == b"before"
+        slot.punch_hole(GPA, PAGE)
+        slot.allocate(GPA + PAGE, PAGE)
+        assert guest.span(GPA, 0, 2 * PAGE) == 2 * PAGE
+        guest.convert(GPA, PAGE, private=False)
+        guest.write(GPA, b"after")
+        assert view[MIB : MIB + 5] == b"after"
+    view.release()
+    with pytest.raises(ValueError, match="closed"):
+        file.punch_hole(0, PAGE)
+    slot.delete()
+    assert not has_fd(fd)
+    with pytest.raises(ValueError, match="closed"):
+        abi.bind(vm, GPA, SIZE, file, OFFSET)
+
+
+def test_what_a_refused_slot_would_have_used_is_not_kept(
+    abi: PrivateAbi, vm: Vm, file: PrivateFile, slot: PrivateSlot
+) -> None:
+    with abi.create_file(vm, SIZE) as another, HostMemory(SIZE) as memory:
+        fd = another.fileno()
+        with pytest.raises(OSError, match="overlaps") as refused:
+            abi.bind(vm, GPA + SIZE - PAGE, SIZE, another, memory=memory)
+        assert refused.value.errno == errno.EEXIST
+        beside = abi.bind(vm, GPA + SIZE, SIZE, another, memory=memory)
+        beside.delete()
+    assert not has_fd(fd)
+    assert list(vm.slots.values()) == [slot]
+
+
+def test_slot_numbers(abi: PrivateAbi, vm: Vm, file: PrivateFile, slot: PrivateSlot) -> None:
+    assert slot.slot == 0
+    second = abi.bind(vm, 0, PAGE, file)
+    assert abi.bind(vm, PAGE, PAGE, file, PAGE, slot=7).slot == 7
+    assert second.slot == 1
+
+
+@pytest.mark.parametrize(("offset", "fits"), [(MIB, True), (MIB + PAGE, False), (-PAGE, False)])
+def test_shared_memory_that_is_too_small(
+    abi: PrivateAbi, vm: Vm, file: PrivateFile, memory: HostMemory, offset: int, fits: bool
+) -> None:
+    if fits:
+        abi.bind(vm, GPA, SIZE, file, OFFSET, memory=memory, memory_offset=offset)
+        return
+    with pytest.raises(ValueError, match="not inside <HostMemory"):
+        abi.bind(vm, GPA, SIZE, file, OFFSET, memory=memory, memory_offset=offset)
+    assert not vm.slots
+
+
+@pytest.mark.parametrize(
+    ("gpa", "size"), [(GPA - PAGE, PAGE), (GPA + SIZE, PAGE), (GPA, SIZE + PAGE), (GPA, 0)]
+)
+def test_ranges_outside_a_slot(slot: PrivateSlot, gpa: int, size: int) -> None:
+    for act in (slot.allocate, slot.punch_hole):
+        with pytest.raises(ValueError, match="not inside <Slot 0"):
+            act(gpa, size)
+    slot.allocate(GPA + SIZE - PAGE, PAGE)
+
+
+# -- converting ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by_guest", [True, False], ids=["guest asks", "host does"])
+def test_conversion_frees_the_other_side(
+    abi: PrivateAbi, vm: Vm, guest: Puppet, memory: HostMemory, by_guest: bool
+) -> None:
+    def convert(gpa: int, size: int, *, private: bool) -> None:
+        if by_guest:
+            guest.convert(gpa, size, private=private)
+        else:
+            abi.convert(vm, gpa, size, private=private)
+
+    middle = GPA + MIB
+    guest.fill(GPA, 0x11, SIZE)
+    assert resident(memory) == 0
+    convert(middle, MIB, private=False)
+    guest.fill(middle, 0x22, MIB)
+    assert memory.read(2 * MIB, MIB) == b"\x22" * MIB
+    assert resident(memory) == MIB
+    convert(middle + PAGE, PAGE, private=True)
+    assert resident(memory) == MIB - PAGE
+    assert guest.span(middle + PAGE, 0, PAGE) == PAGE, "what was private there is gone"
+    convert(middle, MIB, private=True)
+    assert resident(memory) == 0
+    assert guest.span(middle, 0, MIB) == MIB
+    assert guest.span(GPA, 0x11, MIB) == MIB, "what is beside has been left alone"
+    assert guest.span(middle + MIB, 0x11, 2 * MIB) == 2 * MIB
+    convert(middle, MIB, private=False)
+    assert memory.read(2 * MIB, MIB) == guest.read(middle, MIB) == bytes(MIB)
+    kinds = [type(exit_) for exit_ in guest.exits]
+    assert kinds == ([HypercallExit] * 4 if by_guest else [])
+
+
+def test_keep(abi: PrivateAbi, vm: Vm, guest: Puppet, memory: HostMemory) -> None:
+    guest.write(GPA, b"private")
+    abi.convert(vm, GPA, PAGE, private=False, keep=True)
+    guest.write(GPA, b"shared!")
+    abi.convert(vm, GPA, PAGE, private=True, keep=True)
+    assert guest.read(GPA, 7) == b"private"
+    assert memory.read(MIB, 7) == b"shared!"
+
+
+def test_a_refused_conversion_frees_nothing(abi: PrivateAbi, vm: Vm, guest: Puppet) -> None:
+    guest.fill(GPA, 0x11, 2 * PAGE)
+    for gpa, size in ((GPA + 1, PAGE), (GPA, PAGE + 1), (GPA, 0)):
+        with pytest.raises(OSError, match="Invalid argument") as refused:
+            abi.convert(vm, gpa, size, private=False)
+        assert refused.value.errno == errno.EINVAL
+    assert guest.span(GPA, 0x11, 2 * PAGE) == 2 * PAGE
+    abi.convert(vm, GPA, PAGE, private=False)
+    assert guest.span(GPA, 0, PAGE) == PAGE
+
+
+def test_conversion_across_slots_and_gaps(
+    abi: PrivateAbi, vm: Vm, file: PrivateFile, guest: Puppet
+) -> None:
+    with HostMemory(2 * PAGE) as memory:
+        far = GPA + SIZE + PAGE
+        abi.bind(vm, far, 2 * PAGE, file, PAGE, memory=memory)
+        abi.convert(vm, far, 2 * PAGE, private=True)
+        guest.fill(GPA + SIZE - PAGE, 0x11, PAGE)
+        guest.fill(far, 0x22, 2 * PAGE)
+        abi.convert(vm, GPA + SIZE - PAGE, 3 * PAGE, private=False)
+        abi.convert(vm, GPA + SIZE - PAGE, 3 * PAGE, private=True)
+        assert guest.span(GPA + SIZE - PAGE, 0, PAGE) == PAGE
+        assert guest.span(far, 0, PAGE) == PAGE
+        assert guest.span(far + PAGE, 0x22, PAGE) == PAGE
+
+
+def test_what_another_slot_uses_is_not_freed(
+    abi: PrivateAbi, vm: Vm, file: PrivateFile, memory: HostMemory, guest: Puppet
+) -> None:
+    """Two slots with one shared side, one of them plain; by v9 also with one private side."""
+    vm.map(memory, 0, slot=8)
+    memory.write(MIB, b"\x33" * 2 * PAGE)
+    abi.convert(vm, GPA, PAGE, private=True)
+    assert guest.read(MIB, 2 * PAGE) == b"\x33" * 2 * PAGE, "the plain slot has it still"
+    if abi is private.restrictedmem:
+        abi.bind(vm, 8 << 30, PAGE, file, OFFSET + PAGE, slot=9)
+        guest.fill(GPA, 0x44, 3 * PAGE)
+        abi.convert(vm, GPA, 3 * PAGE, private=False)
+        assert guest.span(8 << 30, 0x44, PAGE) == PAGE, "the other private slot has it still"
+        abi.convert(vm, GPA, 3 * PAGE, private=True)
+        assert guest.span(GPA, 0, PAGE) == PAGE
+        assert guest.span(GPA + PAGE, 0x44, PAGE) == PAGE
+        assert guest.span(GPA + 2 * PAGE, 0, PAGE) == PAGE
+
+
+def test_a_guest_can_not_convert_what_is_not_private_capable(guest: Puppet, vm: Vm) -> None:
+    with HostMemory(PAGE) as memory:
+        vm.map(memory, GPA + SIZE)
+        for gpa, size in (
+            (GPA - PAGE, 2 * PAGE),
+            (GPA + SIZE - PAGE, 2 * PAGE),
+            (GPA + SIZE, PAGE),
+            (GPA + 1, PAGE),
+            (GPA, 0),
+            (GPA, 1 << 50),
+        ):
+            with pytest.raises(OSError, match=r"KVM_HC_MAP_GPA_RANGE.*Invalid") as refused:
+                guest.convert(gpa, size, private=False)
+            assert refused.value.errno == errno.EINVAL
+        guest.convert(GPA + SIZE - PAGE, PAGE, private=False)
+    with pytest.raises(ValueError, match="not a number of pages"):
+        guest.convert(GPA, PAGE + 1, private=False)
+
+
+def test_hypercalls_that_are_not_served(guest: Puppet, vm: Vm) -> None:
+    vm.enable_cap(k.KVM_CAP_EXIT_HYPERCALL, 0)
+    with pytest.raises(OSError, match="KVM_HC_MAP_GPA_RANGE") as refused:
+        guest.convert(GPA, PAGE, private=False)
+    assert refused.value.errno == errno.ENOSYS
+    vm.enable_cap(k.KVM_CAP_EXIT_HYPERCALL, 1 << k.KVM_HC_MAP_GPA_RANGE)
+    guest.convert(GPA, PAGE, private=False)
+    guest.serve = None
+    with pytest.raises(GuestExit) as stopped:
+        guest.convert(GPA, PAGE, private=False)
+    assert stopped.value.exit.nr == k.KVM_HC_MAP_GPA_RANGE
+
+
+def test_a_puppet_without_an_abi(abi: PrivateAbi, vm: Vm, slot: PrivateSlot) -> None:
+    with Puppet(vm) as guest:
+        guest.write(GPA, b"usable all the same")
+        with pytest.raises(ValueError, match=r"without the ABI .* \(abi=\)"):
+            guest.convert(GPA, PAGE, private=False)
+
+
+@pytest.mark.parametrize("implicit", [True, False])
+def test_implicit_conversion(abi: PrivateAbi, vm: Vm, slot: PrivateSlot, implicit: bool) -> None:
+    """v9's test vehicle lets a guest want the other kind; mainline's guests follow the state."""
+    if abi is not private.restrictedmem:
+        missing("implicit conversion", "a software-protected guest's accesses follow the state")
+    want_shared = rm.KVM_MAP_GPA_RANGE_WANT_SHARED
+    with Puppet(vm, abi=abi, implicit=implicit) as guest:
+        assert guest.hypercall(k.KVM_HC_MAP_GPA_RANGE, GPA, 1, want_shared) == 0
+        if implicit:
+            guest.write(GPA, b"shared")
+            assert slot.memory is not None
+            assert slot.memory.read(MIB, 6) == b"shared"
+            (fault,) = guest.exits
+        else:
+            with pytest.raises(GuestExit) as stopped:
+                guest.write(GPA, b"shared")
+            fault = stopped.value.exit
+        assert isinstance(fault, MemoryFaultExit)
+        assert (fault.gpa, fault.size, fault.private) == (GPA, PAGE, False)
+
+
+def test_faults_outside_the_slots_are_not_served(abi: PrivateAbi, vm: Vm) -> None:
+    with vm.create_vcpu(9) as vcpu:
+        fault = MemoryFaultExit(39, gpa=0, size=PAGE, private=True, flags=8, errno=14, abi=abi.NAME)
+        assert private.serve_conversion(abi, vm, vcpu, fault) is False
+        abi.bind(vm, 0, PAGE, made := abi.create_file(vm, PAGE))
+        made.close()
+        assert private.serve_conversion(abi, vm, vcpu, fault) is True
+
+
+def test_populate(abi: PrivateAbi, guest: Puppet) -> None:
+    vcpu = guest.vcpu
+    if abi is private.restrictedmem:
+        with pytest.raises(OSError, match="v9 maps nothing ahead") as refused:
+            abi.populate(vcpu, GPA, PAGE)
+        assert refused.value.errno == errno.EOPNOTSUPP
+        return
+    guest.write(GPA + PAGE, b"here already")
+    abi.populate(vcpu, GPA, SIZE)
+    assert guest.read(GPA + PAGE, 12) == b"here already"
+    with pytest.raises(OSError, match="KVM_PRE_FAULT_MEMORY") as refused:
+        abi.populate(vcpu, GPA + SIZE, PAGE)
+    assert refused.value.errno == errno.ENOENT
+
+
+def test_two_vcpus_convert_the_same_range(
+    abi: PrivateAbi, guest: Puppet, memory: HostMemory
+) -> None:
+    """Each does it in turn; what is left afterwards is one side or the other, and usable."""
+    rounds = 30
+
+    def drive(number: int) -> None:
+        for turn in range(rounds):
+            guest.cpus[number].convert(GPA, 16 * PAGE, private=bool((turn + number) % 2))
+            guest.cpus[number].touch(GPA, PAGE, 16, byte=number)
+
+    with ThreadPoolExecutor(2) as pool:
+        for driven in [pool.submit(drive, number) for number in range(2)]:
+            driven.result(60)
+    for cpu in guest.cpus:
+        assert sum(isinstance(one, HypercallExit) for one in cpu.exits) == rounds
+    guest.convert(GPA, 16 * PAGE, private=False)
+    guest.fill(GPA, 0x55, 16 * PAGE)
+    assert memory.read(MIB, 16 * PAGE) == b"\x55" * 16 * PAGE
+    guest.convert(GPA, 16 * PAGE, private=True)
+    assert guest.span(GPA, 0, 16 * PAGE) == 16 * PAGE
+    assert resident(memory) == 0
