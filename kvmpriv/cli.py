@@ -20,6 +20,7 @@ _STDOUT = "standard output"
 COMMANDS = {
     "probe": ("kvmpriv.probe", "what private memory this machine can give to guests"),
     "run": ("kvmpriv.guest.run", "bring up a guest from a flat binary or an ELF file"),
+    "selftest": ("kvmpriv.selftest", "hold the running kernel to the rules of private memory"),
 }
 
 

@@ -1,0 +1,195 @@
+"""The process that runs the tests: what pytest says of them, a JSON document a line, to a pipe."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import sys
+from collections.abc import Callable, Generator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_timeout
+
+import kvmpriv
+
+from .. import probe
+from .records import FAILED, KNOWN_DEFECT, PASSED, SKIPPED, TIMEOUT
+
+__all__ = ["main"]
+
+#: How the message of a test begins that has failed in a known way.
+DEFECT = "known defect: "
+
+Send = Callable[[dict[str, Any]], None]
+
+
+def main(folder: Path, selection: dict[str, Any], skip: int, pipe: int, *, collect: bool) -> int:
+    """Run the tests in `folder` from the one with number `skip` on; pytest's exit status.
+
+    Nothing is left in the folder, and nobody's settings matter: no configuration file, no plugins
+    but ours and pytest-timeout.
+    """
+    for name in ("PYTEST_ADDOPTS", "PYTEST_PLUGINS"):
+        os.environ.pop(name, None)
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    sys.dont_write_bytecode = True
+
+    def send(event: dict[str, Any]) -> None:
+        data = json.dumps(event).encode() + b"\n"
+        while data:
+            data = data[os.write(pipe, data) :]
+
+    arguments = [
+        str(folder), f"--rootdir={folder}", f"--confcutdir={folder}", f"-c{os.devnull}",
+        "--import-mode=append", "-pno:cacheprovider", "-qq", "--tb=short", "--strict-markers",
+        "--continue-on-collection-errors", f"--timeout={selection['timeout']}",
+    ]  # fmt: skip
+    if selection["expression"]:
+        arguments += ["-k", selection["expression"]]
+    if selection["dangerous"]:
+        arguments.append("--dangerous")
+    if collect:
+        arguments.append("--collect-only")
+    recorder = Recorder(send, selection, skip, describe=not collect)
+    return int(pytest.main(arguments, plugins=[recorder, pytest_timeout]))
+
+
+def describe_host() -> dict[str, Any]:
+    """Which kernel this is, and what private memory the probe finds in it."""
+    found = probe.probe()
+    passed = {check.name for check in found.checks if check.status == probe.records.PASS}
+    abis = [name for name in ("v9", "guest_memfd") if any(_is_file(name, c) for c in passed)]
+    system = platform.uname()
+    return {
+        "release": system.release,
+        "version": system.version,
+        "machine": system.machine,
+        "kvmpriv": kvmpriv.__version__,
+        "verdict": found.verdict,
+        "abis": abis,
+    }
+
+
+def _is_file(abi: str, check: str) -> bool:
+    return check.startswith(f"{abi}/") and check.endswith("/file")
+
+
+def rules_of(item: pytest.Item) -> list[str]:
+    """The rules of a kernel that a test names, in its own order; not the suite's own."""
+    names = (name for mark in item.iter_markers("rule") for name in mark.args)
+    return list(dict.fromkeys(name for name in names if not name.startswith("suite.")))
+
+
+class Recorder:
+    """Tells what is planned, then of each test when it starts and how it has ended."""
+
+    def __init__(self, send: Send, selection: dict[str, Any], skip: int, *, describe: bool) -> None:
+        self.send = send
+        self.selection = selection
+        self.skip = skip
+        self.describe = describe
+        self.not_collected: dict[str, dict[str, Any]] = {}
+        self.now: dict[str, Any] = {}
+        self.rules: set[str] = set()
+
+    def pytest_itemcollected(self, item: pytest.Item) -> None:
+        self.rules.update(rules_of(item))  # before -k leaves only some
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.passed:
+            return
+        message = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext
+        result = {
+            "result": SKIPPED if report.skipped else FAILED,
+            "message": f"can't be collected: {_last_line(message)}",
+            "detail": "" if report.skipped else message,
+        }
+        self.not_collected[report.nodeid] = result
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        # A test of the suite itself says nothing of a kernel, and would pass on any.
+        items[:] = [item for item in items if rules_of(item) or not item.get_closest_marker("rule")]
+        globs = self.selection["rules"]
+        for glob in globs:
+            if not any(fnmatchcase(name, glob) for name in self.rules):
+                self.send({"nothing": f"no rule matches {glob!r}"})
+                items.clear()
+                return
+        if globs:
+            items[:] = [
+                item
+                for item in items
+                if any(fnmatchcase(name, glob) for name in rules_of(item) for glob in globs)
+            ]
+        if not items and not self.not_collected:
+            expression = self.selection["expression"]
+            named = f" of {' '.join(map(repr, globs))}" if globs else ""
+            by = f" matches -k {expression!r}" if expression else " is there"
+            self.send({"nothing": f"no test{named}{by}"})
+            return
+        if not self.skip:
+            self.send(
+                {
+                    "plan": [
+                        *({"test": name, "rules": [], "about": ""} for name in self.not_collected),
+                        *map(self._planned, items),
+                    ],
+                    "host": describe_host() if self.describe else {},
+                }
+            )
+            for result in self.not_collected.values():
+                self.send({"end": result})
+        del items[: max(0, self.skip - len(self.not_collected))]
+
+    @staticmethod
+    def _planned(item: pytest.Item) -> dict[str, Any]:
+        doc = (getattr(getattr(item, "function", None), "__doc__", None) or "").strip()
+        about = " ".join(doc.partition("\n\n")[0].split())
+        return {"test": item.nodeid, "rules": rules_of(item), "about": about}
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> None:
+        self.now = {"result": PASSED, "message": "", "detail": "", "seconds": 0.0}
+        mark = item.get_closest_marker("timeout")
+        own = mark and (mark.args[0] if mark.args else mark.kwargs.get("timeout"))
+        self.send({"start": item.nodeid, "timeout": own or self.selection["timeout"]})
+
+    def pytest_runtest_logfinish(self) -> None:
+        # Not in a wrapper of the protocol, which Ctrl-C and pytest.exit() leave by an exception.
+        self.send({"end": self.now})
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_makereport(self, call: pytest.CallInfo[None]) -> Generator[None, Any, None]:
+        report: pytest.TestReport = (yield).get_result()
+        now = self.now
+        now["seconds"] += report.duration
+        if report.passed or call.excinfo is None:
+            return
+        error = call.excinfo.value
+        words = getattr(error, "msg", None) or call.excinfo.exconly(tryshort=True)
+        message = _first_line(str(words))
+        if report.skipped:
+            now.update(result=SKIPPED, message=message)
+            return
+        if message.startswith(DEFECT) and now["result"] == PASSED:
+            result, message = KNOWN_DEFECT, message.removeprefix(DEFECT)
+        else:
+            result = TIMEOUT if re.match(r"Timeout \(?>", message) else FAILED
+        if now["result"] in (PASSED, SKIPPED, KNOWN_DEFECT):  # else the first failure is the cause
+            now.update(result=result, message=message)
+        sections = (f"-- {title} --\n{text}" for title, text in report.sections)
+        now["detail"] = "\n".join(filter(None, [now["detail"], report.longreprtext, *sections]))
+
+
+def _first_line(text: str) -> str:
+    return text.strip().partition("\n")[0]
+
+
+def _last_line(text: str) -> str:
+    return text.strip().rpartition("\n")[2].removeprefix("E ").strip()

@@ -1,0 +1,497 @@
+"""``kvmpriv selftest`` in earnest: tests that end in any way, signals, and the suite itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from conftest import ROOT
+from kvmpriv.selftest.records import (
+    ALL_SKIPPED,
+    COULD_NOT_RUN,
+    CRASHED,
+    FAILED,
+    KNOWN_DEFECT,
+    PASSED,
+    SKIPPED,
+    TIMEOUT,
+)
+from unit.ktap import parse
+
+SCHEMA = json.loads((ROOT / "kvmpriv/selftest/schema.json").read_text())
+
+# -- suites that go wrong --------------------------------------------------------------------------
+
+CONFTEST = """
+import pytest
+def pytest_addoption(parser):
+    parser.addoption("--dangerous", action="store_true")
+def pytest_configure(config):
+    config.addinivalue_line("markers", "rule(*ids): rules")
+"""
+#: What no suite should do, and what comes of it.
+TESTS = '''
+import ctypes, os, signal, time, sys
+import pytest
+rule = pytest.mark.rule
+
+@rule("a.passes", "a.both")
+def test_passes():
+    """It passes."""
+
+@rule("a.fails", "a.both")
+def test_fails():
+    """It fails.
+
+    And more.
+    """
+    print("words of the test")
+    left = 1
+    assert left == 2
+
+@rule("a.raises")
+def test_raises():
+    raise OSError(22, "no")
+
+@rule("a.skips")
+def test_skips():
+    pytest.skip("a device: there is none")
+
+@rule("a.defect")
+def test_defect():
+    pytest.fail("known defect: off-by-one: the end is one too far", pytrace=False)
+
+@pytest.fixture
+def broken():
+    yield
+    raise RuntimeError("teardown")
+
+@rule("a.teardown")
+def test_teardown(broken):
+    pass
+
+@rule("a.defect.teardown")
+def test_defect_and_teardown(broken):
+    pytest.fail("known defect: off-by-one: the end is one too far", pytrace=False)
+
+@pytest.fixture
+def unmade():
+    raise RuntimeError("setup")
+
+@rule("a.setup")
+def test_setup(unmade):
+    pass
+
+@rule("a.crash")
+def test_crash():
+    ctypes.string_at(0)
+
+@rule("a.exit")
+def test_exit():
+    os._exit(0)
+
+@rule("a.quit")
+def test_quit():
+    sys.stderr.write("last words")
+    raise KeyboardInterrupt
+
+@rule("a.slow")
+@pytest.mark.timeout(0.3)
+def test_slow():
+    time.sleep(60)
+
+@rule("a.deaf")
+@pytest.mark.timeout(0.3)
+def test_deaf():
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+    if os.fork() == 0:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGABRT})
+    open(os.environ["PIDS"], "a").write(f"{os.getpid()}\\n")
+    time.sleep(60)
+
+@rule("suite.itself")
+def test_of_the_suite():
+    assert False, "not a kernel's rule"
+
+@rule("a.last", "suite.itself")
+def test_last():
+    pass
+
+def test_without_a_rule():
+    pass
+'''
+EXPECTED = {
+    "test_passes": (PASSED, ""),
+    "test_fails": (FAILED, "assert 1 == 2"),
+    "test_raises": (FAILED, "OSError: [Errno 22] no"),
+    "test_skips": (SKIPPED, "a device: there is none"),
+    "test_defect": (KNOWN_DEFECT, "off-by-one: the end is one too far"),
+    "test_teardown": (FAILED, "RuntimeError: teardown"),
+    "test_defect_and_teardown": (FAILED, "RuntimeError: teardown"),
+    "test_setup": (FAILED, "RuntimeError: setup"),
+    "test_crash": (CRASHED, "the process was ended by signal 11 (Segmentation fault)"),
+    "test_exit": (CRASHED, "the process ended with exit status 0"),
+    "test_quit": (CRASHED, "the process ended with exit status 2"),
+    "test_slow": (TIMEOUT, "Timeout (>0.3s) from pytest-timeout."),
+    "test_deaf": (TIMEOUT, "it did not end in time and was killed"),
+    "test_last": (PASSED, ""),
+    "test_without_a_rule": (PASSED, ""),
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A suite: a conftest, and test_it.py still to come."""
+    made_folder = tmp_path / "suite"
+    made_folder.mkdir()
+    (made_folder / "conftest.py").write_text(CONFTEST)
+    return made_folder
+
+
+def command(folder: Path, *arguments: str, grace: float = 20) -> list[str]:
+    """``kvmpriv selftest`` with another suite, and less patience with what hangs."""
+    code = (
+        "import sys; from pathlib import Path; from kvmpriv.cli import main;"
+        "from kvmpriv.selftest import runner;"
+        f"runner.suite = lambda: Path({str(folder)!r}); runner.GRACE = {grace};"
+        f"sys.exit(main({['selftest', *arguments]!r}))"
+    )
+    return [sys.executable, "-c", code]
+
+
+def selftest(
+    folder: Path, *arguments: str, grace: float = 20, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(folder, *arguments, grace=grace),
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=100,
+    )
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+
+
+def test_every_way_to_end(folder: Path, tmp_path: Path) -> None:
+    """Each test has its result, and those after it run; nothing is left running, or behind."""
+    (folder / "test_it.py").write_text(TESTS)
+    pids = tmp_path / "pids"
+    done = selftest(folder, "--json", grace=2, PIDS=str(pids))
+    assert (done.returncode, done.stderr) == (1, "")
+    found = json.loads(done.stdout)
+    jsonschema.validate(found, SCHEMA, cls=jsonschema.Draft202012Validator)
+    tests = {test["test"].removeprefix("test_it.py::"): test for test in found["tests"]}
+    assert {name: (test["result"], test["message"]) for name, test in tests.items()} == EXPECTED
+    assert found["planned"] == len(EXPECTED)
+    assert found["stopped"] == ""
+    assert tests["test_fails"]["about"] == "It fails."
+    for words in ("assert left == 2", "words of the test"):
+        assert words in tests["test_fails"]["detail"]
+    assert "string_at" in tests["test_crash"]["detail"]
+    assert "in test_deaf" in tests["test_deaf"]["detail"], "where it hung"
+    assert 2.3 <= tests["test_deaf"]["seconds"] < 50
+    assert {rule["rule"]: rule["result"] for rule in found["rules"]}["a.both"] == FAILED
+    assert not [rule for rule in found["rules"] if rule["rule"].startswith("suite.")]
+    hung = [int(line) for line in pids.read_text().split()]
+    assert len(hung) == 2
+    assert not [pid for pid in hung if alive(pid)]
+    assert sorted(path.name for path in folder.iterdir()) == ["conftest.py", "test_it.py"]
+
+
+def test_ktap_and_text_of_the_same(folder: Path) -> None:
+    (folder / "test_it.py").write_text(TESTS)
+    some = ("-k", "not deaf")
+    done = selftest(folder, "--ktap", *some)
+    assert done.returncode == 1
+    found = parse(done.stdout)
+    expected = {name: end for name, end in EXPECTED.items() if name != "test_deaf"}
+    assert found.tests.keys() == {f"test_it.py::{name}" for name in expected}
+    for name, (result, message) in expected.items():
+        ok, why = found.tests[f"test_it.py::{name}"]
+        assert ok == (result in (PASSED, SKIPPED))
+        assert message in why
+    assert "words of the test" in found.diagnostics
+    text = selftest(folder, *some)
+    assert text.returncode == 1
+    assert text.stdout.splitlines()[-1].startswith(
+        "14 tests: 3 passed, 5 failed, 3 crashed, 1 timeout, 1 known defect, 1 skipped, in "
+    )
+
+
+PASSING = """
+import pytest
+@pytest.mark.rule("a.one", "b.one")
+def test_one(): pass
+@pytest.mark.rule("a.two")
+@pytest.mark.parametrize("x", [1, 2])
+def test_two(x): pass
+@pytest.mark.rule("c.no")
+def test_no():
+    pytest.skip("root: we are not")
+"""
+
+
+def test_selection_and_status(folder: Path) -> None:
+    (folder / "test_it.py").write_text(PASSING)
+
+    def ran(*arguments: str) -> tuple[int, list[str]]:
+        done = selftest(folder, "--ktap", *arguments)
+        assert done.stderr == ""
+        return done.returncode, [name.partition("::")[2] for name in parse(done.stdout).tests]
+
+    everything = ["test_one", "test_two[1]", "test_two[2]", "test_no"]
+    assert ran() == (0, everything)
+    assert ran("a.*") == (0, everything[:3])
+    assert ran("b.one", "c.??") == (0, ["test_one", "test_no"])
+    assert ran("a.*", "-k", "two") == (0, everything[1:3])
+    assert ran("c.*") == (ALL_SKIPPED, ["test_no"])
+    listed = selftest(folder, "--list", "a.one", "a.two")
+    assert listed.returncode == 0
+    assert listed.stdout.splitlines() == [
+        "a.one\ttest_it.py::test_one",
+        "b.one\ttest_it.py::test_one",
+        "a.two\ttest_it.py::test_two[1]",
+        "a.two\ttest_it.py::test_two[2]",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["x.*", "--ktap"], "no rule matches 'x.*'"),
+        (["a.*", "x", "--json"], "no rule matches 'x'"),
+        (["-k", "three", "--list"], "no test matches -k 'three'"),
+        (["a.one", "-k", "two", "--dangerous"], "no test of 'a.one' matches -k 'two'"),
+        (["-k", "(", "--json"], "-k"),
+    ],
+)
+def test_nothing_selected(folder: Path, arguments: list[str], expected: str) -> None:
+    (folder / "test_it.py").write_text(PASSING)
+    done = selftest(folder, *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_file_that_breaks_hides_no_other(folder: Path) -> None:
+    (folder / "test_a.py").write_text("import nonesuch")
+    (folder / "test_b.py").write_text(
+        "import pytest; pytest.skip('root: no', allow_module_level=True)"
+    )
+    (folder / "test_it.py").write_text(
+        PASSING + "import os\ndef test_end(): os._exit(5)\ndef test_z(): pass"
+    )
+    done = selftest(folder, "--ktap")
+    assert done.returncode == 1
+    tests = parse(done.stdout).tests
+    assert tests["test_a.py"][0] is False
+    assert "nonesuch" in tests["test_a.py"][1]
+    assert tests["test_b.py"] == (True, "SKIP can't be collected: Skipped: root: no")
+    assert tests["test_it.py::test_end"][0] is False
+    assert tests["test_it.py::test_z"] == (True, "")
+    assert len(tests) == 8
+
+
+def test_a_suite_that_can_not_run(folder: Path) -> None:
+    (folder / "test_it.py").write_text(PASSING)
+    (folder / "conftest.py").write_text("import os; os.kill(os.getpid(), 11)")
+    done = selftest(folder)
+    assert (done.returncode, done.stdout) == (COULD_NOT_RUN, "")
+    assert "the process was ended by signal 11" in done.stderr
+    (folder / "conftest.py").write_text("import time; time.sleep(60)")
+    started = time.monotonic()
+    done = selftest(folder, "--timeout", "0.5", grace=0.5)
+    assert time.monotonic() - started < 30
+    assert (done.returncode, done.stdout) == (COULD_NOT_RUN, "")
+    assert "it did not end in time and was killed" in done.stderr
+    assert "conftest.py" in done.stderr, "where it hung"
+
+
+@pytest.mark.parametrize(
+    ("lacking", "expected"),
+    [("pytest", "needs pytest and pytest-timeout"), ("pytest_timeout", "needs pytest-timeout")],
+)
+def test_without_pytest(lacking: str, expected: str) -> None:
+    both = ["pytest", "pytest_timeout"] if lacking == "pytest" else [lacking]
+    code = (
+        "import sys; from kvmpriv.cli import main;"
+        f"sys.modules.update(dict.fromkeys({both!r}));"
+        "sys.exit(main(['selftest', *sys.argv[1:]]))"
+    )
+    for form in ("--list", "--ktap"):
+        done = subprocess.run([sys.executable, "-c", code, form], capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (COULD_NOT_RUN, "")
+        assert f"{expected}: pip install 'kvmpriv[test]'" in done.stderr
+
+
+def test_nobodys_settings_matter(folder: Path, tmp_path: Path) -> None:
+    """Neither the environment's, nor those of the folder that one happens to be in."""
+    (folder / "test_it.py").write_text(PASSING)
+    (folder.parent / "pytest.ini").write_text("[pytest]\naddopts = --nonesuch\n")
+    (folder.parent / "conftest.py").write_text("raise RuntimeError('not ours')")
+    done = selftest(folder, PYTEST_ADDOPTS="--nonesuch", PYTEST_PLUGINS="nonesuch")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+SLOW = """
+import os, time
+import pytest
+@pytest.fixture
+def put_back():
+    yield
+    open(os.environ["BACK"], "w").close()
+@pytest.mark.rule("a.b")
+def test_one(): pass
+@pytest.mark.rule("c.d")
+def test_two(put_back):
+    time.sleep(60)
+@pytest.mark.rule("e.f")
+def test_three(): pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "form"),
+    [
+        (signal.SIGINT, 130, "--ktap"),
+        (signal.SIGINT, 130, "--json"),
+        (signal.SIGTERM, 143, "text"),
+    ],
+)
+def test_interrupted(folder: Path, tmp_path: Path, number: int, status: int, form: str) -> None:
+    """What has been found is told, and the test that runs puts back what it changed."""
+    (folder / "test_it.py").write_text(SLOW)
+    back, out = tmp_path / "back", tmp_path / "out"
+    with out.open("w") as stream:
+        process = subprocess.Popen(
+            command(folder, *([] if form == "text" else [form])),
+            stdout=stream,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "BACK": str(back)},
+        )
+        deadline = time.monotonic() + 30
+        while not (children := _children(process.pid)) or not _in(children[0], CLOCK_NANOSLEEP):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        while not _in(process.pid, SELECT):  # then it has read all that its child has told
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (status, "")
+    assert back.exists()
+    assert not alive(children[0])
+    said = out.read_text()
+    if form == "--ktap":
+        found = parse(said)
+        assert (found.plan, len(found.tests), found.bailed_out) == (3, 1, "interrupted")
+    elif form == "--json":
+        found_json = json.loads(said)
+        jsonschema.validate(found_json, SCHEMA, cls=jsonschema.Draft202012Validator)
+        assert found_json["stopped"] == "interrupted"
+        assert (found_json["planned"], len(found_json["tests"])) == (3, 1)
+    else:
+        assert said.splitlines()[-1] == "not complete, 1 of 3 tests: interrupted"
+
+
+def _children(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+#: System calls of x86-64 as /proc has them of one that waits.
+CLOCK_NANOSLEEP, SELECT = ("230",), ("23", "270")
+
+
+def _in(pid: int, calls: tuple[str, ...]) -> bool:
+    return Path(f"/proc/{pid}/syscall").read_text().split()[0] in calls
+
+
+def test_the_parent_dies(folder: Path, tmp_path: Path) -> None:
+    """Killed with SIGKILL it can't stop its tests; they stop at the next word they have for it."""
+    ran = tmp_path / "ran"
+    (folder / "test_it.py").write_text(
+        "import os, time, pytest\n"
+        "@pytest.mark.parametrize('n', range(200))\n"
+        f"def test_it(n):\n    open({str(ran)!r}, 'a').write('x'); time.sleep(0.05)\n"
+    )
+    process = subprocess.Popen(command(folder), stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 30
+    while not ran.exists() or ran.stat().st_size < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    (child,) = _children(process.pid)
+    process.kill()
+    process.wait()
+    while alive(child):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert ran.stat().st_size < 150
+
+
+def test_ignored_sigchld(folder: Path) -> None:
+    (folder / "test_it.py").write_text(PASSING + "\nimport os\ndef test_x(): os._exit(3)\n")
+    done = subprocess.run(
+        command(folder, "--ktap"),
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN),
+    )
+    assert (done.returncode, done.stderr) == (1, "")
+    assert parse(done.stdout).tests["test_it.py::test_x"][1].endswith("exit status 3")
+
+
+def test_a_full_disk(folder: Path) -> None:
+    (folder / "test_it.py").write_text(PASSING)
+    code = command(folder)[2].replace(f"main({['selftest']!r})", "main()")
+    for form in ("--ktap", "--json", "--list"):
+        with Path("/dev/full").open("w") as full:
+            done = subprocess.run(
+                [sys.executable, "-c", code, "selftest", form],
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        assert done.returncode == 3
+        assert done.stderr == "kvmpriv: standard output: No space left on device\n"
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "kvmpriv", "selftest", *arguments], capture_output=True, text=True
+    )
+
+
+# -- the suite -------------------------------------------------------------------------------------
+
+
+def test_list_is_the_suite() -> None:
+    """The real suite, as the running kernel has it."""
+    done = run("--list")
+    assert (done.returncode, done.stderr) == (0, "")
+    pairs = [line.split("\t") for line in done.stdout.splitlines()]
+    assert len({test for _, test in pairs}) > 300
+    assert len(set(map(tuple, pairs))) == len(pairs)
+    for name, test in pairs:
+        assert re.fullmatch(r"[a-z0-9-]+(\.[a-z0-9_-]+)+", name)
+        assert not name.startswith("suite.")
+        assert re.match(r"test_\w+\.py::test_\w+(\[[^\t]+\])?$", test)
+    some = run("--list", "v9.slot.copy.*")
+    assert {line.split("\t")[0] for line in some.stdout.splitlines()} == {
+        name for name, _ in pairs if name.startswith("v9.slot.copy.")
+    }

@@ -1,0 +1,41 @@
+"""A reader of KTAP (Documentation/dev-tools/ktap.rst) that takes nothing else."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+
+class Ktap(NamedTuple):
+    """What a document says: name -> (ok, what follows the hash)."""
+
+    plan: int
+    tests: dict[str, tuple[bool, str]]
+    diagnostics: list[str]
+    bailed_out: str = ""
+
+
+def parse(text: str) -> Ktap:
+    """KTAP of one level, in which every line must be one that the format knows."""
+    version, plan, *lines = text.splitlines()
+    assert text.endswith("\n")
+    assert version == "KTAP version 1"
+    planned = re.fullmatch(r"1\.\.(\d+)", plan)
+    assert planned
+    tests: dict[str, tuple[bool, str]] = {}
+    diagnostics, bailed_out = [], ""
+    for line in lines:
+        if line.startswith("#"):
+            assert line == "#" or line.startswith("# ")
+            diagnostics.append(line[2:])
+        elif line.startswith("Bail out! "):
+            bailed_out = line.removeprefix("Bail out! ")
+        else:
+            found = re.fullmatch(r"(ok|not ok) (\d+) ([^#]+?)(?: # ([^#]+))?", line)
+            assert found, line
+            assert int(found[2]) == len(tests) + 1
+            assert found[3] not in tests
+            tests[found[3]] = found[1] == "ok", found[4] or ""
+    if not bailed_out:
+        assert len(tests) == int(planned[1])
+    return Ktap(int(planned[1]), tests, diagnostics, bailed_out)

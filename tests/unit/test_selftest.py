@@ -1,0 +1,305 @@
+"""``kvmpriv selftest``: what follows from how tests ended, and how it is shown."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+import kvmpriv.selftest
+from kvmpriv import cli
+from kvmpriv.selftest import report
+from kvmpriv.selftest.records import (
+    ALL_SKIPPED,
+    COULD_NOT_RUN,
+    CRASHED,
+    FAILED,
+    KNOWN_DEFECT,
+    PASSED,
+    SKIPPED,
+    SOME_FAILED,
+    TIMEOUT,
+    Planned,
+    Result,
+    Run,
+)
+from kvmpriv.selftest.runner import Plan
+
+from .ktap import parse
+
+SCHEMA = json.loads((Path(kvmpriv.selftest.__file__).parent / "schema.json").read_text())
+HOST = {
+    "release": "6.1.0",
+    "version": "#1",
+    "machine": "x86_64",
+    "kvmpriv": "0.1.0",
+    "verdict": "none",
+    "abis": [],
+}
+SELECTION = {"rules": [], "expression": "", "dangerous": False, "timeout": 120.0}
+
+
+# -- records ---------------------------------------------------------------------------------------
+
+
+def made(*ends: tuple[str, str], stopped: str = "", **changes: Any) -> Run:
+    """A run with a test for each (rules separated by blanks, result)."""
+    results = tuple(
+        Result(
+            f"test_it.py::test_{number}", tuple(rules.split()), "It holds.", result, f"why {number}"
+        )
+        for number, (rules, result) in enumerate(ends)
+    )
+    host = {**HOST, **changes}
+    return Run(host, SELECTION, len(ends) + bool(stopped), results, 1.5, stopped)
+
+
+def document(run: Run) -> Any:
+    """Through JSON, and as the schema has it."""
+    found = json.loads(json.dumps(run.to_json()))
+    jsonschema.validate(found, SCHEMA, cls=jsonschema.Draft202012Validator)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("results", "expected"),
+    [
+        ([PASSED], PASSED),
+        ([SKIPPED], SKIPPED),
+        ([PASSED, SKIPPED], PASSED),
+        ([SKIPPED, FAILED, PASSED], FAILED),
+        ([PASSED, CRASHED], FAILED),
+        ([SKIPPED, TIMEOUT], FAILED),
+        ([PASSED, KNOWN_DEFECT, SKIPPED], KNOWN_DEFECT),
+        ([KNOWN_DEFECT, FAILED], FAILED),
+    ],
+)
+def test_a_rules_result(results: list[str], expected: str) -> None:
+    run = made(*[("a.b", result) for result in results], ("other.rule", PASSED))
+    first, second = run.rules
+    assert (first.rule, first.result) == ("a.b", expected)
+    assert sum(first.tests.values()) == len(results)
+    assert (second.rule, second.result) == ("other.rule", PASSED)
+
+
+def test_a_rules_message() -> None:
+    run = made(("a.b", PASSED), ("a.b c.d", SKIPPED), ("c.d", FAILED), ("c.d", FAILED))
+    assert [rule.message for rule in run.rules] == ["not all: why 1", "why 2"]
+
+
+@pytest.mark.parametrize(
+    ("results", "stopped", "status"),
+    [
+        ([PASSED, SKIPPED], "", 0),
+        ([SKIPPED, SKIPPED], "", ALL_SKIPPED),
+        ([PASSED, FAILED], "", SOME_FAILED),
+        ([PASSED, CRASHED], "", SOME_FAILED),
+        ([PASSED, TIMEOUT], "", SOME_FAILED),
+        ([PASSED, KNOWN_DEFECT], "", SOME_FAILED),
+        ([PASSED], "lost", COULD_NOT_RUN),
+        ([], "lost", COULD_NOT_RUN),
+        ([PASSED, FAILED], "lost", SOME_FAILED),
+    ],
+)
+def test_exit_status(results: list[str], stopped: str, status: int) -> None:
+    run = made(*[("a.b", result) for result in results], stopped=stopped)
+    assert run.exit_status == status
+
+
+def test_documents_come_back() -> None:
+    run = made(("a.b", PASSED), ("a.b c.d", KNOWN_DEFECT), ("e.f", TIMEOUT), stopped="interrupted")
+    found = document(run)
+    assert Run.from_json(found) == run
+    assert found["totals"]["tests"] == {
+        "failed": 0, "crashed": 0, "timeout": 1, "known defect": 1, "passed": 1, "skipped": 0,
+    }  # fmt: skip
+    assert found["totals"]["rules"] == {"failed": 1, "known defect": 2, "passed": 0, "skipped": 0}
+
+
+def test_the_schema_refuses() -> None:
+    """It could not if it said nothing."""
+    good = document(made(("a.b", PASSED)))
+    for change in (
+        lambda d: d.update(schema_version=2),
+        lambda d: d.update(more=1),
+        lambda d: d.pop("host"),
+        lambda d: d["tests"][0].update(result="odd"),
+        lambda d: d["tests"][0].update(rules=["no rule"]),
+        lambda d: d["rules"][0]["tests"].update(odd=1),
+        lambda d: d["totals"]["tests"].pop("skipped"),
+    ):
+        bad = copy.deepcopy(good)
+        change(bad)
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(bad, SCHEMA, cls=jsonschema.Draft202012Validator)
+
+
+# -- KTAP ------------------------------------------------------------------------------------------
+
+
+def test_ktap_of_each_result() -> None:
+    results = [
+        Result("t::passes", ("a.b",), "About.", PASSED),
+        Result("t::skips", ("a.b",), "About.", SKIPPED, "a device: none"),
+        Result(
+            "t::fails[#1]", ("c.d",), "About it.", FAILED, "assert 1 == #2\x1b", "E 1\n\n\tE\xa02"
+        ),
+        Result("t::hangs", ("c.d",), "", TIMEOUT, "killed"),
+        Result("t::dies", (), "", CRASHED, "signal 11"),
+        Result("t::known", ("e.f",), "", KNOWN_DEFECT, "name: text"),
+    ]
+    plan = Plan(tuple(Planned(*result[:3]) for result in results), HOST)
+    run = Run(HOST, SELECTION, len(results), tuple(results), 1, "")
+    lines = [report.ktap_result(at, result) for at, result in enumerate(results, start=1)]
+    found = parse(report.ktap_head(plan) + "".join(lines) + report.ktap_end(run))
+    assert found.plan == 6
+    assert found.tests == {
+        "t::passes": (True, ""),
+        "t::skips": (True, "SKIP a device: none"),
+        "t::fails[%1]": (False, r"assert 1 == %2\x1b"),
+        "t::hangs": (False, "TIMEOUT killed"),
+        "t::dies": (False, "ERROR signal 11"),
+        "t::known": (False, "known defect: name: text"),
+    }
+    assert lines[2].splitlines()[:-1] == ["# About it.", "# E 1", r"# \tE\xa02"]
+    assert found.diagnostics[-4:] == [
+        "rule a.b: passed (1 passed, 1 skipped)",
+        "rule c.d: failed (1 failed, 1 timeout)",
+        "rule e.f: known defect (1 known defect)",
+        "Totals: pass:1 fail:2 xfail:0 xpass:0 skip:1 error:2",
+    ]
+
+
+# -- text ------------------------------------------------------------------------------------------
+
+
+def test_text() -> None:
+    run = made(("a.b", PASSED), ("a.b c.d", SKIPPED), ("e.f", FAILED), ("g.h", KNOWN_DEFECT))
+    lines = report.text(run).splitlines()
+    assert lines[0] == "Linux 6.1.0 x86_64, none; kvmpriv 0.1.0"
+    assert "FAILED test_it.py::test_2" in lines
+    assert "KNOWN DEFECT test_it.py::test_3" in lines
+    table = [
+        line.split(maxsplit=2) for line in lines if re.match(r"(passed|skipped|failed) ", line)
+    ]
+    assert table == [
+        ["passed", "a.b", "not all: why 1"],
+        ["skipped", "c.d", "why 1"],
+        ["failed", "e.f", "why 2"],
+    ]
+    assert "known defect  g.h  why 3" in lines
+    assert "  why 1 (1 test)" in lines
+    assert lines[-2:] == [
+        "4 rules: 1 passed, 1 failed, 1 known defect, 1 skipped",
+        "4 tests: 1 passed, 1 failed, 1 known defect, 1 skipped, in 1.5 s",
+    ]
+    assert "\x1b" not in report.text(run)
+    plain = re.sub(r"\x1b\[\d+m", "", report.text(run, colour=True))
+    assert plain == report.text(run)
+    assert report.text(run, colour=True) != plain
+
+
+def test_text_of_a_run_that_was_stopped() -> None:
+    last = report.text(made(("a.b", PASSED), stopped="interrupted")).splitlines()[-1]
+    assert last == "not complete, 1 of 2 tests: interrupted"
+
+
+# -- side by side ----------------------------------------------------------------------------------
+
+
+def test_compare() -> None:
+    a = made(("a.b", PASSED), ("c.d", SKIPPED), ("e.f", FAILED), release="6.1")
+    b = made(("a.b", PASSED), ("c.d", PASSED), ("g.h", FAILED), release="6.12", stopped="lost")
+    words, differ = report.compare((a, b), ("a.json", "b.json"))
+    assert differ
+    assert words.splitlines() == [
+        "a: Linux 6.1 x86_64, none; kvmpriv 0.1.0 (a.json)",
+        "b: Linux 6.12 x86_64, none; kvmpriv 0.1.0 (b.json)",
+        "   not complete: lost",
+        "",
+        "  a             b             rule",
+        "! skipped       passed        c.d  a: why 1",
+        "! failed        absent        e.f  a: why 2",
+        "! absent        failed        g.h  b: why 2",
+        "  passed        passed        a.b",
+        "",
+        "3 of 4 rules differ",
+    ]
+    same, differ = report.compare((a, a), ("x", "y"))
+    assert not differ
+    assert same.splitlines()[-1] == "3 rules, no difference"
+    assert "!" not in same
+    one, _ = report.compare((made(("a.b", PASSED)), made(("a.b", FAILED))), ("x", "y"))
+    assert one.splitlines()[-1] == "1 of 1 rule differs"
+    other = a._replace(selection={**SELECTION, "expression": "x"})
+    assert "not selected in the same way" in report.compare((a, other), ("x", "y"))[0]
+
+
+def compare(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
+    """Exit status, output, error output."""
+    status = cli.main(["selftest", "--compare", *map(str, arguments)])
+    return status, *capsys.readouterr()
+
+
+def test_compare_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b, same = (tmp_path / name for name in ("a.json", "b.json", "same.json"))
+    a.write_text(json.dumps(document(made(("a.b", PASSED)))))
+    b.write_text(json.dumps(document(made(("a.b", FAILED)))))
+    same.write_bytes(a.read_bytes())
+    status, out, errors = compare(capsys, a, b)
+    assert (status, errors) == (1, "")
+    assert "! passed        failed        a.b" in out
+    status, out, errors = compare(capsys, a, same)
+    assert (status, errors) == (0, "")
+    assert "no difference" in out
+    status, out, errors = compare(capsys, a, same, "-k", "x")
+    assert (status, out) == (2, "")
+    assert "no RULE and no -k" in errors
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "No such file or directory"),
+        (b"", "no JSON"),
+        (b"\xff\xfe", "no JSON"),
+        (b"[" * 100_000, "no JSON"),
+        (b"[1]", "no schema_version"),
+        (b'{"schema_version": 2}', "schema version 2; this kvmpriv reads 1"),
+        (b'{"schema_version": 1}', "no 'host'"),
+        (lambda d: d.update(host=[]), "list"),
+        (lambda d: d.pop("tests"), "no 'tests'"),
+        (lambda d: d.update(tests=[None]), "NoneType"),
+        (lambda d: d.update(planned="many"), "many"),
+        (lambda d: d["tests"][0].pop("message"), "no 'message'"),
+        (lambda d: d["tests"][0].update(result="odd"), "ended in an unknown way: 'odd'"),
+        (lambda d: d["tests"][0].update(rules=3), "int"),
+    ],
+)
+def test_compare_what_is_no_document(
+    content: bytes | Callable[[Any], Any] | None,
+    expected: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Named by its file, whichever of the two it is; the twin that is one is read."""
+    good, bad = tmp_path / "good.json", tmp_path / "bad.json"
+    made_document = document(made(("a.b", PASSED)))
+    good.write_text(json.dumps(made_document))
+    if callable(content):
+        content(made_document)
+        bad.write_text(json.dumps(made_document))
+    elif content is not None:
+        bad.write_bytes(content)
+    status, out, errors = compare(capsys, good, bad)
+    assert (status, out) == (2, "")
+    assert errors.startswith(f"kvmpriv selftest: {bad}: ")
+    assert expected in errors
+    assert compare(capsys, bad, good)[0] == 2
+    assert compare(capsys, good, good)[0] == 0
