@@ -31,11 +31,11 @@ def image(name: str) -> Path:
 
 
 def vm(
-    name: str, *command: str | Path, options: tuple[str, ...] = ()
+    name: str, *command: str | Path, options: tuple[str, ...] = (), timeout: int = 100
 ) -> subprocess.CompletedProcess[str]:
     image(name)
     return subprocess.run(
-        [SCRIPTS / "vm", name, "-q", "--timeout", "100", *options, "--", *command],
+        [SCRIPTS / "vm", name, "-q", "--timeout", str(timeout), *options, "--", *command],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -59,6 +59,17 @@ def test_the_probes_verdict(name: str, options: tuple[str, ...], verdict: str, s
     done = vm(name, sys.executable, "-m", "kvmpriv", "probe", options=options)
     assert done.stdout.splitlines()[0] == verdict, done.stderr
     assert done.returncode == status
+
+
+@pytest.mark.timeout(500)
+@pytest.mark.parametrize("name", ["restrictedmem", "guest_memfd"])
+def test_guests_with_private_memory(name: str) -> None:
+    """tests/guest, in a kernel that has private memory: nothing may be skipped for its lack."""
+    pytest_ = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/guest")
+    needs = ("--env", "KVMPRIV_REQUIRE=host,private memory")
+    done = vm(name, *pytest_, options=needs, timeout=450)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
 
 
 def test_two_witnesses_see_the_same(tmp_path: Path) -> None:
