@@ -31,6 +31,7 @@ check: $(SETUP)  ## lint, format, types, unit tests: under a minute
 	$(BIN)/mypy
 	MYPYPATH=scripts/kernel $(BIN)/mypy --config-file= --strict scripts/vm
 	MYPYPATH=scripts/kernel $(BIN)/mypy --config-file= --strict scripts/kernel/build
+	MYPYPATH=scripts/kernel $(BIN)/mypy --config-file= --strict scripts/kernel/mutate scripts/kernel/trial.py
 	$(BIN)/python -m pytest -q tests/unit
 
 kernels: $(SETUP)  ## build the kernels, or find them in the cache (~/.cache/kvmpriv)
