@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 
@@ -18,15 +18,14 @@ from kvmpriv.private.guest_memfd import GuestMemfd
 from kvmpriv.private.restrictedmem import RestrictedMem
 
 from .base import kvm, missing, no_leak, vm
-from .helpers import PAGE, GuestMemfdSlots, RestrictedSlots, errno_of
+from .defects import known_defect
+from .helpers import HOOK, PAGE, GuestMemfdSlots, RestrictedSlots, errno_of, hook
+from .looks import look_for
 
 __all__ = ["kvm", "no_leak", "vm"]  # fixtures for all tests here
 
 #: The kernel that runs, by its name in scripts/kernel: known by it to be mended.
 MENDED = os.environ.get("KVMPRIV_KERNEL") in ("restrictedmem", "restrictedmem-debug")
-
-#: The test vehicle's switch, read when a VM is made.
-HOOK = Path("/sys/module/kvm/parameters/private_mem_testing")
 
 VM_TYPES = {"default": gm.KVM_X86_DEFAULT_VM, "sw_protected": gm.KVM_X86_SW_PROTECTED_VM}
 
@@ -42,6 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     for line in (
         "rule(*ids): the rules of the kernel's ABI that the test holds it to",
+        "spoiled_by(*defects): on a kernel with one of these known defects it fails as that",
         "dangerous(why): runs with --dangerous, or where KVMPRIV_KERNEL names a mended kernel",
     ):
         config.addinivalue_line("markers", line)
@@ -57,6 +57,18 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     mark = item.get_closest_marker("dangerous")
     if mark and not MENDED and not item.config.getoption("dangerous", default=False):
         pytest.skip(f"dangerous: {mark.args[0]} (--dangerous runs it)")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
+    for mark in () if MENDED else pyfuncitem.iter_markers("spoiled_by"):
+        for name in mark.args:
+            try:
+                seen = look_for(name)
+            except pytest.skip.Exception:  # what is missing to look for it is missing to meet it
+                continue
+            if seen:
+                known_defect(name, seen)
 
 
 @pytest.fixture(autouse=True)
@@ -88,24 +100,6 @@ def file(v9: None) -> Iterator[RestrictedMem]:
     """A restrictedmem file without a size."""
     with RestrictedMem() as made:
         yield made
-
-
-@contextmanager
-def hook(*, on: bool) -> Iterator[None]:
-    """For the VMs made inside, the arch hook says `on`, where it can be told."""
-    if not HOOK.exists():
-        yield
-        return
-    before = HOOK.read_text()
-    if (before.strip() == "Y") != on:
-        if not os.access(HOOK, os.W_OK):
-            missing("root", f"{HOOK} can't be written")
-        HOOK.write_text("Y" if on else "N")
-    try:
-        yield
-    finally:
-        if HOOK.read_text() != before:
-            HOOK.write_text(before)
 
 
 MakeVm = Callable[[], Vm]

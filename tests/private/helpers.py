@@ -277,6 +277,30 @@ def operations(prefix: str, table: dict[str, str]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("operation", "expected"), rows)
 
 
+# -- the arch hook ---------------------------------------------------------------------------------
+
+#: The test vehicle's switch, read when a VM is made.
+HOOK = Path("/sys/module/kvm/parameters/private_mem_testing")
+
+
+@contextmanager
+def hook(*, on: bool) -> Iterator[None]:
+    """For the VMs made inside, the arch hook says `on`, where it can be told."""
+    if not HOOK.exists():
+        yield
+        return
+    before = HOOK.read_text()
+    if (before.strip() == "Y") != on:
+        if not os.access(HOOK, os.W_OK):
+            missing("root", f"{HOOK} can't be written")
+        HOOK.write_text("Y" if on else "N")
+    try:
+        yield
+    finally:
+        if HOOK.read_text() != before:
+            HOOK.write_text(before)
+
+
 # -- slots -----------------------------------------------------------------------------------------
 
 
@@ -485,6 +509,60 @@ def child_status(work: Callable[[], Any]) -> tuple[int, Any]:
         data = stream.read()
     _, status = os.waitpid(pid, 0)
     return status, pickle.loads(data) if data else None
+
+
+@contextmanager
+def in_cgroup() -> Iterator[Path]:
+    """A new memory cgroup, for children to enter; what it still holds at the end is given up."""
+    top = Path("/sys/fs/cgroup")
+    try:
+        if "memory" not in (top / "cgroup.subtree_control").read_text().split():
+            missing("memory cgroup", "the memory controller is not enabled below the root")
+        group = top / f"kvmpriv-{os.getpid()}-{time.monotonic_ns()}"
+        group.mkdir()
+    except OSError as error:
+        missing("memory cgroup", str(error))
+    try:
+        yield group
+    finally:
+        assert eventually(lambda: answer(group.rmdir) != "EBUSY"), f"{group} is in use"
+
+
+# -- failures on request ---------------------------------------------------------------------------
+
+FAULT_INJECTION = Path("/sys/kernel/debug/failslab")
+
+
+def require_fault_injection() -> None:
+    if not Path("/proc/self/make-it-fail").exists() or not os.access(FAULT_INJECTION, os.W_OK):
+        missing("fault injection", "no CONFIG_FAULT_INJECTION, CONFIG_FAILSLAB, debugfs, or root")
+
+
+@contextmanager
+def failing_allocations() -> Iterator[None]:
+    """In this thread no small allocation of the kernel's own succeeds inside."""
+    require_fault_injection()
+    settings = {
+        "task-filter": "Y",
+        "probability": "100",
+        "interval": "1",
+        "times": "-1",
+        "ignore-gfp-wait": "N",
+        "verbose": "0",
+    }
+    before = {name: (FAULT_INJECTION / name).read_text() for name in settings}
+    marked = Path(f"/proc/self/task/{threading.get_native_id()}/make-it-fail")
+    marked_fd = os.open(marked, os.O_WRONLY)  # opened before: opening it would fail
+    try:
+        for name, value in settings.items():
+            (FAULT_INJECTION / name).write_text(value)
+        os.write(marked_fd, b"1")
+        yield
+    finally:
+        os.write(marked_fd, b"0")
+        os.close(marked_fd)
+        for name, value in before.items():
+            (FAULT_INJECTION / name).write_text(value)
 
 
 # -- what the kernel holds -------------------------------------------------------------------------

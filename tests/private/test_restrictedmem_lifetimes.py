@@ -16,7 +16,6 @@ from kvmpriv.cdefs import kvm as k
 from kvmpriv.cdefs import restrictedmem as rm
 from kvmpriv.private.restrictedmem import RestrictedMem
 
-from .conftest import hook
 from .helpers import (
     BIG,
     GIB,
@@ -29,6 +28,7 @@ from .helpers import (
     answer,
     eventually,
     fallocate,
+    hook,
     in_child,
     rule,
     vms_alive,

@@ -1,0 +1,33 @@
+"""The known defects of v9: a kernel that has one fails the test of its name."""
+
+from __future__ import annotations
+
+import pytest
+
+from .defects import DEFECTS, known_defect
+from .helpers import rule
+from .looks import LOOKS, look_for
+
+
+def _parameter(name: str) -> object:
+    why = DEFECTS[name].dangerous
+    marks = [rule(f"defect.{name}")]
+    if why:
+        marks.append(pytest.mark.dangerous(f"known defect {name}: {why}"))
+    return pytest.param(name, marks=marks)
+
+
+@rule("suite.defects")
+@pytest.mark.usefixtures("no_leak", "make_private_vm")
+@pytest.mark.parametrize("name", [_parameter(name) for name in DEFECTS])
+def test_known_defect(name: str) -> None:
+    """The kernel does not have it."""
+    seen = look_for(name)
+    if seen is not None:
+        known_defect(name, seen)
+
+
+@rule("suite.defects.all")
+def test_every_defect_is_looked_for() -> None:
+    """The table of the defects and the looks at the kernel name the same."""
+    assert LOOKS.keys() == DEFECTS.keys()
