@@ -72,6 +72,23 @@ def test_guests_with_private_memory(name: str) -> None:
     assert " passed" in done.stdout
 
 
+@pytest.mark.parametrize("name", ["restrictedmem", "guest_memfd"])
+def test_the_examples(name: str) -> None:
+    """Each of the worked examples judges itself by what guest and host saw."""
+    examples = ("private_page", "conversions", "conversion_race")
+    script = " && ".join(f"{sys.executable} scripts/{example}.py" for example in examples)
+    done = vm(name, "sh", "-c", script)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for line in (
+        "hidden while private, found when shared",
+        "ok     private again: the shared page is gone",
+        "200 conversions beside ",
+        "nothing lost, nothing torn",
+    ):
+        assert line in done.stdout
+    assert ("ok     a write meant to be shared arrives" in done.stdout) == (name == "restrictedmem")
+
+
 def test_two_witnesses_see_the_same(tmp_path: Path) -> None:
     """A C program, built against the patched tree's headers alone, and the binding."""
     headers = image("restrictedmem").parent / "headers" / "include"
