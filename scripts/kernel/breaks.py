@@ -1187,6 +1187,16 @@ _add(
     PRIVATE, "if («kvm_unmap_gfn_range(kvm, &range)»)", "0",
     f"{GUESTS}::test_a_hole_takes_just_its_pages",
 )  # fmt: skip
+_add(
+    "flush.hole", "begin: TLBs are flushed",
+    PRIVATE, "kvm_flush_remote_tlbs(kvm);", "",
+    f"{MAPS}::test_a_guest_that_runs_sees_it_at_once",
+)  # fmt: skip
+_add(
+    "flush.conversion", "conversion flushes TLBs",
+    MMU, "flush);\n\n\tif («flush»)\n\t\tkvm_flush_remote_tlbs_with_address(kvm, gfn_start,", "0",
+    f"{MAPS}::test_a_guest_that_runs_sees_it_at_once",
+)  # fmt: skip
 _HOLE_PAUSE = (
     Edit(
         RMEM, "«ret = rm->backing->f_op->fallocate(rm->backing, mode, offset, len);»",
