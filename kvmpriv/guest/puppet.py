@@ -69,7 +69,6 @@ CPUS_MAX = (HOME_SIZE - _CELLS) // _CELL_SIZE
 
 # puppet.S: the mailbox, in words of 8 bytes.
 _COMMAND, _ARGUMENTS, _RESULT, _WINDOW, _PAGES, _DIRECTORY = 0, 1, 6, 7, 8, 11
-_DONE_PORT = 0xF6
 _COMMANDS = {
     name: number
     for number, name in enumerate(
@@ -112,6 +111,8 @@ class PuppetCpu:
 
     def __init__(self, puppet: Puppet, vcpu: Vcpu, number: int) -> None:
         self.vcpu = vcpu
+        #: A command ends with an OUT to this port.
+        self.done_port = 0xF6
         #: Every exit but those that end a command, in order.
         self.exits: list[Any] = []
         #: Called with each such exit; True when it is settled and the guest may go on.
@@ -343,7 +344,7 @@ class PuppetCpu:
             reason = vcpu.run()
             if reason == k.KVM_EXIT_IO:
                 port = page.io.port
-                if port == _DONE_PORT:
+                if port == self.done_port:
                     return
                 if port == boot.CRASH_PORT:
                     raise self._exception()

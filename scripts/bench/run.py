@@ -21,15 +21,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from statistics import median, quantiles
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import guest
-from kvmpriv import Kvm, Vcpu
+from kvmpriv import HostMemory, Kvm, Vcpu, Vm, private
+from kvmpriv.cdefs import guest_memfd as gm
 from kvmpriv.cdefs import kvm as cdefs
+from kvmpriv.guest.puppet import Puppet
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -37,6 +39,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
+sys.path.append(str(ROOT / "scripts" / "kernel"))
+from packages import cache_root  # noqa: E402  # type: ignore[import-not-found]
+
 #: What kvmpriv stands on: a process that imports it and does nothing.
 BASE = (sys.executable, "-c", "import cffi, ctypes")
 PROBE = (sys.executable, "-m", "kvmpriv", "probe")
@@ -181,9 +186,15 @@ class Twin:
 class Bench:
     """What the benchmarks share."""
 
-    def __init__(self, twin: Path, quick: bool) -> None:
+    def __init__(self, twin: Path, library: Path, quick: bool) -> None:
         self._twin = twin
         self._quick = quick
+        self._library = library
+        self._calls = ctypes.CDLL(str(library))
+        cycle = self._calls.timed_cycle
+        number, pointer = ctypes.c_ulong, ctypes.c_void_p
+        cycle.argtypes = (ctypes.c_int, number, pointer, number, pointer, ctypes.c_int)
+        cycle.restype = ctypes.c_int64
 
     def count(self, full: int) -> int:
         """How many pairs: a fifth where it has to be quick."""
@@ -255,6 +266,98 @@ class Bench:
                     if name == "exit_loop":
                         result = judge_exits(result)
                     yield result
+
+    def slot_cycle(self) -> Iterator[Result]:
+        """Make and delete a slot with a guest_memfd, in a VM that this KVM gives it to."""
+        cycles, size = 20, 1 << 20
+        with Kvm() as kvm, ExitStack() as stack:
+            abi = private.guest_memfd
+            try:
+                vm, file = guest_memfd_vm(kvm, size, stack)
+            except OSError as error:
+                raise Skipped(f"no VM with guest_memfd here: {error.strerror}") from None
+            memory = stack.enter_context(HostMemory(size))
+            region = gm.ffi.new("struct kvm_userspace_memory_region2 *")
+            region.flags, region.guest_memfd = gm.KVM_MEM_GUEST_MEMFD, file.fileno()
+            region.memory_size, region.userspace_addr = size, memory.userspace_addr
+            gone = gm.ffi.new("struct kvm_userspace_memory_region2 *")
+            addresses = [int(gm.ffi.cast("uintptr_t", one)) for one in (region, gone)]
+            requests = (gm.KVM_SET_USER_MEMORY_REGION2, cdefs.KVM_SET_USER_MEMORY_REGION)
+
+            def ours() -> float:
+                start = perf_counter_ns()
+                for _ in range(cycles):
+                    abi.bind(vm, 0, size, file, memory=memory, slot=0).delete()
+                return (perf_counter_ns() - start) / cycles
+
+            def theirs() -> float:
+                (set_, delete), (first, second) = requests, addresses
+                took = self._calls.timed_cycle(vm.fileno(), set_, first, delete, second, cycles)
+                if took < 0:
+                    raise Skipped("C's ioctl failed")
+                return float(took) / cycles
+
+            pairs = alternate(ours, theirs, self.count(300))
+        yield Result("slot_cycle", "ns", pairs, Limit("ratio", 1.3))
+
+    def puppet(self) -> Iterator[Result]:
+        """A command told through the mailbox; and the same guest, doing it again untold."""
+        commands, gpa = 50, 0x1000
+        with Kvm() as kvm, kvm.create_vm() as vm, HostMemory(1 << 20) as memory:
+            vm.map(memory, 0)
+            with Puppet(vm) as guest_:
+                guest_.store(gpa, 8, 0x1234)
+                guest_.load(gpa, 8)
+                vcpu = guest_.vcpu
+                page, done, reason = vcpu.page, guest_.done_port, cdefs.KVM_EXIT_IO
+                io = page.io
+
+                def ours() -> float:
+                    start = perf_counter_ns()
+                    for _ in range(commands):
+                        if guest_.load(gpa, 8) != 0x1234:
+                            raise Skipped("the puppet read something else")
+                    return (perf_counter_ns() - start) / commands
+
+                def theirs() -> float:
+                    start = perf_counter_ns()
+                    for _ in range(commands):
+                        if vcpu.run() != reason or io.port != done:
+                            raise Skipped(f"unexpected exit {vcpu.exit()}")
+                    return (perf_counter_ns() - start) / commands
+
+                pairs = alternate(ours, theirs, self.count(500))
+        yield Result("puppet", "ns", pairs, Limit("ratio", 1.3))
+
+    def conversions(self) -> Iterator[Result]:
+        """In each built kernel that has private memory, run under scripts/vm."""
+        for name in private.ABIS:
+            found = self._in_kernel(name)
+            pairs = [(ours, theirs) for ours, theirs in found["convert_1gib"]["pairs"]]
+            costs = [f"{name}: a conversion costs, in ns a page:"]
+            for page in ("4 KiB", "2 MiB"):
+                cost = found[page]
+                if cost is None:
+                    costs.append(f"    {page}: this kernel maps no such pages here")
+                    continue
+                count = cost.pop("pages")
+                shown = "; ".join(f"{kind} {value:.0f}" for kind, value in cost.items())
+                costs.append(f"    {page} ({count} pages): {shown}")
+            unit_pairs = [(ours / MS, theirs / MS) for ours, theirs in pairs]
+            limit = Limit("ratio", 1.05)
+            yield Result(f"convert_1gib {name}", "ms", unit_pairs, limit, "\n".join(costs))
+
+    def _in_kernel(self, name: str) -> dict[str, Any]:
+        quick = ("--quick",) if self._quick else ()
+        script = (sys.executable, HERE / "conversions.py", self._library, *quick)
+        if not [*cache_root().glob(f"{name}.*/bzImage")]:
+            raise Skipped(f"no kernel {name} is built: make kernels")
+        command = (ROOT / "scripts" / "vm", name, "-q", "--timeout", "900", "--", *script)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise Skipped(f"in kernel {name}: status {done.returncode}: {done.stderr.strip()}")
+        answer: dict[str, Any] = json.loads(done.stdout)
+        return answer
 
     # -- whole processes -----------------------------------------------------------------------
 
@@ -386,11 +489,20 @@ def on_one_cpu(pid: int) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def compile_twin(folder: str) -> Path:
-    program = Path(folder) / "twin"
-    command = ("cc", "-O2", "-Wall", "-Wextra", "-o", program, HERE / "twin.c")
+def guest_memfd_vm(kvm: Kvm, size: int, stack: ExitStack) -> tuple[Vm, private.PrivateFile]:
+    """A VM and a guest_memfd for it: private where KVM has that, else shared."""
+    try:
+        vm, flags = private.guest_memfd.create_vm(kvm), 0
+    except OSError:
+        vm, flags = kvm.create_vm(), gm.GUEST_MEMFD_FLAG_MMAP | gm.GUEST_MEMFD_FLAG_INIT_SHARED
+    stack.enter_context(vm)
+    return vm, stack.enter_context(private.guest_memfd.GuestMemfd(vm, size, flags))
+
+
+def compile_c(source: str, target: Path, *options: str) -> Path:
+    command = ("cc", "-O2", "-Wall", "-Wextra", *options, "-o", target, HERE / source)
     subprocess.run(command, check=True)
-    return program
+    return target
 
 
 def missing() -> str | None:
@@ -403,8 +515,12 @@ def missing() -> str | None:
 
 
 def main() -> int:
-    names = ("checked_ioctl", "exit_loop", "probe_process", "import", "first_exit", "probe_memory")
-    parser = argparse.ArgumentParser(description="kvmpriv's benchmarks, on this host's /dev/kvm")
+    names = (
+        *("checked_ioctl", "exit_loop", "probe_process", "import", "first_exit", "probe_memory"),
+        *("slot_cycle", "puppet", "conversions"),
+    )
+    about = "kvmpriv's benchmarks, on this host's /dev/kvm and in the kernels built here"
+    parser = argparse.ArgumentParser(description=about)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(names)}")
     parser.add_argument("--quick", action="store_true", help="a fifth of the pairs")
     parser.add_argument("--output", default=ROOT / "bench.json", help="where the JSON goes")
@@ -423,7 +539,9 @@ def main() -> int:
         # byte code, whatever the environment and the permissions say.
         os.environ.update(PYTHONPATH=str(ROOT), PYTHONPYCACHEPREFIX=f"{folder}/pycache")
         os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-        bench = Bench(compile_twin(folder), options.quick)
+        twin = compile_c("twin.c", Path(folder) / "twin")
+        library = compile_c("calls.c", Path(folder) / "calls.so", "-shared", "-fPIC")
+        bench = Bench(twin, library, options.quick)
         for name in options.names or names:
             print(f"bench: {name} …", file=sys.stderr)
             try:
