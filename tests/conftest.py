@@ -1,8 +1,12 @@
-"""What every test may use: the suite's own means, and where the checkout is."""
+"""What every test may use: the suite's own means, and the checkout and its wheel."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 import kvmpriv
 from private.base import REQUIRED, kvm, missing, no_leak, open_fds, vm
@@ -10,6 +14,19 @@ from private.base import REQUIRED, kvm, missing, no_leak, open_fds, vm
 __all__ = ["REQUIRED", "ROOT", "kvm", "missing", "no_leak", "open_fds", "vm"]
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from what is in the tree."""
+    folder = tmp_path_factory.mktemp("wheel")
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", ROOT],
+        cwd=folder,
+        check=True,
+    )
+    (built,) = folder.glob("*.whl")
+    return built
 
 
 def pytest_report_header() -> str:

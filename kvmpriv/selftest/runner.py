@@ -22,6 +22,9 @@ __all__ = ["BadSelection", "CannotRun", "Plan", "run", "suite"]
 
 #: Seconds beyond its own timeout after which no test can be hoped to end by itself.
 GRACE = 20.0
+#: Seconds to find the tests and probe the host, or after a test to clean up and start the next:
+#: an emulated machine with much else to do takes minutes.
+BETWEEN = 600.0
 #: Seconds for a process to clean up after Ctrl-C, or to die when it is killed.
 _DYING = 5.0
 #: How much of its error output is kept of a process that died.
@@ -119,7 +122,6 @@ class _Process:
     ) -> None:
         self._job = folder, selection, skip
         self._collect = collect
-        self._patience = selection["timeout"]
         #: What it wrote to its error output, after its end.
         self.said = ""
 
@@ -161,7 +163,7 @@ class _Process:
     def events(self) -> Iterator[dict[str, Any]]:
         """What the process tells, until it has ended or, silent for too long, been killed."""
         rest = b""
-        deadline = time.monotonic() + self._patience + GRACE
+        deadline = time.monotonic() + BETWEEN
         while True:
             ended = self._has_ended()  # before looking for the last that it told
             wait = 0.0 if ended else min(0.5, max(0.0, deadline - time.monotonic()))
@@ -171,8 +173,8 @@ class _Process:
                     *lines, rest = (rest + data).split(b"\n")
                     for line in lines:
                         event = json.loads(line)
-                        patience = event.get("timeout", self._patience)
-                        deadline = time.monotonic() + patience + GRACE
+                        patience = event["timeout"] + GRACE if "start" in event else BETWEEN
+                        deadline = time.monotonic() + patience
                         yield event
                     continue
                 ended = self._wait(deadline - time.monotonic())

@@ -23,14 +23,18 @@ def missing(name: str, why: str) -> NoReturn:
     pytest.skip(f"{name}: {why}")
 
 
+def open_kvm() -> kvmpriv.Kvm:
+    """The host's KVM; a skip where there is none to be had."""
+    try:
+        return kvmpriv.Kvm()
+    except OSError as error:
+        missing("host", f"/dev/kvm can't be used: {error}")
+
+
 @pytest.fixture
 def kvm() -> Iterator[kvmpriv.Kvm]:
     """The host's KVM."""
-    try:
-        opened = kvmpriv.Kvm()
-    except OSError as error:
-        missing("host", f"/dev/kvm can't be used: {error}")
-    with opened:
+    with open_kvm() as opened:
         yield opened
 
 

@@ -5,27 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 import venv
 import zipfile
 from pathlib import Path
 
-import pytest
-
-from conftest import ROOT, missing
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from what is in the tree."""
-    folder = tmp_path_factory.mktemp("wheel")
-    subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", ROOT],
-        cwd=folder,
-        check=True,
-    )
-    (built,) = folder.glob("*.whl")
-    return built
+from conftest import missing
 
 
 def test_the_wheel_is_pure_python(wheel: Path) -> None:

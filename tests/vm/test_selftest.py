@@ -1,0 +1,91 @@
+"""``kvmpriv selftest`` in both kernels, and what each has that the other has not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from conftest import ROOT
+from unit.ktap import parse
+
+from .test_kernels import vm
+
+SCHEMA = json.loads((ROOT / "kvmpriv/selftest/schema.json").read_text())
+#: A rule of each ABI, and one that both have.
+RULES = ["v9.syscall.flags", "gm.create.size", "v9.hook.on", "gm.attr.align"]
+V9, GUEST_MEMFD = RULES[::2], RULES[1::2]
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A document of each kernel; of restrictedmem a run with --ktap, too."""
+    folder = tmp_path_factory.mktemp("selftest")
+    found = {}
+    for name in ("restrictedmem", "guest_memfd"):
+        selftest = f"{sys.executable} -m kvmpriv selftest"
+        rules = " ".join(RULES)
+        script = f"{selftest} --json {rules} >{folder}/{name}.json"
+        if name == "restrictedmem":
+            script += f" && {selftest} --ktap {rules} >{folder}/{name}.ktap"
+        output = ("--output-dir", str(folder))
+        done = vm(name, "sh", "-c", script, options=output, timeout=500)
+        assert done.returncode == 0, done.stderr + done.stdout
+        found[name] = folder / f"{name}.json"
+    return found
+
+
+@pytest.mark.timeout(1050)
+@pytest.mark.parametrize(
+    ("name", "release", "verdict", "abi", "passed", "skipped"),
+    [
+        ("restrictedmem", "6.1.", "v9 usable", "v9", V9, GUEST_MEMFD),
+        ("guest_memfd", "6.12.", "guest_memfd private", "guest_memfd", GUEST_MEMFD, V9),
+    ],
+)
+def test_what_a_kernel_has(
+    documents: dict[str, Path],
+    name: str,
+    release: str,
+    verdict: str,
+    abi: str,
+    passed: list[str],
+    skipped: list[str],
+) -> None:
+    found = json.loads(documents[name].read_text())
+    jsonschema.validate(found, SCHEMA, cls=jsonschema.Draft202012Validator)
+    assert found["host"]["release"].startswith(release)
+    assert found["host"]["verdict"] == verdict
+    assert found["host"]["abis"] == [abi]
+    results = {rule["rule"]: rule["result"] for rule in found["rules"] if rule["rule"] in RULES}
+    assert results == dict.fromkeys(passed, "passed") | dict.fromkeys(skipped, "skipped")
+
+
+@pytest.mark.timeout(1050)
+def test_ktap(documents: dict[str, Path]) -> None:
+    tests = json.loads(documents["restrictedmem"].read_text())["tests"]
+    ktap = parse(documents["restrictedmem"].with_suffix(".ktap").read_text())
+    assert ktap.plan == len(tests)
+    for test in tests:
+        why = f"SKIP {test['message']}" if test["result"] == "skipped" else ""
+        assert ktap.tests[test["test"]] == (True, why)
+
+
+@pytest.mark.timeout(1050)
+def test_side_by_side(documents: dict[str, Path]) -> None:
+    compare = [sys.executable, "-m", "kvmpriv", "selftest", "--compare"]
+    a, b = documents["restrictedmem"], documents["guest_memfd"]
+    done = subprocess.run([*compare, a, b], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "")
+    marked = {
+        (cells[3], *cells[1:3])
+        for cells in map(str.split, done.stdout.splitlines())
+        if cells[:1] == ["!"]
+    }
+    assert marked >= {(name, "passed", "skipped") for name in V9}
+    assert marked >= {(name, "skipped", "passed") for name in GUEST_MEMFD}
+    assert subprocess.run([*compare, a, a], capture_output=True).returncode == 0
