@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -60,12 +59,7 @@ def main(arguments: argparse.Namespace) -> int:
         json.dump(found.to_json(), sys.stdout, indent=2)
         sys.stdout.write("\n")
     else:
-        colour = (
-            sys.stdout.isatty()
-            and not os.environ.get("NO_COLOR")
-            and os.environ.get("TERM") != "dumb"
-        )
-        sys.stdout.write(report.text(found, colour=colour))
+        sys.stdout.write(report.text(found, colour=report.colour_wanted()))
     if found.exit_status == COULD_NOT_PROBE and sys.stderr is not None:
         failed = next(check for check in found.checks if check.status == FAIL and check.tried)
         why = f"{failed.tried}: {failed.result}{f' ({failed.hint})' if failed.hint else ''}"

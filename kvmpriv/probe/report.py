@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from .records import FAIL, PASS, SKIP
@@ -11,7 +13,7 @@ if TYPE_CHECKING:
 
     from .records import Check, Report
 
-__all__ = ["plain", "text"]
+__all__ = ["colour_wanted", "plain", "text"]
 
 _HEADINGS = {
     "kvm": "KVM",
@@ -65,6 +67,12 @@ def text(report: Report, *, colour: bool = False) -> str:
     lines += ["", paint(_BOLD, "Host")]
     lines += [f"  {name:{_STEP + 7}} {plain(value)}" for name, value in _facts(report)]
     return "\n".join(lines) + "\n"
+
+
+def colour_wanted() -> bool:
+    """Whether standard output is a terminal, and nobody has asked for no colours."""
+    dumb = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return sys.stdout.isatty() and not dumb
 
 
 def plain(words: str) -> str:

@@ -146,6 +146,7 @@ def _list(folder: Path, selection: dict[str, Any]) -> int:
 
 
 def _run(folder: Path, arguments: argparse.Namespace) -> int:
+    from ..probe.report import colour_wanted
     from . import report, runner
 
     selection = _selection(arguments)
@@ -191,7 +192,7 @@ def _run(folder: Path, arguments: argparse.Namespace) -> int:
         json.dump(run.to_json(), sys.stdout, indent=2)
         sys.stdout.write("\n")
     else:
-        sys.stdout.write(report.text(run, colour=_colour()))
+        sys.stdout.write(report.text(run, colour=colour_wanted()))
     sys.stdout.flush()
     if ending is None:
         return run.exit_status
@@ -224,16 +225,11 @@ class _Progress:
             sys.stderr.flush()
 
 
-def _colour() -> bool:
-    return (
-        sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    )
-
-
 def _compare(*paths: str) -> int:
     import json
     from pathlib import Path
 
+    from ..probe.report import colour_wanted
     from . import report
 
     runs = []
@@ -246,6 +242,6 @@ def _compare(*paths: str) -> int:
             return _fail(f"{path}: no JSON: {error}", _EXIT_USAGE)
         except ValueError as error:
             return _fail(f"{path}: {error}", _EXIT_USAGE)
-    words, differ = report.compare((runs[0], runs[1]), (paths[0], paths[1]), colour=_colour())
+    words, differ = report.compare((runs[0], runs[1]), (paths[0], paths[1]), colour=colour_wanted())
     sys.stdout.write(words)
     return SOME_FAILED if differ else 0

@@ -9,9 +9,7 @@ import re
 import signal
 import subprocess
 import sys
-import sysconfig
 import time
-import venv
 from pathlib import Path
 
 import jsonschema
@@ -503,18 +501,6 @@ def test_list_is_the_suite() -> None:
 
 
 # -- as a wheel ------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment with the wheel, whose dependencies are those of this one."""
-    place = tmp_path_factory.mktemp("installed") / "env"
-    venv.create(place, with_pip=False)
-    (packages,) = place.glob("lib/python*/site-packages")
-    (packages / "dependencies.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
-    pip = [sys.executable, "-m", "pip", "--python", place / "bin" / "python", "install"]
-    subprocess.run([*pip, "--quiet", "--no-deps", wheel], check=True)
-    return place
 
 
 def in_wheel(place: Path, *arguments: str, prefix: tuple[str, ...] = ()) -> tuple[int, str, str]:

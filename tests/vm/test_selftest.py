@@ -1,4 +1,4 @@
-"""``kvmpriv selftest`` in both kernels, and what each has that the other has not."""
+"""``kvmpriv selftest``, as a wheel, in both kernels, and what each has that the other has not."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ V9, GUEST_MEMFD = RULES[::2], RULES[1::2]
 
 
 @pytest.fixture(scope="module")
-def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def documents(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A document of each kernel; of restrictedmem a run with --ktap, too."""
     folder = tmp_path_factory.mktemp("selftest")
     found = {}
     for name in ("restrictedmem", "guest_memfd"):
-        selftest = f"{sys.executable} -m kvmpriv selftest"
+        selftest = f"{installed}/bin/python -m kvmpriv selftest"
         rules = " ".join(RULES)
-        script = f"{selftest} --json {rules} >{folder}/{name}.json"
+        script = f"cd / && {selftest} --json {rules} >{folder}/{name}.json"
         if name == "restrictedmem":
             script += f" && {selftest} --ktap {rules} >{folder}/{name}.ktap"
         output = ("--output-dir", str(folder))
