@@ -6,6 +6,7 @@ import errno as _errno
 import faulthandler
 import os
 import pickle
+import signal
 import struct
 import threading
 import time
@@ -528,6 +529,72 @@ def in_cgroup() -> Iterator[Path]:
         assert eventually(lambda: answer(group.rmdir) != "EBUSY"), f"{group} is in use"
 
 
+# -- races, and what must not take for ever -------------------------------------------------------
+
+
+#: How many rounds of a race there are at least, however slow the machine.
+ROUNDS = 12
+
+
+def rounds(most: int, seconds: float = 4, least: int = ROUNDS) -> Iterator[int]:
+    """0, 1, … below `most`, or until time is up and `least` rounds are over."""
+    end = time.monotonic() + seconds
+    for turn in range(most):
+        if turn >= least and time.monotonic() > end:
+            return
+        yield turn
+
+
+@contextmanager
+def beside(work: Callable[[], object]) -> Iterator[list[int]]:
+    """`work` goes on in another thread, again and again; the list says how often it was done."""
+    over = threading.Event()
+    done, errors = [0], []
+
+    def repeat() -> None:
+        try:
+            while not over.is_set():
+                work()
+                done[0] += 1
+                time.sleep(0)  # whoever waits for a lock that `work` takes may have it
+        except BaseException as error:  # noqa: BLE001  # raised again where it is waited for
+            errors.append(error)
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield done
+    finally:
+        over.set()
+        thread.join(60)
+    assert not thread.is_alive(), "stuck"
+    if errors:
+        raise errors[0]
+
+
+class CpuTimeError(Exception):
+    """What was to end soon has not."""
+
+
+@contextmanager
+def within_cpu_time(seconds: float) -> Iterator[None]:
+    """CpuTimeError when more CPU time than that is used inside; for the main thread.
+
+    A vCPU that spins in the kernel uses it up; one on a slow machine does not.
+    """
+
+    def stop(*_: object) -> None:
+        raise CpuTimeError(f"{seconds} s of CPU time are gone")
+
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+
+
 # -- failures on request ---------------------------------------------------------------------------
 
 FAULT_INJECTION = Path("/sys/kernel/debug/failslab")
@@ -539,30 +606,56 @@ def require_fault_injection() -> None:
 
 
 @contextmanager
-def failing_allocations() -> Iterator[None]:
-    """In this thread no small allocation of the kernel's own succeeds inside."""
+def fault_injection(**settings: str) -> Iterator[None]:
+    """Allocations may be made to fail inside, whatever their size and kind; quietly."""
     require_fault_injection()
-    settings = {
-        "task-filter": "Y",
-        "probability": "100",
-        "interval": "1",
-        "times": "-1",
-        "ignore-gfp-wait": "N",
-        "verbose": "0",
-    }
-    before = {name: (FAULT_INJECTION / name).read_text() for name in settings}
-    marked = Path(f"/proc/self/task/{threading.get_native_id()}/make-it-fail")
-    marked_fd = os.open(marked, os.O_WRONLY)  # opened before: opening it would fail
+    wanted = {"ignore-gfp-wait": "N", "verbose": "0", **settings}
+    both = [(FAULT_INJECTION / name, value) for name, value in wanted.items()]
+    pages = FAULT_INJECTION.parent / "fail_page_alloc"
+    both += [(pages / name, wanted[name]) for name in ("ignore-gfp-wait", "verbose")]
+    both += [(pages / "ignore-gfp-highmem", "N"), (pages / "min-order", "0")]
+    before = [(path, path.read_text()) for path, _ in both]
     try:
-        for name, value in settings.items():
-            (FAULT_INJECTION / name).write_text(value)
-        os.write(marked_fd, b"1")
+        for path, value in both:
+            path.write_text(value)
         yield
     finally:
-        os.write(marked_fd, b"0")
-        os.close(marked_fd)
-        for name, value in before.items():
-            (FAULT_INJECTION / name).write_text(value)
+        for path, text in before:
+            path.write_text(text)
+
+
+@contextmanager
+def failing_allocations() -> Iterator[None]:
+    """In this thread no small allocation of the kernel's own succeeds inside."""
+    more = {"task-filter": "Y", "probability": "100", "interval": "1", "times": "-1"}
+    with fault_injection(**more):
+        # Opened before, since to open it would fail.
+        marked = os.open(f"/proc/self/task/{threading.get_native_id()}/make-it-fail", os.O_RDWR)
+        try:
+            os.write(marked, b"1")
+            yield
+        finally:
+            os.write(marked, b"0")
+            os.close(marked)
+
+
+class FailNth:
+    """Makes the n-th allocation in this thread fail, from the next call on: fail-nth of /proc."""
+
+    def __init__(self) -> None:
+        self._fd = os.open(f"/proc/self/task/{threading.get_native_id()}/fail-nth", os.O_RDWR)
+
+    def start(self, number: int) -> None:
+        os.pwrite(self._fd, b"%d" % number, 0)
+
+    def stop(self) -> bool:
+        """Whether the failure has been injected; from now on there is none."""
+        left = os.pread(self._fd, 16, 0)
+        os.pwrite(self._fd, b"0", 0)
+        return int(left) == 0
+
+    def close(self) -> None:
+        os.close(self._fd)
 
 
 # -- what the kernel holds -------------------------------------------------------------------------

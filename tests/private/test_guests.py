@@ -95,6 +95,7 @@ def test_private_and_shared_are_two_memories(private: PrivateGuest) -> None:
 
 
 @pytest.mark.rule("faults.fresh-pages-are-zero")
+@pytest.mark.spoiled_by("pages-not-zeroed", "notified-in-bytes")
 def test_fresh_private_pages_are_zero(private: PrivateGuest) -> None:
     """Whatever those pages were before: at first touch, after fallocate, after a hole."""
     # Fill the host's free memory with something to be found, and let go of it.
@@ -110,6 +111,7 @@ def test_fresh_private_pages_are_zero(private: PrivateGuest) -> None:
 
 
 @pytest.mark.rule("invalidation.precise")
+@pytest.mark.spoiled_by("notified-in-bytes", "pages-not-zeroed")
 @pytest.mark.parametrize(
     ("first", "count"), [(0, 1), (5, 1), (1, 3), (511, 2), (512, 512), (1535, 1)]
 )
@@ -126,6 +128,7 @@ def test_a_hole_takes_just_its_pages(private: PrivateGuest, first: int, count: i
 
 
 @pytest.mark.rule("invalidation.outside-the-slot")
+@pytest.mark.spoiled_by("notified-in-bytes", "pages-not-zeroed")
 def test_holes_beside_the_binding(private: PrivateGuest) -> None:
     """A hole of the same file before or behind what the slot uses takes nothing."""
     private.guest.fill(GPA, 0x5A, SIZE)
@@ -175,6 +178,7 @@ def test_conversion_of_parts_of_a_large_range(private: PrivateGuest) -> None:
 
 
 @pytest.mark.rule("slots.same-offset-mapping")
+@pytest.mark.spoiled_by("notified-in-bytes", "pages-not-zeroed")
 def test_two_slots_of_one_file(private: PrivateGuest) -> None:
     """A second slot at another guest address has its own part of the file."""
     second = 64 << 30
@@ -235,6 +239,7 @@ def test_dirty_logging(v9_guest: RestrictedGuest) -> None:
 
 
 @pytest.mark.rule("v9.fault.exit", "v9.fault.again", "v9.hypercall.wants")
+@pytest.mark.spoiled_by("pages-not-zeroed")
 @pytest.mark.parametrize("wants", [False, True], ids=["wants shared", "wants private"])
 def test_a_guest_that_wants_the_other_kind_exits(v9_guest: RestrictedGuest, wants: bool) -> None:
     """Exit 38 with gpa, 4096 bytes and the wish, KVM_RUN returning 0; until it is converted."""
@@ -332,7 +337,7 @@ def test_a_plain_slot_ignores_the_state(v9_guest: RestrictedGuest) -> None:
 
 
 @pytest.mark.rule("v9.fault.no-page")
-@pytest.mark.dangerous("a page that can't be had makes the vCPU spin")
+@pytest.mark.spoiled_by("no-page-spins")
 def test_a_page_that_can_not_be_had(v9_guest: RestrictedGuest) -> None:
     """restricted_offset 1<<63, for which there is no page: KVM_RUN fails, and does not spin."""
     gpa = GPA + SIZE
@@ -347,7 +352,7 @@ def test_a_page_that_can_not_be_had(v9_guest: RestrictedGuest) -> None:
 
 
 @pytest.mark.rule("v9.fault.read-only")
-@pytest.mark.dangerous("a write to a private page of a read-only slot spins")
+@pytest.mark.spoiled_by("read-only-spins")
 def test_a_write_to_read_only_private_memory(v9_guest: RestrictedGuest) -> None:
     """It exits; the page stays as it is; reads work."""
     v9_guest.guest.write(GPA, b"before")
@@ -398,6 +403,7 @@ def _in_thread(errors: list[BaseException], body: Callable[[], None]) -> threadi
 
 
 @pytest.mark.rule("race.hole-against-fault")
+@pytest.mark.spoiled_by("notified-in-bytes", "pages-not-zeroed")
 def test_holes_against_faults(make: MakeGuest) -> None:
     """Two vCPUs fault while holes are punched; nothing stale is read once a hole is made."""
     private = make(cpus=2)

@@ -133,7 +133,7 @@ def test_bad_pointers_where_private_is_refused(refusing_vm: Vm, request_: int) -
 
 
 @rule("v9.convert.huge")
-@pytest.mark.dangerous("known defects 3 and 14: literal v9 stores each page, and walks off arrays")
+@pytest.mark.dangerous("known defects conversion-by-page, far-conversion: hours, or an oops")
 @both_ways
 def test_huge_ranges(slots: RestrictedSlots, request_: int) -> None:
     """Nothing bounds the size, and a conversion of any size is short."""

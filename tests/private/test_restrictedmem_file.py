@@ -421,7 +421,7 @@ def test_two_files_differ() -> None:
 
 
 @rule("v9.file.stat")
-@pytest.mark.dangerous("fstat on a literal v9 file is an oops")
+@pytest.mark.dangerous("known defect fstat: an oops")
 def test_stat(file: RestrictedMem) -> None:
     """fstat tells the size and the blocks of the file."""
     fd = file.fileno()

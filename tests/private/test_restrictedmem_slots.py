@@ -436,7 +436,7 @@ def test_ordinary_slots_do_not_become_private(slots: RestrictedSlots) -> None:
 
 
 @rule("v9.slot.immutable.cleared")
-@pytest.mark.dangerous("known defect 5: a private slot made ordinary or moved is a use after free")
+@pytest.mark.dangerous("known defect private-flag-cleared: use after free")
 @pytest.mark.parametrize(
     "changes",
     [{}, {"guest_phys_addr": 5 * GIB}, {"flags": LOG}, {"flags": READONLY}],
