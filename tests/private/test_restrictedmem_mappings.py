@@ -1,0 +1,433 @@
+"""v9: what is unmapped and when, in large pages and small, while others fault on it."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from kvmpriv import HostMemory
+from kvmpriv.guest.puppet import GuestExit
+from kvmpriv.private.restrictedmem import RestrictedMem
+
+from .base import missing
+from .helpers import GIB, MIB, PAGE, RestrictedSlots, rule
+from .looks import huge_pages
+from .rigs import LARGE, MakeRig, Rig, make_rig, only, rig
+
+__all__ = ["make_rig", "rig"]
+
+pytestmark = pytest.mark.usefixtures("no_leak")
+
+GPA, OFFSET = 4 * GIB, 2 * GIB + 32 * MIB
+v9 = only("restrictedmem")
+
+
+# -- which mappings go ---------------------------------------------------------------------------
+
+SLOT = 16
+#: Where in the slot's part of the file a hole begins and how long it is, in pages.
+HOLES = {
+    "ends before": (-4, 2, 0),
+    "ends where it begins": (-2, 2, 0),
+    "reaches into it": (-3, 4, 1),
+    "first": (0, 1, 1),
+    "inside": (5, 3, 3),
+    "last": (15, 1, 1),
+    "reaches out of it": (14, 6, 2),
+    "begins where it ends": (16, 4, 0),
+    "begins behind": (20, 4, 0),
+    "around": (-4, 24, 16),
+}
+
+
+@rule("v9.hole.unmaps.exactly")
+@pytest.mark.spoiled_by("notified-in-bytes", "hole-before-binding")
+@v9
+def test_a_hole_unmaps_just_its_pages(rig: Rig) -> None:
+    """As many mappings go as the hole has pages in the slot; the slots beside it keep theirs."""
+    file, plain = rig.file(OFFSET + 64 * PAGE), rig.memory(2 * SLOT * PAGE)
+    size = SLOT * PAGE
+    rig.bind(GPA, size, file, OFFSET)
+    rig.vm.map(plain, GPA - size, offset=0, size=size, slot=8)
+    rig.vm.map(plain, GPA + size, offset=size, size=size, slot=9)
+    for name, (first, count, expected) in HOLES.items():
+        rig.guest.touch(GPA - size, PAGE, 3 * SLOT)
+        before = rig.mapped()
+        file.punch_hole(OFFSET + first * PAGE, count * PAGE)
+        assert rig.mapped() == (before[0] - expected, before[1]), name
+
+
+@rule("v9.file.size.frees")
+@pytest.mark.spoiled_by("size-0-frees", "pages-not-zeroed")
+@v9
+def test_a_file_emptied_by_its_size(rig: Rig) -> None:
+    """ftruncate to 0 of a file without a size frees what is in it, under a guest that has it."""
+    file = rig.stack.enter_context(RestrictedMem())
+    rig.bind(GPA, MIB, file, OFFSET)
+    for _ in range(3):
+        rig.guest.fill(GPA, 0x5A, MIB)
+        file.ftruncate(0)
+        assert rig.guest.span(GPA, 0, MIB) == MIB
+        rig.guest.write(GPA, b"again")
+        assert rig.guest.read(GPA, 5) == b"again"
+
+
+@rule("v9.fault.neighbours")
+@pytest.mark.spoiled_by("pages-not-zeroed")
+@v9
+def test_neighbours_of_a_fault(rig: Rig) -> None:
+    """Where KVM maps more than the page that faulted, private pages stay private ones."""
+    memory = rig.memory(SLOT * PAGE)
+    rig.bind(GPA, SLOT * PAGE, rig.file(MIB), memory=memory)
+    memory.write(0, b"\x11" * SLOT * PAGE)
+    rig.guest.load(GPA + 8 * PAGE, 8)
+    assert rig.guest.span(GPA, 0, SLOT * PAGE) == SLOT * PAGE
+    rig.convert(GPA + 4 * PAGE, PAGE, private=False)
+    rig.guest.load(GPA + 4 * PAGE, 8)
+    assert rig.guest.span(GPA, 0, SLOT * PAGE) == 4 * PAGE
+    assert rig.guest.span(GPA + 5 * PAGE, 0, 11 * PAGE) == 11 * PAGE
+
+
+# -- what the file is, what it keeps -------------------------------------------------------------
+
+
+@rule("v9.file.stat.identity")
+@pytest.mark.spoiled_by("fstat")
+@pytest.mark.usefixtures("v9")
+def test_the_file_that_stat_tells_of() -> None:
+    """Device and inode are the file's own: not those of shmem, which has the pages."""
+    ordinary = os.memfd_create("ordinary")
+    try:
+        with RestrictedMem() as one, RestrictedMem() as two:
+            seen = [os.fstat(file.fileno()) for file in (one, two)]
+            for file, stat in zip((one, two), seen, strict=True):
+                lines = Path(f"/proc/self/fdinfo/{file.fileno()}").read_text().splitlines()
+                assert f"ino:\t{stat.st_ino}" in lines
+            assert seen[0].st_dev == seen[1].st_dev != os.fstat(ordinary).st_dev
+            assert seen[0].st_ino != seen[1].st_ino
+    finally:
+        os.close(ordinary)
+
+
+@rule("v9.slot.file.refused_reference")
+def test_a_file_that_is_refused_is_let_go_of(slots: RestrictedSlots) -> None:
+    """A slot that is refused for its file holds nothing of it: a pipe's end is gone when closed."""
+    read_end, write_end = os.pipe()
+    try:
+        os.set_blocking(read_end, False)
+        with pytest.raises(BlockingIOError):
+            os.read(read_end, 1)
+        assert slots.set(restricted_fd=write_end) == "EINVAL"
+        os.close(write_end)
+        assert os.read(read_end, 1) == b"", "nobody has the other end any more"
+    finally:
+        os.close(read_end)
+    slots.accepts()
+
+
+# -- large pages ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def large(make_rig: MakeRig) -> Iterator[Rig]:
+    """A rig of two vCPUs, and files that get large pages."""
+    with huge_pages():
+        yield make_rig(cpus=2)
+
+
+def bind_large(rig: Rig, size: int, *, apart: int = 0) -> tuple[RestrictedMem, HostMemory, int]:
+    """A slot at GPA + `apart` of a file without a size, with shared memory that lies alike.
+
+    The file, the memory, and where in the memory GPA would be.
+    """
+    memory, start = rig.large_memory(size + LARGE)
+    file = rig.stack.enter_context(RestrictedMem())
+    rig.bind(GPA + apart, size, file, memory=memory, memory_offset=start + apart)
+    return file, memory, start
+
+
+def gained(rig: Rig, access: Callable[[], object]) -> int:
+    """How many large mappings an access brings."""
+    before = rig.mapped()[1]
+    access()
+    return rig.mapped()[1] - before
+
+
+def fill_large(rig: Rig, size: int) -> None:
+    """Have the guest fill the slot, all of it in large pages."""
+    brought = gained(rig, lambda: rig.guest.fill(GPA, 0x5A, size))
+    if not brought:
+        missing("huge pages", "no large page of the file came to be mapped")
+    assert brought == size // LARGE
+
+
+@rule("v9.large.mapped")
+@pytest.mark.spoiled_by("pages-not-zeroed")
+@v9
+def test_large_mappings(make_rig: MakeRig) -> None:
+    """A large page of the file is mapped as one, and small ones are not."""
+    rig = make_rig()
+    bind_large(rig, 2 * LARGE)
+    assert gained(rig, lambda: rig.guest.touch(GPA, PAGE, 1024)) == 0
+    with huge_pages():
+        other = make_rig()
+        bind_large(other, 2 * LARGE)
+        fill_large(other, 2 * LARGE)
+    assert rig.guest.span(GPA, 0, 2 * LARGE) == 2 * LARGE
+
+
+@rule("v9.large.alike")
+@v9
+def test_large_pages_that_lie_otherwise(large: Rig) -> None:
+    """Where guest range and file do not lie alike, a large page is mapped by its small ones."""
+    bind_large(large, LARGE, apart=PAGE)
+    at = GPA + PAGE
+    assert gained(large, lambda: large.guest.fill(at, 0x5A, LARGE)) == 0
+    large.guest.store(at + LARGE - 8, 8, 1)
+    large.guest.store(at, 8, 2)
+    assert (large.guest.load(at + LARGE - 8, 8), large.guest.load(at, 8)) == (1, 2)
+    assert large.guest.span(at + 8, 0x5A, LARGE - 16) == LARGE - 16
+    with RestrictedMem() as file:
+        large.bind(GPA + GIB, LARGE, file)
+        assert gained(large, lambda: large.guest.load(GPA + GIB, 8)) == 1, "the twin"
+
+
+@rule("v9.large.zeroed")
+@pytest.mark.spoiled_by("pages-not-zeroed")
+@v9
+def test_fresh_large_pages_are_zero(large: Rig) -> None:
+    """All of a large page is zero at first touch."""
+    secrets = large.memory(128 * MIB)
+    secrets.madvise(mmap.MADV_HUGEPAGE)
+    secrets.write(0, b"\xa5" * secrets.size)
+    secrets.discard(0, secrets.size)
+    bind_large(large, 8 * LARGE)
+    assert gained(large, lambda: large.guest.touch(GPA, LARGE, 8)) == 8
+    assert large.guest.span(GPA, 0, 8 * LARGE) == 8 * LARGE
+
+
+@rule("v9.large.hole")
+@pytest.mark.spoiled_by(
+    "notified-in-bytes", "split-loses-pages", "size-0-frees", "pages-not-zeroed"
+)
+@v9
+@pytest.mark.parametrize("emptied", [False, True], ids=["fresh", "emptied"])
+def test_a_hole_in_a_large_page(large: Rig, emptied: bool) -> None:
+    """A hole in a large page beyond the file's size takes its page and no other."""
+    file, _, _ = bind_large(large, 2 * LARGE)
+    if emptied:
+        large.guest.fill(GPA, 0x77, LARGE)
+        file.ftruncate(0)
+    fill_large(large, 2 * LARGE)
+    for page in (0, 100, 511, 512):
+        file.punch_hole(page * PAGE, PAGE)
+    large.convert(GPA, 2 * LARGE, private=True)  # look anew at what the file has
+    seen = large.guest.read(GPA, 2 * LARGE)
+    for page in range(1024):
+        expected = 0 if page in (0, 100, 511, 512) else 0x5A
+        assert seen[page * PAGE : (page + 1) * PAGE] == bytes([expected]) * PAGE, page
+
+
+@rule("v9.large.mixed")
+@pytest.mark.spoiled_by("mixed-large-page")
+@v9
+@pytest.mark.parametrize("page", [0, 1, 200, 510, 511])
+def test_parts_of_a_large_page(large: Rig, page: int) -> None:
+    """With one page of it shared, a large page is mapped by small ones, and the next one is not."""
+    _, memory, start = bind_large(large, 2 * LARGE)
+    fill_large(large, 2 * LARGE)
+    memory.write(start + page * PAGE, b"\x11" * PAGE)
+    large.convert(GPA + page * PAGE, PAGE, private=False)
+    assert gained(large, lambda: large.guest.touch(GPA, 257 * PAGE, 2)) == 0
+    seen = large.guest.read(GPA, LARGE)
+    assert seen[page * PAGE : (page + 1) * PAGE] == b"\x11" * PAGE
+    assert seen.count(0x5A) == LARGE - PAGE
+    large.guest.store(GPA + page * PAGE, 4, 0x33333333)
+    assert memory.read(start + page * PAGE, 4) == b"\x33" * 4
+    # The next large page is of one kind, and is mapped so although its neighbour is not.
+    large.convert(GPA + LARGE, LARGE, private=True)
+    assert gained(large, lambda: large.guest.load(GPA + LARGE, 8)) == 1
+    # And so is this one, when it is of one kind again.
+    large.convert(GPA, LARGE, private=True)
+    assert gained(large, lambda: large.guest.load(GPA, 8)) == 1
+    assert large.guest.span(GPA, 0x5A, 2 * LARGE) == 2 * LARGE
+
+
+@rule("v9.large.wishes")
+@pytest.mark.spoiled_by("mixed-large-page")
+@v9
+@pytest.mark.parametrize("page", [0, 200, 511])
+def test_wishes_for_parts_of_a_large_page(large: Rig, page: int) -> None:
+    """With another wish for one page of it, a large page faults in that page alone."""
+    bind_large(large, LARGE)
+    fill_large(large, LARGE)
+    at = GPA + page * PAGE
+    assert large.guest.hypercall(12, at, 1, 1 << 9) == 0
+    assert gained(large, lambda: large.guest.touch(GPA + 3 * PAGE, 100 * PAGE, 4)) == 0
+    with pytest.raises(GuestExit) as stopped:
+        large.guest.load(at, 8)
+    fault = stopped.value.exit
+    assert (fault.reason, fault.gpa, fault.size, fault.private) == (38, at, PAGE, False)
+    assert large.guest.cpus[1].hypercall(12, at, 1, 3 << 8) == 0
+    assert large.guest.resume() == 0x5A5A5A5A5A5A5A5A
+
+
+# -- faults under way ----------------------------------------------------------------------------
+
+ROUNDS, READ = 12, 24
+
+
+@contextmanager
+def reading(rig: Rig, turn: int) -> Iterator[None]:
+    """The second vCPU reads page after page, while the first may do something else."""
+    with ThreadPoolExecutor(1) as pool:
+        under_way = pool.submit(rig.guest.cpus[1].touch, GPA, PAGE, READ)
+        time.sleep(turn % 6 * 0.001)
+        yield
+        under_way.result(60)
+
+
+def unmap(rig: Rig, *, private: bool) -> None:
+    """The slot's pages have to fault again; what is in them stays."""
+    rig.convert(GPA, READ * PAGE, private=not private)
+    rig.convert(GPA, READ * PAGE, private=private)
+
+
+@rule("private.race.read-against-hole")
+@pytest.mark.spoiled_by("notified-in-bytes", "pages-not-zeroed")
+def test_reads_against_holes(make_rig: MakeRig) -> None:
+    """Reads that are under way while a hole is made leave no mapping of what was there before."""
+    rig, size = make_rig(cpus=2), READ * PAGE
+    file = rig.file(OFFSET + MIB)
+    rig.bind(GPA, size, file, OFFSET)
+    for turn in range(ROUNDS):
+        rig.guest.fill(GPA, 0x5A, size)
+        unmap(rig, private=True)
+        with reading(rig, turn):
+            file.punch_hole(OFFSET, size)
+        assert rig.guest.span(GPA, 0, size) == size, turn
+
+
+@rule("private.race.read-against-host")
+def test_reads_against_the_hosts_own_holes(make_rig: MakeRig) -> None:
+    """Reads of shared memory while the host gives it back leave no mapping of what was there."""
+    rig, size = make_rig(cpus=2), READ * PAGE
+    memory = rig.memory(size)
+    rig.bind(GPA, size, rig.file(MIB), memory=memory)
+    for turn in range(ROUNDS):
+        memory.write(0, b"\x5a" * size)
+        unmap(rig, private=False)
+        with reading(rig, turn):
+            memory.discard(0, size)
+        rig.guest.fill(GPA, turn + 1, size)
+        assert memory.read(0, size) == bytes([turn + 1]) * size, turn
+
+
+@rule("private.race.read-against-conversion")
+def test_reads_against_conversions(make_rig: MakeRig) -> None:
+    """Reads that are under way during a conversion leave no mapping of the other kind."""
+    rig, size = make_rig(cpus=2), READ * PAGE
+    memory = rig.memory(size)
+    rig.bind(GPA, size, rig.file(MIB), memory=memory)
+    memory.write(0, b"\x11" * size)
+    rig.guest.fill(GPA, 0x5A, size)
+    for turn in range(ROUNDS):
+        to_private = bool(turn % 2)
+        unmap(rig, private=not to_private)
+        with reading(rig, turn // 2):
+            rig.convert(GPA, size, private=to_private)
+        assert rig.guest.span(GPA, 0x5A if to_private else 0x11, size) == size, turn
+
+
+@rule("v9.race.beside-hole")
+@pytest.mark.spoiled_by("notified-in-bytes", "fault-beside-hole", "pages-not-zeroed")
+@v9
+@pytest.mark.parametrize("beside", [0, 511], ids=["before", "behind"])
+def test_reads_beside_holes_in_a_large_page(large: Rig, beside: int) -> None:
+    """A read of another part of a large page while a hole is made in it brings nothing back."""
+    file, _, _ = bind_large(large, LARGE)
+    over, reads = threading.Event(), [0]
+
+    def read() -> None:
+        while not over.is_set():
+            large.guest.cpus[1].load(GPA + beside * PAGE, 8)
+            reads[0] += 1
+
+    with ThreadPoolExecutor(1) as pool:
+        reader = pool.submit(read)
+        try:
+            for turn in range(20):
+                large.guest.store(GPA + 256 * PAGE, 8, turn + 1)
+                file.punch_hole(256 * PAGE, PAGE)
+                assert large.guest.load(GPA + 256 * PAGE, 8) == 0, turn
+                file.punch_hole(0, LARGE)
+        finally:
+            over.set()
+            reader.result(60)
+    assert reads[0] > 20
+
+
+#: At page 0, subject in page 2: copies the subject's word to page 1 (at 8) and counts (at 0),
+#: until it is told to end (at 16).
+WATCH = bytes.fromhex(
+    "488d3df91f0000"  # lea 0x2000(start), %rdi
+    "488d35f20f0000"  # lea 0x1000(start), %rsi
+    "488b07"  # again: mov (%rdi), %rax
+    "48894608"  # mov %rax, 8(%rsi)
+    "48ff06"  # incq (%rsi)
+    "48837e1000"  # cmpq $0, 16(%rsi)
+    "74ef"  # je again
+    "c3"
+)
+
+
+@rule("private.unmap.at-once")
+@pytest.mark.spoiled_by("notified-in-bytes", "pages-not-zeroed")
+@pytest.mark.parametrize("change", ["hole", "conversion"])
+def test_a_guest_that_runs_sees_it_at_once(make_rig: MakeRig, change: str) -> None:
+    """A vCPU that does not leave the guest has nothing left of what was mapped, in its TLB too."""
+    rig, turns = make_rig(cpus=2), 10
+    memory, file = rig.memory(16 * PAGE), rig.file(16 * PAGE)
+    rig.bind(GPA, 16 * PAGE, file, memory=memory)
+    rig.convert(GPA, 2 * PAGE, private=False)
+    memory.write(0, WATCH)
+    words = memory.view().cast("Q")
+    counter, value, end = (PAGE // 8 + number for number in range(3))
+
+    def seen() -> int:
+        """What the guest's next look finds."""
+        at = words[counter]
+        deadline = time.monotonic() + 20
+        while words[counter] < at + 2:
+            assert time.monotonic() < deadline, "the guest does not go on"
+        return words[value]
+
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            for turn in range(turns):
+                rig.guest.store(GPA + 2 * PAGE, 8, 100 + turn)
+                words[2 * PAGE // 8] = 0
+                words[end] = 0
+                watch = pool.submit(rig.guest.cpus[1].run, GPA)
+                deadline = time.monotonic() + 20
+                while words[value] != 100 + turn:
+                    assert time.monotonic() < deadline, "the guest does not run"
+                if change == "hole":
+                    file.punch_hole(2 * PAGE, PAGE)
+                else:
+                    rig.convert(GPA + 2 * PAGE, PAGE, private=False)
+                assert seen() == 0, turn
+                words[end] = 1
+                watch.result(60)
+                rig.convert(GPA + 2 * PAGE, PAGE, private=True)
+        finally:
+            words[end] = 1
+            words.release()

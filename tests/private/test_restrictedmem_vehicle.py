@@ -1,0 +1,134 @@
+"""v9 on plain x86: the test vehicle's switch, the guest's wishes, what its exits tell."""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+import pytest
+
+from kvmpriv.cdefs import kvm as k
+from kvmpriv.cdefs import restrictedmem as rm
+from kvmpriv.exits import MemoryFaultExit, MmioExit
+from kvmpriv.guest.puppet import GuestExit
+from kvmpriv.private.restrictedmem import RestrictedMem
+
+from .base import missing
+from .helpers import GIB, HOOK, MIB, PAGE, RestrictedSlots, hook, rule
+from .rigs import Rig, make_rig, only, rig
+
+if TYPE_CHECKING:
+    from kvmpriv import Kvm, Vm
+
+__all__ = ["make_rig", "rig"]
+
+pytestmark = pytest.mark.usefixtures("no_leak")
+
+GPA, TOP = 4 * GIB, 1 << 64
+v9 = only("restrictedmem")
+CALL = k.KVM_HC_MAP_GPA_RANGE
+WANT_PRIVATE, WANT_SHARED = rm.KVM_MAP_GPA_RANGE_WANT_PRIVATE, rm.KVM_MAP_GPA_RANGE_WANT_SHARED
+
+
+@rule("v9.vehicle.parameter", "v9.vehicle.when")
+def test_the_parameter(kvm: Kvm, file: RestrictedMem) -> None:
+    """The switch decides for the VMs that are made from then on, and for none that is there."""
+    if not HOOK.exists():
+        missing("vehicle", f"this kernel has no {HOOK.name}")
+
+    def said(vm: Vm) -> str:
+        slots = RestrictedSlots(vm, file, 0)
+        answer = slots.set()
+        return answer if answer != "ok" else slots.delete()
+
+    with hook(on=True), kvm.create_vm() as capable:
+        assert said(capable) == "ok"
+        with hook(on=False), kvm.create_vm() as plain:
+            assert (said(capable), said(plain)) == ("ok", "EINVAL")
+        # plain is closed; another one outlives the switch
+        with hook(on=False):
+            other = kvm.create_vm()
+        with other:
+            assert (said(capable), said(other)) == ("ok", "EINVAL")
+
+
+@rule("v9.wish.plain_slot", "v9.wish.no_slot")
+@pytest.mark.spoiled_by("private-fault-without-file")
+@v9
+def test_wishes_where_there_is_no_choice(rig: Rig) -> None:
+    """In an ordinary slot a wish changes nothing, and without a slot the access is MMIO."""
+    memory = rig.memory(MIB)
+    rig.vm.map(memory, GPA)
+    memory.write(0, b"plain")
+    for wish in (WANT_PRIVATE, WANT_SHARED, WANT_PRIVATE | WANT_SHARED):
+        assert rig.guest.hypercall(CALL, GPA, 512, wish) == 0
+        assert rig.guest.read(GPA, 5) == b"plain"
+        rig.guest.write(GPA + PAGE, b"wish")
+        assert memory.read(PAGE, 4) == b"wish"
+        with pytest.raises(GuestExit) as stopped:
+            rig.guest.load(GPA + MIB, 4)
+        assert stopped.value.exit == MmioExit(6, False, GPA + MIB, 4, b"")
+        rig.guest.reset()
+
+
+@rule("v9.fault.padding")
+@v9
+def test_the_exits_padding(rig: Rig) -> None:
+    """Each field of the exit is written each time, padding with 0, whatever was there."""
+    rig.bind(GPA, MIB, rig.file(MIB), memory=rig.memory(MIB))
+    assert rig.guest.hypercall(CALL, GPA, 1, WANT_SHARED) == 0
+    expected = MemoryFaultExit(38, GPA, PAGE, False, 0, 0, "restrictedmem")
+    with pytest.raises(GuestExit) as stopped:
+        rig.guest.load(GPA + 8, 8)
+    assert stopped.value.exit == expected
+    run = k.ffi.buffer(rig.guest.vcpu.page)
+    for _ in range(3):
+        run[32:56] = b"\xff" * 24
+        with pytest.raises(GuestExit) as stopped:
+            rig.guest.resume()
+        assert stopped.value.exit == expected
+        assert run[32:40] == bytes(8), "flags and padding"
+    rig.convert(GPA, PAGE, private=False)
+    assert rig.guest.resume() == 0
+
+
+@rule("v9.fault.read-only.secret")
+@pytest.mark.spoiled_by("read-only-spins", "pages-not-zeroed")
+@v9
+def test_a_read_only_slot_keeps_the_secret(rig: Rig) -> None:
+    """A write to a private page of a read-only slot says where, not what; shared, it is MMIO."""
+    memory, file = rig.memory(MIB), rig.file(MIB)
+    rig.bind(GPA, MIB, file, memory=memory, flags=k.KVM_MEM_READONLY)
+    secret = 0x5EC2E75EC2E75EC2
+    at = GPA + 0x1238
+    for touched in (False, True):
+        with pytest.raises(GuestExit) as stopped:
+            rig.guest.store(at, 8, secret)
+        fault = stopped.value.exit
+        assert (fault.reason, fault.gpa, fault.size, fault.private) == (38, at & -PAGE, PAGE, True)
+        assert secret.to_bytes(8, "little") not in bytes(k.ffi.buffer(rig.guest.vcpu.page)), touched
+        rig.guest.reset()
+        assert rig.guest.load(at, 8) == 0
+    rig.convert(GPA, MIB, private=False)
+    with pytest.raises(GuestExit) as stopped:
+        rig.guest.store(at, 8, secret)
+    assert stopped.value.exit == MmioExit(6, True, at, 8, secret.to_bytes(8, "little"))
+    rig.guest.reset()
+
+
+@rule("v9.hypercall.enabled_errors")
+@v9
+def test_the_errors_of_an_enabled_hypercall(rig: Rig) -> None:
+    """KVM answers -EINVAL itself: unaligned gpa, no page, a wrap of the page's number."""
+    rig.vm.enable_cap(k.KVM_CAP_EXIT_HYPERCALL, 1 << CALL)
+    encrypted = k.KVM_MAP_GPA_RANGE_ENCRYPTED
+    refused = ((GPA + 1, 1), (GPA + 2048, 1), (GPA, 0), (GPA, TOP - 1), (PAGE, TOP - 1))
+    for gpa, pages in refused:
+        assert rig.guest.hypercall(CALL, gpa, pages, encrypted) == -errno.EINVAL, (gpa, pages)
+    assert rig.guest.exits == []
+    for gpa, pages in ((GPA, 1), (TOP - PAGE, 2), (0, TOP - 1)):
+        with pytest.raises(GuestExit) as stopped:
+            rig.guest.hypercall(CALL, gpa, pages, encrypted)
+        assert stopped.value.exit.args[:3] == (gpa, pages, encrypted)
+        rig.guest.vcpu.page.hypercall.ret = 0
+        assert rig.guest.resume() == 0
