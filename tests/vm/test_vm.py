@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import importlib.machinery
 import importlib.util
@@ -344,3 +345,25 @@ def test_stream_mark_split_anywhere(size: int) -> None:
         assert got.read() == sent.removesuffix(mark)
     assert stream.ended
     assert not more
+
+
+def test_old_logs_go_but_not_those_of_running_vms(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVMPRIV_CACHE", str(tmp_path))
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    running = logs / f"restrictedmem-20000101-000000-{os.getpid()}.log"
+    running.touch()
+    os.utime(running, (0, 0))
+    for number in range(vm_script.LOGS_KEPT + 5):
+        log = logs / f"restrictedmem-{number:08}-000000-{ended.pid}.log"
+        log.touch()
+        os.utime(log, (number + 1, number + 1))
+    new = vm_script.find_log(argparse.Namespace(name="restrictedmem", log=None))
+    assert new.parent == logs
+    assert running.exists()
+    left = sorted(log.name.split("-")[1] for log in logs.iterdir() if log != running)
+    assert left == [f"{number:08}" for number in range(5, vm_script.LOGS_KEPT + 5)]
