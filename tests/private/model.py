@@ -1,0 +1,491 @@
+"""What guest and host must see: private memory as a small object in Python.
+
+Each method is one step, named and called as those of :class:`model_driver.Driver`, which takes it
+on a real kernel; both return the outcome, to be compared: "ok" or an errno's name, the bytes or
+the number that was read, the exit that stopped the guest.  All addresses and sizes are in bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+PAGE = 4096
+LOG_DIRTY_PAGES, READONLY = 1, 2
+
+#: "ok", an errno's name, what was read, or a tuple: the exit that stopped the guest.
+Outcome = Any
+#: What the guest does: yields the exits that stop it, returns what it has read.
+Command = Generator[Outcome, None, Outcome]
+
+
+#: No access.
+NONE = (0, 0, False, False)
+
+
+class Bytes:
+    """Bytes that are zero until they are written."""
+
+    def __init__(self) -> None:
+        self.pages: dict[int, bytearray] = {}
+
+    def read(self, at: int, size: int) -> bytes:
+        found = bytearray(size)
+        for start, part in pieces(at, size):
+            if page := self.pages.get(start // PAGE):
+                found[start - at : start - at + part] = page[start % PAGE :][:part]
+        return bytes(found)
+
+    def write(self, at: int, data: bytes) -> None:
+        for start, part in pieces(at, len(data)):
+            page = self.pages.setdefault(start // PAGE, bytearray(PAGE))
+            page[start % PAGE : start % PAGE + part] = data[start - at : start - at + part]
+
+    def clear(self, at: int, size: int) -> None:
+        """Whole pages."""
+        for page in [one for one in self.pages if at <= one * PAGE < at + size]:
+            del self.pages[page]
+
+
+@dataclass(eq=False)
+class File:
+    content: Bytes = field(default_factory=Bytes)
+    #: Its maker has not closed it.
+    wanted: bool = True
+
+
+@dataclass(eq=False)
+class Slot:
+    gpa: int
+    size: int
+    file: File
+    offset: int
+    #: Where its shared side is; None: nowhere.
+    memory: int | None
+    flags: int
+    #: Made by the raw layer: it keeps no file open, and kvmpriv does not know what is in it.
+    raw: bool
+
+    @property
+    def end(self) -> int:
+        return self.gpa + self.size
+
+    def has(self, gpa: int) -> bool:
+        return self.gpa <= gpa < self.end
+
+    def in_file(self, gpa: int) -> int:
+        return self.offset + gpa - self.gpa
+
+    def in_memory(self, gpa: int) -> int:
+        assert self.memory is not None
+        return self.memory + gpa - self.gpa
+
+
+@dataclass
+class Stopped:
+    """A vCPU in the middle of a command."""
+
+    command: Command
+    gpa: int
+    size: int
+    write: bool
+    #: It is one instruction that accesses memory many times.
+    string: bool
+
+
+class Model:
+    """A VM of one private memory ABI with two files, memory of the host, and vCPUs."""
+
+    def __init__(self, abi: str, *, file_size: int, files: int = 2, cpus: int = 2) -> None:
+        self.v9 = abi == "restrictedmem"
+        self.file_size = file_size
+        self.files = [File() for _ in range(files)]
+        self.slots: dict[int, Slot] = {}
+        self.memory = Bytes()
+        #: The pages of guest physical memory that are not of the kind that all are at first.
+        self.converted: set[int] = set()
+        #: v9's test vehicle: the pages of which the guest has said how it is going to use them.
+        self.wishes: dict[int, bool] = {}
+        self.stopped: list[Stopped | None] = [None] * cpus
+
+    def do(self, name: str, **arguments: Any) -> Outcome:
+        """Take a step."""
+        return getattr(self, name)(**arguments)
+
+    # -- what is where -----------------------------------------------------------------------------
+
+    def is_private(self, gpa: int) -> bool:
+        return (gpa // PAGE in self.converted) != self.v9
+
+    def slot_at(self, gpa: int) -> Slot | None:
+        return next((slot for slot in self.slots.values() if slot.has(gpa)), None)
+
+    def is_alive(self, file: File) -> bool:
+        """A descriptor of it is open."""
+        held = any(slot.file is file and not slot.raw for slot in self.slots.values())
+        return file.wanted or held
+
+    def stops(self, gpa: int, *, write: bool) -> Outcome:
+        """What an access to a page makes of the guest: None, or why it stops."""
+        slot, private = self.slot_at(gpa), self.is_private(gpa)
+        if self.v9:
+            if slot is None:
+                return "mmio"
+            wanted = self.wishes.get(gpa // PAGE, private)
+            if wanted != private:
+                return self._fault(gpa, private=wanted)
+            if private:
+                # The data of such a write is nobody's business: no MMIO.
+                refused = write and slot.flags & READONLY
+                return self._fault(gpa, private=True) if refused else None
+            if slot.memory is None:
+                return "EFAULT"
+            return "mmio" if write and slot.flags & READONLY else None
+        if slot is None:
+            return self._fault(gpa, private=True) if private else "mmio"
+        there = self.is_alive(slot.file) if private else slot.memory is not None
+        return None if there else self._fault(gpa, private=private)
+
+    def _fault(self, gpa: int, *, private: bool) -> Outcome:
+        reason, errno, flag = (38, 0, 1) if self.v9 else (39, 14, 8)
+        return ("fault", reason, errno, gpa // PAGE * PAGE, PAGE, flag if private else 0)
+
+    def _place(self, gpa: int) -> tuple[Bytes, int]:
+        """Where the guest finds what it accesses."""
+        slot = self.slot_at(gpa)
+        assert slot is not None
+        if self.is_private(gpa):
+            return slot.file.content, slot.in_file(gpa)
+        return self.memory, slot.in_memory(gpa)
+
+    def _get(self, gpa: int, size: int) -> bytes:
+        found = []
+        for at, part in pieces(gpa, size):
+            where, offset = self._place(at)
+            found.append(where.read(offset, part))
+        return b"".join(found)
+
+    def _put(self, gpa: int, data: bytes) -> None:
+        for at, part in pieces(gpa, len(data)):
+            where, offset = self._place(at)
+            where.write(offset, data[at - gpa : at - gpa + part])
+
+    # -- the host ----------------------------------------------------------------------------------
+
+    def new_file(self, number: int) -> Outcome:
+        """Make a file anew; the old one is closed."""
+        self.files[number].wanted = False
+        self.files[number] = File()
+        return "ok"
+
+    def close_file(self, number: int) -> Outcome:
+        self.files[number].wanted = False
+        return "ok"
+
+    def bind(
+        self,
+        slot: int,
+        gpa: int,
+        size: int,
+        file: int | str,
+        offset: int,
+        memory: int | None,
+        flags: int,
+        raw: bool,
+    ) -> Outcome:
+        """Make a slot; `file` may be a descriptor of something else: "none", "pipe"."""
+        chosen = self.files[file] if isinstance(file, int) else None
+        if chosen and not chosen.wanted:
+            return "closed"
+        if flags & ~(LOG_DIRTY_PAGES | READONLY if self.v9 else 0):
+            return "EINVAL"
+        if (gpa | size | offset | (memory or 0)) % PAGE or slot in self.slots:
+            return "EINVAL"
+        if any(one.gpa < gpa + size and gpa < one.end for one in self.slots.values()):
+            return "EEXIST"
+        if chosen is None:
+            return "EBADF" if file == "none" and not self.v9 else "EINVAL"
+        new = Slot(gpa, size, chosen, offset, memory, flags, raw)
+        if not self.v9:
+            if offset + size > self.file_size:
+                return "EINVAL"
+            for one in self.slots.values():
+                apart = one.offset + one.size <= offset or offset + size <= one.offset
+                if one.file is chosen and not apart:
+                    return "EINVAL"
+        self.slots[slot] = new
+        return "ok"
+
+    def delete(self, slot: int) -> Outcome:
+        return "ok" if self.slots.pop(slot, None) else "EINVAL"
+
+    def convert(self, gpa: int, size: int, private: bool, keep: bool) -> Outcome:
+        if size == 0 or (gpa | size) % PAGE or gpa + size >= 1 << 64:
+            return "EINVAL"
+        pages = range(gpa // PAGE, (gpa + size) // PAGE)
+        (self.converted.difference_update if private == self.v9 else self.converted.update)(pages)
+        if not keep:
+            for slot in self.slots.values():
+                for at in range(max(gpa, slot.gpa), min(gpa + size, slot.end), PAGE):
+                    self._discard(slot, at, private=not private)
+        return "ok"
+
+    def _discard(self, slot: Slot, gpa: int, *, private: bool) -> None:
+        """Free what the guest can't reach any more at this page, unless another slot has it."""
+        if slot.raw:
+            return
+        others = [one for one in self.slots.values() if one is not slot]
+        if private:
+            at = slot.in_file(gpa)
+            used = any(
+                one.file is slot.file and not one.raw and 0 <= at - one.offset < one.size
+                for one in others
+            )
+            if not used:
+                slot.file.content.clear(at, PAGE)
+        elif slot.memory is not None:
+            at = slot.in_memory(gpa)
+            used = any(
+                one.memory is not None and (one.raw or 0 <= at - one.memory < one.size)
+                for one in others
+            )
+            if not used:
+                self.memory.clear(at, PAGE)
+
+    def punch(self, file: int, offset: int, size: int) -> Outcome:
+        chosen = self.files[file]
+        if not chosen.wanted:
+            return "closed"
+        if size == 0 or (offset | size) % PAGE:
+            return "EINVAL"
+        chosen.content.clear(offset, size)
+        return "ok"
+
+    def allocate(self, file: int, offset: int, size: int) -> Outcome:
+        """Nobody sees a difference."""
+        if not self.files[file].wanted:
+            return "closed"
+        if size == 0 or (
+            not self.v9 and ((offset | size) % PAGE or offset + size > self.file_size)
+        ):
+            return "EINVAL"
+        return "ok"
+
+    def punch_slot(self, slot: int, gpa: int, size: int) -> Outcome:
+        """A hole through a slot, which works when its maker has closed the file."""
+        found = self.slots.get(slot)
+        if found is None or found.raw or not (found.gpa <= gpa and gpa + size <= found.end):
+            return "not inside"
+        found.file.content.clear(found.in_file(gpa), size)
+        return "ok"
+
+    def refused(self, file: int, call: str) -> Outcome:
+        """Calls that have no effect but their errno."""
+        if not self.files[file].wanted:
+            return "closed"
+        return {
+            "ftruncate": "EPERM" if self.v9 else "EINVAL",
+            "punch, not keeping the size": "EOPNOTSUPP",
+            "collapse": "EOPNOTSUPP",
+            "read": "EINVAL",
+        }[call]
+
+    def look(self, offset: int, size: int) -> Outcome:
+        """What the host reads."""
+        return self.memory.read(offset, size)
+
+    def poke(self, offset: int, data: bytes) -> Outcome:
+        """The host writes."""
+        self.memory.write(offset, data)
+        return "ok"
+
+    def forget(self, offset: int, size: int) -> Outcome:
+        """madvise(MADV_DONTNEED)."""
+        self.memory.clear(offset, size)
+        return "ok"
+
+    def advise(self, offset: int, size: int, huge: bool) -> Outcome:
+        """madvise(MADV_HUGEPAGE or MADV_NOHUGEPAGE)."""
+        return "ok"
+
+    def shake(self, what: str) -> Outcome:
+        """The host's kernel frees or moves what it can."""
+        return "ok"
+
+    # -- the guest ---------------------------------------------------------------------------------
+
+    def want(self, cpu: int, gpa: int, size: int, private: bool | None) -> Outcome:
+        """v9's test vehicle: say how the guest is going to access a range (None: as it is)."""
+        self.stopped[cpu] = None
+        if gpa % PAGE or size == 0:
+            return "EINVAL"
+        for page in range(gpa // PAGE, (gpa + size) // PAGE):
+            if private is None:
+                self.wishes.pop(page, None)
+            else:
+                self.wishes[page] = private
+        return "ok"
+
+    def ask(self, cpu: int, gpa: int, size: int, private: bool) -> Outcome:
+        """Ask for a conversion; granted for private-capable slots, and tidy."""
+        self.stopped[cpu] = None
+        if gpa % PAGE or size == 0:
+            return "EINVAL"
+        slots = [self.slot_at(at) for at in range(gpa, gpa + size, PAGE)]
+        if any(slot is None or slot.raw for slot in slots):
+            return "EINVAL"
+        return self.convert(gpa, size, private, keep=False)
+
+    def populate(self, cpu: int, gpa: int, size: int) -> Outcome:
+        """Map ahead; guest_memfd only."""
+        for at in range(gpa, gpa + size, PAGE):
+            stop = self.stops(at, write=False)
+            if stop is not None:
+                return "ENOENT" if stop == "mmio" else "EFAULT"
+        return "ok"
+
+    def load(self, cpu: int, gpa: int, size: int) -> Outcome:
+        """One instruction; at most one of its pages may be MMIO, and then all of it."""
+
+        def command() -> Command:
+            if self.stops(gpa, write=False) == "mmio":
+                yield ("mmio", False, gpa, size, b"")
+                return 0
+            yield from self._reach(gpa, size, write=False)
+            return int.from_bytes(self._get(gpa, size), "little")
+
+        return self._start(cpu, Stopped(command(), gpa, size, write=False, string=False))
+
+    def store(self, cpu: int, gpa: int, size: int, value: int) -> Outcome:
+        data = value.to_bytes(size, "little")
+
+        def command() -> Command:
+            if self.stops(gpa, write=True) == "mmio":
+                yield ("mmio", True, gpa, size, data)
+                return "ok"
+            yield from self._reach(gpa, size, write=True)
+            self._put(gpa, data)
+            return "ok"
+
+        return self._start(cpu, Stopped(command(), gpa, size, write=True, string=False))
+
+    def increment(self, cpu: int, gpa: int, times: int) -> Outcome:
+        """Read, then write by compare and swap; 8 bytes of one page."""
+
+        def command() -> Command:
+            yield from self._reach(gpa, 8, write=True)
+            value = int.from_bytes(self._get(gpa, 8), "little") + times & (1 << 64) - 1
+            self._put(gpa, value.to_bytes(8, "little"))
+            return value
+
+        return self._start(cpu, Stopped(command(), gpa, 8, write=True, string=True))
+
+    def read(self, cpu: int, gpa: int, size: int) -> Outcome:
+        def command() -> Command:
+            found = []
+            for at, part in pieces(gpa, size):
+                yield from self._reach(at, part, write=False)
+                found.append(self._get(at, part))
+            return b"".join(found)
+
+        return self._start(cpu, Stopped(command(), gpa, size, write=False, string=True))
+
+    def write(self, cpu: int, gpa: int, data: bytes) -> Outcome:
+        """In words of 8 bytes, `gpa` a multiple of that: no word is in two pages."""
+
+        def command() -> Command:
+            for at, part in pieces(gpa, len(data)):
+                yield from self._reach(at, part, write=True)
+                self._put(at, data[at - gpa : at - gpa + part])
+            return "ok"
+
+        return self._start(cpu, Stopped(command(), gpa, len(data), write=True, string=True))
+
+    def fill(self, cpu: int, gpa: int, byte: int, size: int) -> Outcome:
+        def command() -> Command:
+            for at, part in pieces(gpa, size):
+                yield from self._reach(at, part, write=True)
+                self._put(at, bytes([byte]) * part)
+            return "ok"
+
+        return self._start(cpu, Stopped(command(), gpa, size, write=True, string=True))
+
+    def span(self, cpu: int, gpa: int, byte: int, size: int) -> Outcome:
+        """How many bytes are `byte` from `gpa` on; it looks no further."""
+
+        def command() -> Command:
+            for at, part in pieces(gpa, size):
+                yield from self._reach(at, part, write=False)
+                found = self._get(at, part)
+                same = part - len(found.lstrip(bytes([byte])))
+                if same < part:
+                    return at - gpa + same
+            return size
+
+        return self._start(cpu, Stopped(command(), gpa, size, write=False, string=True))
+
+    def resume(self, cpu: int) -> Outcome:
+        """Go on with what was stopped."""
+        stopped = self.stopped[cpu]
+        return "nothing to resume" if stopped is None else self._start(cpu, stopped)
+
+    def reset(self, cpu: int) -> Outcome:
+        self.stopped[cpu] = None
+        return "ok"
+
+    def _start(self, cpu: int, guest: Stopped) -> Outcome:
+        try:
+            outcome = next(guest.command)
+        except StopIteration as end:
+            self.stopped[cpu] = None
+            return end.value
+        self.stopped[cpu] = guest
+        return outcome
+
+    def _reach(self, gpa: int, size: int, *, write: bool) -> Generator[Outcome, None, None]:
+        """Yields why the guest stops until it does not."""
+        while True:
+            stops = [self.stops(at, write=write) for at, _ in pieces(gpa, size)]
+            stop = next((one for one in stops if one is not None), None)
+            if stop is None:
+                return
+            yield stop
+
+    # -- what is not defined -----------------------------------------------------------------------
+
+    def ends_in_mmio(self, name: str, **arguments: Any) -> bool:
+        """The guest would access what is not memory."""
+        gpa, size, write, _ = self._access(name, **arguments)
+        return any(self.stops(at, write=write) == "mmio" for at, _ in pieces(gpa, size))
+
+    def is_split(self, name: str, **arguments: Any) -> bool:
+        """It takes more than one access to one page.
+
+        How KVM cuts MMIO up is not private memory's business.
+        """
+        gpa, size, _, string = self._access(name, **arguments)
+        return string or gpa % PAGE + size > PAGE
+
+    def _access(self, name: str, **arguments: Any) -> tuple[int, int, bool, bool]:
+        """What a step accesses: where, how many bytes, to write, by more than one load or store."""
+        if name == "resume":
+            stopped = self.stopped[arguments["cpu"]]
+            return (stopped.gpa, stopped.size, stopped.write, stopped.string) if stopped else NONE
+        if name in ("load", "store"):
+            return arguments["gpa"], arguments["size"], name == "store", False
+        if name in ("read", "span"):
+            return arguments["gpa"], arguments["size"], False, True
+        if name in ("write", "fill", "increment"):
+            size = 8 if name == "increment" else arguments.get("size") or len(arguments["data"])
+            return arguments["gpa"], size, True, True
+        return NONE
+
+
+def pieces(at: int, size: int) -> Iterator[tuple[int, int]]:
+    """A range cut at the borders of pages: (where, how many bytes)."""
+    end = at + size
+    while at < end:
+        part = min(PAGE - at % PAGE, end - at)
+        yield at, part
+        at += part

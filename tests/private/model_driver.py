@@ -1,0 +1,380 @@
+"""Takes the steps of the model on the running kernel: kvmpriv alone, no test framework.
+
+Its text is the first part of every script that replays a failure: what follows it there are
+calls of :func:`replay`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from kvmpriv import HostMemory, Kvm, private
+from kvmpriv.cdefs import kvm as k
+from kvmpriv.cdefs import restrictedmem as rm
+from kvmpriv.exits import MemoryFaultExit, MmioExit
+from kvmpriv.guest.puppet import GuestCrash, GuestExit, Puppet, PuppetCpu
+from kvmpriv.private import guest_memfd, restrictedmem
+
+PAGE, MIB = 4096, 1 << 20
+#: The host's memory begins at a multiple of 2 MiB; a file is as large as its offsets are far.
+MEMORY_SIZE, FILE_SIZE = 8 * MIB, (2 << 30) + 8 * MIB
+#: Where the puppet's home is: its slot, which no step touches.
+HOME_SLOT = 9
+#: Of processor time, in seconds, for a step: a vCPU that makes no progress takes it all.
+PATIENCE = 60
+
+_SHMEM = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+
+
+class Stuck(BaseException):
+    """A step took longer than any should."""
+
+
+class Driver:
+    """A VM with two vCPUs, two files, memory of the host, and what is asked of them."""
+
+    def __init__(self, abi: str, *, cpus: int = 2) -> None:
+        with ExitStack() as stack:
+            kvm = stack.enter_context(Kvm())
+            self.abi = private.ABIS[abi]
+            stack.enter_context(_large_pages())
+            self.vm = stack.enter_context(self.abi.create_vm(kvm))
+            self.memory = stack.enter_context(HostMemory(MEMORY_SIZE + 2 * MIB))
+            self.base = -self.memory.userspace_addr % (2 * MIB)
+            self.memory.madvise(mmap.MADV_HUGEPAGE)
+            self.guest = stack.enter_context(
+                Puppet(
+                    self.vm,
+                    cpus=cpus,
+                    slot=HOME_SLOT,
+                    cpuid=kvm.get_supported_cpuid(),
+                    abi=self.abi,
+                )
+            )
+            self.files: list[private.PrivateFile] = []
+            stack.callback(lambda: [file.close() for file in self.files])
+            for _ in range(2):
+                self.files.append(self.abi.create_file(self.vm, FILE_SIZE))
+            #: The vCPUs that are in the middle of a step: its name, and whether MMIO stopped it.
+            self.stopped: dict[int, tuple[str, bool]] = {}
+            read_end, write_end = os.pipe()
+            stack.callback(os.close, read_end)
+            stack.callback(os.close, write_end)
+            self._others = {"none": -1, "pipe": read_end}
+            self._stack = stack.pop_all()
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def do(self, name: str, **arguments: Any) -> Any:
+        """Take a step; what came of it."""
+        try:
+            with _patience():
+                outcome = getattr(self, name)(**arguments)
+        except GuestExit as stopped:
+            self._stop(name, arguments["cpu"], mmio=isinstance(stopped.exit, MmioExit))
+            return self._exit(stopped.exit)
+        except GuestCrash as crash:
+            return ("crash", str(crash))
+        except Stuck as stuck:
+            where = traceback.extract_tb(stuck.__traceback__)
+            return ("stuck", [f"{frame.name}:{frame.lineno}" for frame in where][-4:])
+        except OSError as error:
+            if "KVM_RUN" in str(error):
+                self._stop(name, arguments["cpu"], mmio=False)
+            if error.errno == errno.EOPNOTSUPP:
+                return "EOPNOTSUPP"  # Python calls it by its other name
+            return errno.errorcode.get(error.errno or 0, str(error))
+        except ValueError as error:
+            if "closed" in str(error):
+                return "closed"
+            raise
+        return "ok" if outcome is None else outcome
+
+    def _stop(self, name: str, cpu: int, *, mmio: bool) -> None:
+        if name == "resume":
+            name, _ = self.stopped[cpu]
+        self.stopped[cpu] = name, mmio
+
+    @staticmethod
+    def _exit(exit_: Any) -> Any:
+        if isinstance(exit_, MemoryFaultExit):
+            return ("fault", exit_.reason, exit_.errno, exit_.gpa, exit_.size, exit_.flags)
+        if isinstance(exit_, MmioExit):
+            return ("mmio", exit_.is_write, exit_.phys_addr, exit_.size, exit_.data)
+        return ("exit", str(exit_))
+
+    # -- the host ----------------------------------------------------------------------------------
+
+    def new_file(self, number: int) -> None:
+        self.files[number].close()
+        self.files[number] = self.abi.create_file(self.vm, FILE_SIZE)
+
+    def close_file(self, number: int) -> None:
+        self.files[number].close()
+
+    def bind(
+        self,
+        slot: int,
+        gpa: int,
+        size: int,
+        file: int | str,
+        offset: int,
+        memory: int | None,
+        flags: int,
+        raw: bool,
+    ) -> None:
+        if isinstance(file, int) and not raw:
+            self.abi.bind(
+                self.vm,
+                gpa,
+                size,
+                self.files[file],
+                offset,
+                memory=None if memory is None else self.memory,
+                memory_offset=0 if memory is None else self.base + memory,
+                slot=slot,
+                flags=flags,
+            )
+            return
+        fd = self.files[file].fileno() if isinstance(file, int) else self._others[file]
+        if self.abi is restrictedmem:
+            restrictedmem.set_user_memory_region_ext(
+                self.vm,
+                slot,
+                gpa,
+                size,
+                None if memory is None else self.memory,
+                fd,
+                offset,
+                memory_offset=0 if memory is None else self.base + memory,
+                flags=flags | rm.KVM_MEM_PRIVATE,
+            )
+        else:
+            guest_memfd.set_user_memory_region2(
+                self.vm,
+                slot,
+                gpa,
+                size,
+                None if memory is None else self.memory,
+                fd,
+                offset,
+                memory_offset=0 if memory is None else self.base + memory,
+                flags=flags | 4,
+            )
+
+    def delete(self, slot: int) -> None:
+        if slot in self.vm.slots:
+            self.vm.slots[slot].delete()
+        else:
+            self.vm.set_user_memory_region(slot, 0, 0, 0)
+
+    def convert(self, gpa: int, size: int, private: bool, keep: bool) -> None:
+        self.abi.convert(self.vm, gpa, size, private=private, keep=keep)
+
+    def punch(self, file: int, offset: int, size: int) -> None:
+        self.files[file].punch_hole(offset, size)
+
+    def allocate(self, file: int, offset: int, size: int) -> None:
+        self.files[file].allocate(offset, size)
+
+    def punch_slot(self, slot: int, gpa: int, size: int) -> Any:
+        found = self.vm.slots.get(slot)
+        if not isinstance(found, private.PrivateSlot):
+            return "not inside"
+        try:
+            found.punch_hole(gpa, size)
+        except ValueError:
+            return "not inside"
+        return None
+
+    def refused(self, file: int, call: str) -> Any:
+        fd = self.files[file].fileno()
+        if call == "ftruncate":
+            os.ftruncate(fd, FILE_SIZE)
+        elif call == "punch, not keeping the size":
+            self.files[file].fallocate(2, 0, PAGE)
+        elif call == "collapse":
+            self.files[file].fallocate(8, 0, PAGE)
+        else:
+            os.read(fd, 1)
+        return "done"
+
+    def look(self, offset: int, size: int) -> bytes:
+        return self.memory.read(self.base + offset, size)
+
+    def poke(self, offset: int, data: bytes) -> None:
+        self.memory.write(self.base + offset, data)
+
+    def forget(self, offset: int, size: int) -> None:
+        self.memory.madvise(mmap.MADV_DONTNEED, self.base + offset, size)
+
+    def advise(self, offset: int, size: int, huge: bool) -> None:
+        advice = mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE
+        self.memory.madvise(advice, self.base + offset, size)
+
+    def shake(self, what: str) -> None:
+        """As root, or not at all: it makes no difference to what is seen."""
+        if what != "nothing":
+            with contextlib.suppress(OSError):
+                Path("/proc/sys/vm", what).write_text("1")
+
+    # -- the guest ---------------------------------------------------------------------------------
+
+    def _cpu(self, number: int) -> PuppetCpu:
+        """A vCPU that is ready for a command."""
+        cpu = self.guest.cpus[number]
+        if number in self.stopped:
+            _, mmio = self.stopped.pop(number)
+            if mmio:  # one load or store, which is over when it is answered
+                cpu.resume()
+            else:
+                cpu.reset()
+        return cpu
+
+    def want(self, cpu: int, gpa: int, size: int, private: bool | None) -> Any:
+        bits = {
+            True: rm.KVM_MAP_GPA_RANGE_WANT_PRIVATE,
+            False: rm.KVM_MAP_GPA_RANGE_WANT_SHARED,
+            None: rm.KVM_MAP_GPA_RANGE_WANT_PRIVATE | rm.KVM_MAP_GPA_RANGE_WANT_SHARED,
+        }[private]
+        answer = self._cpu(cpu).hypercall(k.KVM_HC_MAP_GPA_RANGE, gpa, size // PAGE, bits)
+        return errno.errorcode.get(-answer, answer) if answer else None
+
+    def ask(self, cpu: int, gpa: int, size: int, private: bool) -> None:
+        self._cpu(cpu).convert(gpa, size, private=private)
+
+    def populate(self, cpu: int, gpa: int, size: int) -> None:
+        self.abi.populate(self.guest.cpus[cpu].vcpu, gpa, size)
+
+    def load(self, cpu: int, gpa: int, size: int) -> int:
+        return self._cpu(cpu).load(gpa, size)
+
+    def store(self, cpu: int, gpa: int, size: int, value: int) -> None:
+        self._cpu(cpu).store(gpa, size, value)
+
+    def increment(self, cpu: int, gpa: int, times: int) -> int:
+        return self._cpu(cpu).increment(gpa, times)
+
+    def read(self, cpu: int, gpa: int, size: int) -> bytes:
+        return self._cpu(cpu).read(gpa, size)
+
+    def write(self, cpu: int, gpa: int, data: bytes) -> None:
+        self._cpu(cpu).write(gpa, data)
+
+    def fill(self, cpu: int, gpa: int, byte: int, size: int) -> None:
+        self._cpu(cpu).fill(gpa, byte, size)
+
+    def span(self, cpu: int, gpa: int, byte: int, size: int) -> int:
+        return self._cpu(cpu).span(gpa, byte, size)
+
+    def resume(self, cpu: int) -> Any:
+        if cpu not in self.stopped:
+            return "nothing to resume"
+        chosen = self.guest.cpus[cpu]
+        chosen.vcpu.page.mmio.data = bytes(8)  # the answer, should it be asked for one
+        outcome = chosen.resume()
+        name, _ = self.stopped.pop(cpu)
+        return None if name in ("store", "write", "fill") else outcome
+
+    def reset(self, cpu: int) -> None:
+        self._cpu(cpu)
+
+
+@contextmanager
+def _large_pages() -> Iterator[None]:
+    """Have v9's files made of large pages, where we may say so."""
+    try:
+        before = _SHMEM.read_text().partition("[")[2].partition("]")[0]
+        _SHMEM.write_text("always")
+    except OSError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        _SHMEM.write_text(before)
+
+
+@contextmanager
+def _patience() -> Iterator[None]:
+    """Raises Stuck in the body when it takes too long.
+
+    By processor time: real time is for those who watch over us.
+    """
+
+    def tired(*_: object) -> None:
+        raise Stuck
+
+    before = signal.signal(signal.SIGPROF, tired)
+    signal.setitimer(signal.ITIMER_PROF, PATIENCE)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+
+
+def shown(name: str, arguments: dict[str, Any]) -> str:
+    """A step as it is written down."""
+    words = [
+        f"{key}={value:#x}"
+        if isinstance(value, int) and value not in (True, False) and value > 9
+        else f"{key}={value!r}"
+        for key, value in arguments.items()
+    ]
+    return f"{name}({', '.join(words)})"
+
+
+def differ(expected: Any, got: Any) -> str:
+    """What is not as it should be."""
+    if isinstance(expected, bytes) and isinstance(got, bytes) and len(expected) == len(got):
+        at = next(n for n, (a, b) in enumerate(zip(expected, got, strict=True)) if a != b)
+        end = at + 24
+        return (
+            f"at byte {at:#x} of {len(expected):#x}: "
+            f"expected {expected[at:end].hex(' ')}, got {got[at:end].hex(' ')}"
+        )
+    return f"expected {_brief(expected)}, got {_brief(got)}"
+
+
+def _brief(outcome: Any) -> str:
+    text = repr(outcome)
+    return text if len(text) < 400 else f"{text[:400]}… ({len(text)} characters)"
+
+
+def sparse(size: int, *parts: tuple[int, bytes | tuple[int, int]]) -> bytes:
+    """`size` bytes: zeros but for `parts`, each (where, bytes) or (where, (byte, how many))."""
+    data = bytearray(size)
+    for at, what in parts:
+        piece = what if isinstance(what, bytes) else bytes(what[:1]) * what[1]
+        data[at : at + len(piece)] = piece
+    return bytes(data)
+
+
+def replay(abi: str, steps: list[tuple[Any, str, dict[str, Any]]]) -> int:
+    """Take steps: (the expected outcome, name, arguments).  0: all is as expected, 1: it is not."""
+    try:
+        driver = Driver(abi)
+    except OSError as error:
+        print(f"can't be tried here: {error}", file=sys.stderr)
+        return 77
+    for number, (expected, name, arguments) in enumerate(steps, 1):
+        got = driver.do(name, **arguments)
+        same = got == expected
+        print(f"{number:4} {'ok      ' if same else 'MISMATCH'} {shown(name, arguments)}")
+        if not same:
+            print(f"     {differ(expected, got)}", flush=True)
+            os._exit(1)  # a vCPU may be stuck, and the kernel's memory not what it was
+    driver.close()
+    return 0

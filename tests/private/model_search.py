@@ -1,0 +1,620 @@
+"""Hypothesis looks for steps after which the kernel and the model do not agree.
+
+A failure is shrunk to the fewest steps, and these are written as a script that needs kvmpriv alone.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+from hypothesis import strategies as st
+
+from . import model_driver
+from .model import PAGE, Model
+from .model_driver import FILE_SIZE, MEMORY_SIZE, Driver, differ, shown
+
+#: The guest's memory: 16 pages across the 4 GiB border, and a large page with its neighbours.
+SMALL, SMALL_PAGES = (4 << 30) - 6 * PAGE, 16
+LARGE, LARGE_PAGES = (4 << 30) + (4 << 20), 512
+#: Both, and what is around them.
+ALL, ALL_SIZE = (4 << 30) - (1 << 20), 8 << 20
+SLOTS = 4
+
+#: Of a round, which has a VM of its own.
+EXAMPLES = 10
+
+Step = tuple[str, dict[str, Any]]
+#: As they were taken: (the expected outcome, name, arguments).
+Steps = list[tuple[Any, str, dict[str, Any]]]
+
+
+# -- what Hypothesis draws -------------------------------------------------------------------------
+
+
+def in_file(gpa: int) -> int:
+    """The place in a file that belongs to a guest physical address, large pages where they fit."""
+    return 2 << 30 | (gpa - SMALL if gpa < LARGE - (1 << 20) else (2 << 20) + gpa - LARGE)
+
+
+def in_memory(gpa: int) -> int:
+    """The same for the host's memory."""
+    return (1 << 20) + gpa - SMALL if gpa < LARGE - (1 << 20) else (4 << 20) + gpa - LARGE
+
+
+_SMALL_RANGES = [
+    (SMALL + first * PAGE, count * PAGE)
+    for count in (1, 2, 3, 6)
+    for first in range(SMALL_PAGES + 1 - count)
+]
+_LARGE_RANGES = [
+    (LARGE + first * PAGE, count * PAGE)
+    for first, count in (
+        (0, 1), (0, 512), (511, 1), (100, 8), (-1, 2), (256, 256), (-1, 514), (510, 4),
+    )
+]  # fmt: skip
+_RANGES = _SMALL_RANGES + _LARGE_RANGES * 3 + [(ALL, ALL_SIZE)] * 3
+_PAGES = [*range(SMALL, SMALL + SMALL_PAGES * PAGE, PAGE)] + [
+    LARGE + page * PAGE for page in (0, 1, 99, 100, 255, 256, 511, 512, -1)
+]
+
+ranges = st.sampled_from(_RANGES)
+slot_ranges = st.sampled_from(
+    [(SMALL, 4 * PAGE), (SMALL + 4 * PAGE, 4 * PAGE), (SMALL + 9 * PAGE, 6 * PAGE)]
+    + [one for one in _SMALL_RANGES if one[1] > PAGE]
+    + [(LARGE, 512 * PAGE)] * 3
+    + [(LARGE - PAGE, 514 * PAGE), (LARGE + 256 * PAGE, 256 * PAGE)]
+    + [(LARGE, 2 * PAGE), (LARGE + 100 * PAGE, 8 * PAGE)]
+)
+file_ranges = ranges.map(
+    lambda one: (0, FILE_SIZE) if one[0] == ALL else (in_file(one[0]), one[1])
+) | st.sampled_from(
+    [(0, PAGE), (0, FILE_SIZE), (FILE_SIZE, PAGE), (FILE_SIZE - PAGE, 2 * PAGE), (2 << 30, PAGE)]
+)
+memory_ranges = ranges.map(
+    lambda one: (0, MEMORY_SIZE) if one[0] == ALL else (in_memory(one[0]), one[1])
+)
+pages = st.sampled_from(_PAGES)
+words = st.builds(lambda page, word: page + 8 * word, pages, st.sampled_from([0, 1, 300, 511]))
+bytes_ = st.integers(1, 255)
+cpus = st.integers(0, 1)
+slots = st.integers(0, SLOTS - 1)
+files = st.integers(0, 1)
+sizes = st.sampled_from([8, 1, 2, 4])
+#: An access goes where it was drawn, even where no slot is.
+astray = st.sampled_from([False, False, False, True])
+#: By how much an argument is wrong; mostly it is not.
+wrong = st.sampled_from([0] * 15 + [1, 8, 2048, PAGE - 1])
+
+
+def content(token: int, size: int) -> bytes:
+    """Bytes that are not zero, and tell where they come from."""
+    return bytes((token + 7 * at) % 255 + 1 for at in range(size))
+
+
+def step(name: str, make: Callable[..., dict[str, Any]], *drawn: Any) -> st.SearchStrategy[Step]:
+    return st.tuples(*drawn).map(lambda values: (name, make(*values)))
+
+
+def bind(
+    slot: int,
+    where: tuple[int, int],
+    file: int | str,
+    shift: int | None,
+    memory: int | None,
+    flags: int,
+    raw: bool,
+    spoil: tuple[str, int] | None,
+) -> dict[str, Any]:
+    gpa, size = where
+    arguments: dict[str, Any] = {
+        "slot": slot,
+        "gpa": gpa,
+        "size": size,
+        "file": file,
+        "offset": FILE_SIZE - PAGE if shift is None else in_file(gpa) + shift * PAGE,
+        "memory": None if memory is None else in_memory(gpa) + memory * PAGE,
+        "flags": flags,
+        "raw": raw or not isinstance(file, int),
+    }
+    if spoil and arguments[spoil[0]] is not None:
+        arguments[spoil[0]] += spoil[1]
+    return arguments
+
+
+def _range(where: tuple[int, int], off_gpa: int, off_size: int) -> dict[str, Any]:
+    return {"gpa": where[0] + off_gpa, "size": where[1] + off_size}
+
+
+def _in(where: tuple[int, int], off: int) -> dict[str, Any]:
+    return {"offset": where[0] + off, "size": where[1]}
+
+
+binds = step(
+    "bind",
+    bind,
+    slots,
+    slot_ranges,
+    st.sampled_from([0, 0, 0, 0, 1, 1, 1, "none", "pipe"]),
+    st.sampled_from([0, 0, 0, 0, 1, 3, -2, None]),
+    st.sampled_from([0, 0, 0, 0, 1, None]),
+    st.sampled_from([0] * 8 + [1, 2, 3, 8]),
+    st.sampled_from([False, False, False, True]),
+    st.sampled_from(
+        [None] * 12 + [("gpa", 1), ("size", 8), ("offset", 2048), ("memory", PAGE - 1)]
+    ),
+)
+
+_GUEST: list[st.SearchStrategy[Step]] = [
+    step(
+        "load",
+        lambda cpu, gpa, back, size, astray: {
+            "cpu": cpu, "gpa": gpa - back, "size": size, "astray": astray,
+        },
+        cpus, words, st.sampled_from([0, 0, 0, 3]), sizes, astray,
+    ),
+    step(
+        "store",
+        lambda cpu, gpa, back, size, token, astray: {
+            "cpu": cpu, "gpa": gpa - back, "size": size,
+            "value": int.from_bytes(content(token, size), "little"), "astray": astray,
+        },
+        cpus, words, st.sampled_from([0, 0, 0, 3]), sizes, bytes_, astray,
+    ),
+    step(
+        "write",
+        lambda cpu, gpa, token, size: {"cpu": cpu, "gpa": gpa, "data": content(token, size)},
+        cpus, words, bytes_, st.sampled_from([5, 8, 24, 1]),
+    ),
+    step(
+        "read",
+        lambda cpu, gpa, size: {"cpu": cpu, "gpa": gpa, "size": size},
+        cpus, words, st.sampled_from([16, 5, PAGE, 3 * PAGE]),
+    ),
+    step(
+        "fill",
+        lambda cpu, where, byte: {"cpu": cpu, "gpa": where[0], "byte": byte, "size": where[1]},
+        cpus, ranges.filter(lambda one: one[0] != ALL), bytes_,
+    ),
+    step(
+        "span",
+        lambda cpu, gpa, byte, size: {"cpu": cpu, "gpa": gpa, "byte": byte, "size": size},
+        cpus, words, st.integers(0, 3), st.sampled_from([8, PAGE, 2 * PAGE]),
+    ),
+    step(
+        "increment",
+        lambda cpu, gpa, times: {"cpu": cpu, "gpa": gpa, "times": times},
+        cpus, words, st.integers(1, 300),
+    ),
+]  # fmt: skip
+
+_CONVERSIONS: list[st.SearchStrategy[Step]] = [
+    step(
+        "convert",
+        lambda where, private, keep, off_gpa, off_size: {
+            **_range(where, off_gpa, off_size), "private": private, "keep": keep,
+        },
+        ranges, st.booleans(), st.booleans(), wrong, wrong,
+    ),
+    step(
+        "ask",
+        lambda cpu, where, private, off: {
+            "cpu": cpu, "gpa": where[0] + off, "size": where[1], "private": private,
+        },
+        cpus, ranges, st.booleans(), wrong,
+    ),
+]  # fmt: skip
+
+_FILES: list[st.SearchStrategy[Step]] = [
+    step("punch", lambda file, where, off: {"file": file, **_in(where, off)},
+         files, file_ranges, wrong),
+    step("punch_slot", lambda slot, where: {"slot": slot, **_range(where, 0, 0)}, slots, ranges),
+    step("allocate", lambda file, where, off: {"file": file, **_in(where, off)},
+         files, file_ranges.filter(lambda one: one[1] <= ALL_SIZE), wrong),
+]  # fmt: skip
+
+_HOST: list[st.SearchStrategy[Step]] = [
+    step("poke", lambda gpa, token, size: {"offset": in_memory(gpa), "data": content(token, size)},
+         words, bytes_, st.sampled_from([8, 5, 24])),
+    step("look", lambda gpa: {"offset": in_memory(gpa), "size": 16}, words),
+    step("forget", lambda where: _in(where, 0), memory_ranges),
+    step("advise", lambda where, huge: {**_in(where, 0), "huge": huge},
+         memory_ranges, st.booleans()),
+]  # fmt: skip
+
+#: Mostly none, for it takes long.  Dropping caches takes the machine's own programs from it, and
+#: their root file system is a slow one.
+_SHAKES = ["nothing"] * 15 + ["compact_memory"]
+_RARE: list[st.SearchStrategy[Step]] = [
+    step("new_file", lambda number: {"number": number}, files),
+    step("close_file", lambda number: {"number": number}, files),
+    step("refused", lambda file, call: {"file": file, "call": call}, files,
+         st.sampled_from(["ftruncate", "punch, not keeping the size", "collapse", "read"])),
+    step("reset", lambda cpu: {"cpu": cpu}, cpus),
+    step("shake", lambda what: {"what": what}, st.sampled_from(_SHAKES)),
+]  # fmt: skip
+
+_RESUME = step("resume", lambda cpu: {"cpu": cpu}, cpus)
+_WANT = step(
+    "want",
+    lambda cpu, where, private, off: {
+        "cpu": cpu, "gpa": where[0] + off, "size": where[1], "private": private,
+    },
+    cpus, ranges, st.sampled_from([None, False, True]), wrong,
+)  # fmt: skip
+_POPULATE = step(
+    "populate",
+    lambda cpu, where: {"cpu": cpu, **_range(where, 0, 0)},
+    cpus, ranges.filter(lambda one: one[0] != ALL),
+)  # fmt: skip
+
+
+def _often(kinds: list[st.SearchStrategy[Step]], times: int) -> list[st.SearchStrategy[Step]]:
+    return kinds * times
+
+
+def any_step(abi: str) -> st.SearchStrategy[Step]:
+    own = [_WANT] * 5 if abi == "restrictedmem" else [_POPULATE] * 3
+    return st.one_of(
+        *_often(_GUEST, 4), *_often(_CONVERSIONS, 4), *_often(_FILES, 2), *_often(_HOST, 2),
+        *[binds] * 8, *[step("delete", lambda slot: {"slot": slot}, slots)] * 3,
+        *[_RESUME] * 4, *own, *_RARE,
+    )  # fmt: skip
+
+
+def _bound(slot: int, gpa: int, pages: int, file: int) -> Step:
+    return ("bind", bind(slot, (gpa, pages * PAGE), file, 0, 0, 0, False, None))
+
+
+#: What is there at first: nothing; slots side by side; a large one beside them.
+LAYOUTS: list[list[Step]] = [
+    [],
+    [_bound(0, SMALL, 6, 0), _bound(1, SMALL + 6 * PAGE, 4, 0), _bound(2, SMALL + 12 * PAGE, 4, 1)],
+    [_bound(0, LARGE, 512, 0), _bound(1, SMALL, 8, 0)],
+    [_bound(0, LARGE - PAGE, 514, 1)],
+]
+
+
+def examples(abi: str) -> st.SearchStrategy[list[Step]]:
+    # Lists of lists: they are long on average, and shrink to next to nothing all the same.
+    many = st.lists(st.lists(any_step(abi), min_size=4, max_size=24), max_size=20)
+    return st.builds(
+        lambda layout, some: [*layout, *(one for few in some for one in few)],
+        st.sampled_from(LAYOUTS[:1] + LAYOUTS[1:2] * 6 + LAYOUTS[2:]),
+        many,
+    )
+
+
+# -- what is done with it --------------------------------------------------------------------------
+
+
+class MismatchError(AssertionError):
+    """The kernel did not do what the model says."""
+
+
+@dataclass
+class Machine:
+    """The model and the kernel side by side."""
+
+    abi: str
+    model_class: type[Model]
+    #: What was done since the VM was made: (the expected outcome, name, arguments).
+    done: Steps = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.model = self.model_class(self.abi, file_size=FILE_SIZE)
+        self.driver = Driver(self.abi)
+        self.uses_large = False
+
+    def do(self, name: str, **arguments: Any) -> Any:
+        """Take a step on both; MismatchError when they do not agree."""
+        if name == "bind":
+            self.uses_large |= arguments["gpa"] > LARGE - (1 << 20)
+        elif name == "poke":
+            self.uses_large |= arguments["offset"] > in_memory(LARGE) - (1 << 20)
+        expected = self.model.do(name, **arguments)
+        self.done.append((expected, name, arguments))
+        got = self.driver.do(name, **arguments)
+        if got != expected:
+            raise MismatchError(f"{shown(name, arguments)}\n  {differ(expected, got)}")
+        return got
+
+    def take(self, name: str, arguments: dict[str, Any]) -> None:
+        """Take a drawn step, or one like it where it would hit no slot."""
+        arguments = dict(arguments)
+        astray = arguments.pop("astray", False)
+        if name == "punch_slot" or (not astray and self.model.ends_in_mmio(name, **arguments)):
+            self._aim(name, arguments)
+        if self.undefined(name, arguments):
+            if name == "resume":
+                name, arguments = "reset", {"cpu": arguments["cpu"]}
+            else:
+                name, arguments = "load", {k: arguments[k] for k in ("cpu", "gpa")} | {"size": 1}
+        self.do(name, **arguments)
+
+    def undefined(self, name: str, arguments: dict[str, Any]) -> bool:
+        """The model does not say what comes of this step."""
+        model = self.model
+        return model.ends_in_mmio(name, **arguments) and model.is_split(name, **arguments)
+
+    def _aim(self, name: str, arguments: dict[str, Any]) -> None:
+        """Turn an access to where it hits a slot."""
+        slots = list(self.model.slots.values())
+        if "gpa" not in arguments or not slots:
+            return
+        slot = slots[arguments["gpa"] // PAGE % len(slots)]
+        if name == "punch_slot":
+            slot = self.model.slots.get(arguments["slot"], slot)
+        gpa = arguments["gpa"] = slot.gpa + arguments["gpa"] % min(slot.size, 4 * PAGE)
+        if "data" in arguments:
+            arguments["data"] = arguments["data"][: slot.end - gpa]
+        elif name in ("load", "store") and gpa + arguments["size"] > slot.end:
+            arguments["gpa"] = slot.end - arguments["size"]
+        elif "size" in arguments:
+            arguments["size"] = min(arguments["size"], slot.end - gpa)
+
+    def begin(self) -> None:
+        """Nothing is bound, written, converted or wished for."""
+        self.uses_large = False
+        self.unbind()
+        self.do("convert", gpa=ALL, size=ALL_SIZE, private=self.model.v9, keep=True)
+        for number, file in enumerate(self.model.files):
+            if file.wanted:
+                self.do("punch", file=number, offset=0, size=FILE_SIZE)
+            else:
+                self.do("new_file", number=number)
+        self.do("forget", offset=0, size=MEMORY_SIZE)
+        self.do("advise", offset=0, size=MEMORY_SIZE, huge=True)
+        for cpu in range(len(self.model.stopped)):
+            self.do("reset", cpu=cpu)
+
+    def unbind(self) -> None:
+        if self.model.v9:
+            self.do("want", cpu=0, gpa=ALL, size=ALL_SIZE, private=None)
+        for slot in list(self.model.slots):
+            self.do("delete", slot=slot)
+
+    def sweep(self) -> None:
+        """Look at every page, from both sides: as it is, then private, then shared."""
+        self.look()
+        if self.model.v9:
+            self.do("want", cpu=1, gpa=ALL, size=ALL_SIZE, private=None)
+        for private in (True, False):
+            self.do("convert", gpa=ALL, size=ALL_SIZE, private=private, keep=True)
+            self.look()
+        for gpa, size in self.areas():
+            self.do("look", offset=in_memory(gpa), size=size)
+        # And what no slot has of the files.
+        self.unbind()
+        self.do("convert", gpa=ALL, size=ALL_SIZE, private=True, keep=True)
+        for number, file in enumerate(self.model.files):
+            if file.wanted and file.content.pages:
+                for gpa, size in self.areas():
+                    self.do("bind", **bind(0, (gpa, size), number, 0, None, 0, False, None))
+                    self.do("read", cpu=number, gpa=gpa, size=size)
+                    self.do("delete", slot=0)
+
+    def areas(self) -> list[tuple[int, int]]:
+        """What was used since it began: the large area takes longer than all else together."""
+        small, large = (SMALL, SMALL_PAGES * PAGE), (LARGE - PAGE, (LARGE_PAGES + 2) * PAGE)
+        return [small, large] if self.uses_large else [small]
+
+    def look(self) -> None:
+        """Have the guest read all that it can, and access once what it can't."""
+        for cpu, slot in enumerate(self.model.slots.values()):
+            for gpa, size, stops in self._runs(slot.gpa, slot.end):
+                name = "load" if stops else "read"
+                self.do(name, cpu=cpu % 2, gpa=gpa, size=1 if stops else size)
+
+    def _runs(self, gpa: int, end: int) -> Iterator[tuple[int, int, bool]]:
+        """Ranges in which the guest stops, or does not."""
+        start, stopping = gpa, False
+        for at in range(gpa, end, PAGE):
+            stops = self.model.stops(at, write=False) is not None
+            if stops != stopping:
+                if at > start:
+                    yield start, at - start, stopping
+                start, stopping = at, stops
+        yield start, end - start, stopping
+
+
+@dataclass
+class Report:
+    """What a search came to."""
+
+    seed: int
+    steps: int = 0
+    examples: int = 0
+    seconds: float = 0
+    failure: str = ""
+    #: The steps of the failure, shrunk, and the script made of them.
+    failed: Steps = field(default_factory=list)
+    script: Path | None = None
+
+
+def search(
+    abi: str,
+    *,
+    seed: int,
+    steps: int | None = None,
+    seconds: float | None = None,
+    artifacts: Path,
+    shrink_seconds: float = 60,
+    model_class: type[Model] = Model,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Report:
+    """Look for a mismatch until so many steps are taken, or so much time has passed.
+
+    Rounds, each with a VM and a seed of its own: what round N does, `seed` + N does alone.
+    """
+    report = Report(seed)
+    started = time.monotonic()
+    number = 0
+    while not report.failure:
+        report.seconds = time.monotonic() - started
+        if steps is not None and report.steps >= steps:
+            break
+        if seconds is not None and report.seconds >= seconds:
+            break
+        failed = _round(abi, seed + number, report, model_class, shrink_seconds)
+        if failed:
+            failed = fewest(abi, failed, model_class, shrink_seconds)
+            report.failed = failed
+            report.script = write_script(artifacts, abi, failed, seed + number)
+        number += 1
+        report.seconds = time.monotonic() - started
+        tell(
+            f"{report.steps} steps, {report.examples} examples, "
+            f"{report.steps / report.seconds:.1f} steps/s"
+        )
+    return report
+
+
+def _round(
+    abi: str, seed: int, report: Report, model_class: type[Model], shrink_seconds: float
+) -> Steps:
+    """Some examples in one VM; the shrunk steps of one that failed."""
+    machine: Machine | None = None
+    failed: Steps = []
+    whole: Steps = []  # of the VM in which it failed first, which may have needed what was before
+    known: set[str] = set()
+    deadline = float("inf")
+
+    @hypothesis.seed(seed)
+    @hypothesis.settings(
+        max_examples=EXAMPLES,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+        print_blob=False,
+        report_multiple_bugs=False,
+        phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
+    )
+    @hypothesis.given(examples(abi))
+    def agree(some: list[Step]) -> None:
+        nonlocal machine, deadline, whole
+        if time.monotonic() > deadline and repr(some) not in known:
+            return  # enough of shrinking: whatever has not been tried is not smaller
+        if machine is None:
+            machine = Machine(abi, model_class)
+        else:
+            machine.begin()
+        first = len(machine.done)
+        try:
+            for one in some:
+                machine.take(*one)
+                report.steps += 1
+            report.examples += 1
+            machine.sweep()
+        except BaseException:
+            # Whatever came of it may be anywhere in that VM.
+            deadline = min(deadline, time.monotonic() + shrink_seconds)
+            known.add(repr(some))
+            failed[:] = machine.done[first:]
+            whole = whole or machine.done
+            machine, broken = None, machine
+            broken.driver.close()
+            raise
+
+    try:
+        agree()
+    except MismatchError as mismatch:
+        report.failure = f"seed {seed}: {mismatch}"
+    except hypothesis.errors.FlakyFailure as flaky:
+        report.failure = f"seed {seed}, but not each time: {flaky.exceptions[0]}"
+        failed = whole
+    finally:
+        if machine is not None:
+            machine.driver.close()
+    return failed
+
+
+def fewest(abi: str, steps: Steps, model_class: type[Model], seconds: float) -> Steps:
+    """Leave out every step that the failure does not need, the last one excepted.
+
+    Hypothesis goes by what it has drawn, this by what was done, which may be less: to look at one
+    page is a part of looking at all.
+    """
+    deadline = time.monotonic() + seconds
+    size = len(steps) // 2
+    while size and time.monotonic() < deadline:
+        at = len(steps) - 1 - size
+        while at > -size and time.monotonic() < deadline:
+            rest = _failing(abi, steps[: max(at, 0)] + steps[at + size :], model_class)
+            steps = rest or steps
+            at -= size
+        size //= 2
+    return steps
+
+
+def _failing(abi: str, steps: Steps, model_class: type[Model]) -> Steps:
+    """Take the steps in a VM of their own, up to the one that fails; none if none does."""
+    machine = Machine(abi, model_class)
+    try:
+        for _, name, arguments in steps:
+            if machine.undefined(name, arguments):
+                return []
+            machine.do(name, **arguments)
+    except MismatchError:
+        return machine.done
+    finally:
+        machine.driver.close()
+    return []
+
+
+# -- the script ------------------------------------------------------------------------------------
+
+
+def write_script(folder: Path, abi: str, steps: Steps, seed: int) -> Path:
+    """Write steps as a script that needs kvmpriv alone; where it is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"replay-{abi}-{seed}.py"
+    driver = Path(model_driver.__file__).read_text(encoding="utf-8")
+    _, _, driver = driver.partition('"""\n')  # its docstring speaks of itself
+    lines = [
+        "#!/usr/bin/env python3",
+        f'"""Private memory by {abi}: steps after which it was not as it should be.',
+        "",
+        "Needs kvmpriv and nothing else.  Exit status: 1 it is not as it should be, 0 it is,",
+        "77 it can't be tried here.  The steps are at the end.",
+        '"""',
+        driver,
+        "",
+        'if __name__ == "__main__":',
+        "    steps: list[tuple[Any, str, dict[str, Any]]] = []",
+        "",
+        "    def expect(outcome: Any, name: str, **arguments: Any) -> None:",
+        "        steps.append((outcome, name, arguments))",
+        "",
+    ]
+    for expected, name, arguments in steps:
+        words = ["".join((key, "=", _literal(value))) for key, value in arguments.items()]
+        lines.append(f"    expect({', '.join([_literal(expected), repr(name), *words])})")
+    lines.append(f"    sys.exit(replay({abi!r}, steps))")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    path.chmod(0o755)
+    return path
+
+
+def _literal(value: Any) -> str:
+    """A value as source: addresses in hexadecimal, long bytes by what in them is not zero."""
+    if isinstance(value, bool) or not isinstance(value, int | tuple | bytes):
+        return repr(value)
+    if isinstance(value, int):
+        return str(value) if -10 < value < 10 else hex(value)
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_literal, value))},)"
+    if len(value) <= 64:
+        return repr(value)
+    parts = []
+    for match in re.finditer(rb"([^\0])\1{31,}|(?:([^\0])(?!\2{31}))+", value, re.DOTALL):
+        data = match[0]
+        alike = len(data) > 32 and data.count(data[:1]) == len(data)
+        what = f"({data[0]}, {len(data):#x})" if alike else repr(data)
+        parts.append(f"({match.start():#x}, {what})")
+    return f"sparse({', '.join([hex(len(value)), *parts])})"

@@ -1,0 +1,132 @@
+"""Steps that nobody has thought of, on the kernel and on a model of what both sides must see.
+
+KVMPRIV_MODEL_STEPS and KVMPRIV_MODEL_SECONDS bound a run, KVMPRIV_MODEL_SEED repeats one, and the
+script of a failure goes to the folder KVMPRIV_ARTIFACTS.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .base import missing
+from .conftest import VM_TYPES, require_v9, takes_guest_memfd
+from .helpers import hook, rule
+from .model import Model, Outcome
+from .model_driver import FILE_SIZE
+from .model_search import EXAMPLES, search, write_script
+
+#: Seconds, where nobody has said; a round that was begun is ended.
+SECONDS = 10.0
+_LIMIT = float(os.environ.get("KVMPRIV_MODEL_SECONDS") or SECONDS)
+_STEPS = int(os.environ.get("KVMPRIV_MODEL_STEPS") or 0) or None
+
+# Beside the search there may be a failure to be shrunk; a step that hangs has a limit of its own.
+pytestmark = [
+    pytest.mark.usefixtures("no_leak"),
+    pytest.mark.timeout(0 if _STEPS or _LIMIT > SECONDS else 600),
+]
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(
+            "restrictedmem",
+            marks=pytest.mark.dangerous("it writes to what a hole has left mapped"),
+        ),
+        "guest_memfd",
+    ]
+)
+def abi(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of each ABI by which a VM here has private memory."""
+    if request.param == "restrictedmem":
+        require_v9()
+    elif takes_guest_memfd(VM_TYPES["sw_protected"]) != 1:
+        missing("guest_memfd", "no VM type here has private memory")
+    with hook(on=True):
+        yield request.param
+
+
+@rule("model.both-sides", "model.errnos", "model.fault-exits", "model.refused-has-no-effect")
+def test_the_kernel_does_what_the_model_says(
+    abi: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Slots, state, wishes, holes and accesses of both sides, in any order."""
+    seed = int(os.environ.get("KVMPRIV_MODEL_SEED") or random.SystemRandom().randrange(1 << 32))
+    artifacts = Path(os.environ.get("KVMPRIV_ARTIFACTS") or tmp_path)
+
+    def tell(text: str) -> None:
+        with capfd.disabled():
+            print(f"model: {abi}: seed {seed}: {text}", flush=True)
+
+    tell("begins")
+    report = search(
+        abi,
+        seed=seed,
+        steps=_STEPS,
+        seconds=_LIMIT if not _STEPS or "KVMPRIV_MODEL_SECONDS" in os.environ else None,
+        artifacts=artifacts,
+        tell=tell,
+    )
+    assert not report.failure, (
+        f"{report.failure}\nKVMPRIV_MODEL_SEED={seed} repeats it; {report.script} does alone:\n"
+        f"{steps_of(report.script)}"
+    )
+    assert report.examples >= EXAMPLES
+    assert report.steps >= 100
+
+
+class ForgetsHoles(Model):
+    """A model that is wrong: holes take nothing away."""
+
+    def punch(self, file: int, offset: int, size: int) -> Outcome:
+        content = self.files[file].content
+        kept = dict(content.pages)
+        outcome = super().punch(file, offset, size)
+        content.pages.update(kept)
+        return outcome
+
+
+@rule("model.failures-replay")
+def test_a_failure_becomes_a_script(abi: str, tmp_path: Path) -> None:
+    """The kernel against a wrong model: few steps are left, and they fail in the same way alone."""
+    report = search(
+        abi, seed=1, steps=5000, artifacts=tmp_path, shrink_seconds=10, model_class=ForgetsHoles
+    )
+    assert report.failure
+    assert report.script is not None
+    steps = steps_of(report.script).splitlines()
+    assert 1 <= len(steps) <= 12, steps
+    assert any("'punch'" in line for line in steps)
+    status, said = run(report.script)
+    assert status == 1, said
+    assert "MISMATCH" in said
+    assert said.count(" ok ") == len(steps) - 1
+
+    # The same steps with what the right model expects: nothing is wrong with the kernel.
+    model = Model(abi, file_size=FILE_SIZE)
+    right = [(model.do(name, **arguments), name, arguments) for _, name, arguments in report.failed]
+    status, said = run(write_script(tmp_path / "right", abi, right, 1))
+    assert status == 0, said
+    assert said.count(" ok ") == len(steps)
+
+
+def steps_of(script: Path | None) -> str:
+    """The steps in a script."""
+    text = script.read_text() if script else ""
+    return "\n".join(line for line in text.splitlines() if line.startswith("    expect("))
+
+
+def run(script: Path) -> tuple[int, str]:
+    """Run a script outside of any test framework: its exit status, and what it says."""
+    done: Any = subprocess.run(
+        [sys.executable, "-I", script], capture_output=True, text=True, timeout=120
+    )
+    return done.returncode, done.stdout + done.stderr
