@@ -8,7 +8,6 @@ import os
 import select
 import signal
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Generator, Iterator
@@ -128,7 +127,7 @@ class _Process:
     def __enter__(self) -> _Process:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()  # or both of us would write what is buffered
-        self._errors = tempfile.TemporaryFile()  # __exit__ closes it
+        self._errors = os.fdopen(os.memfd_create("errors"), "w+b")
         self._pipe, writable = os.pipe()
         self._pid = os.fork()
         if self._pid == 0:

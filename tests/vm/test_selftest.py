@@ -33,13 +33,13 @@ def documents(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         if name == "restrictedmem":
             script += f" && {selftest} --ktap {rules} >{folder}/{name}.ktap"
         output = ("--output-dir", str(folder))
-        done = vm(name, "sh", "-c", script, options=output, timeout=500)
+        done = vm(name, "sh", "-c", script, options=output, timeout=900)
         assert done.returncode == 0, done.stderr + done.stdout
         found[name] = folder / f"{name}.json"
     return found
 
 
-@pytest.mark.timeout(1050)
+@pytest.mark.timeout(1900)
 @pytest.mark.parametrize(
     ("name", "release", "verdict", "abi", "passed", "skipped"),
     [
@@ -65,7 +65,7 @@ def test_what_a_kernel_has(
     assert results == dict.fromkeys(passed, "passed") | dict.fromkeys(skipped, "skipped")
 
 
-@pytest.mark.timeout(1050)
+@pytest.mark.timeout(1900)
 def test_ktap(documents: dict[str, Path]) -> None:
     tests = json.loads(documents["restrictedmem"].read_text())["tests"]
     ktap = parse(documents["restrictedmem"].with_suffix(".ktap").read_text())
@@ -75,7 +75,7 @@ def test_ktap(documents: dict[str, Path]) -> None:
         assert ktap.tests[test["test"]] == (True, why)
 
 
-@pytest.mark.timeout(1050)
+@pytest.mark.timeout(1900)
 def test_side_by_side(documents: dict[str, Path]) -> None:
     compare = [sys.executable, "-m", "kvmpriv", "selftest", "--compare"]
     a, b = documents["restrictedmem"], documents["guest_memfd"]
