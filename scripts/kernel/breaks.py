@@ -338,7 +338,7 @@ _add(
 _add(
     "hook.slot", "hook off: KVM_MEM_PRIVATE is EINVAL",
     KVM, "if («kvm_arch_has_private_mem(kvm)»)\n\t\tvalid_flags |=", "true",
-    f"{SLOTS}::test_refused",
+    f"{VEHICLE}::test_the_parameter",
 )  # fmt: skip
 _add(
     "hook.slot-on", "hook on: KVM_MEM_PRIVATE is known",
@@ -894,7 +894,6 @@ _add(
 _add(
     "fault.prefetch", "shared pages are not prefetched in place of private ones",
     MMU, "if («kvm_slot_can_be_private(slot)»)\n\t\treturn NULL;\n\n\treturn slot;", "0",
-    f"{GUESTS}::test_private_and_shared_are_two_memories",
     f"{MAPS}::test_neighbours_of_a_fault",
     append=SHADOW,
 )  # fmt: skip
@@ -1057,12 +1056,12 @@ _add(
 _add(
     "convert.joined-before", "ranges are joined with neighbours that are alike only (before)",
     PRIVATE, "if («mas_walk(&mas) == entry»)\n\t\t\tfirst =", "(mas_walk(&mas), true)",
-    f"{GUESTS}::test_private_and_shared_are_two_memories",
+    f"{GUESTS}::test_conversion_of_parts_of_a_large_range",
 )  # fmt: skip
 _add(
     "convert.joined-behind", "ranges are joined with neighbours that are alike only (behind)",
     PRIVATE, "if («mas_walk(&mas) == entry»)\n\t\t\tlast =", "(mas_walk(&mas), true)",
-    f"{GUESTS}::test_private_and_shared_are_two_memories",
+    f"{GUESTS}::test_conversion_of_parts_of_a_large_range",
 )  # fmt: skip
 _add(
     "convert.by-page", "defects 3, 14, mend/0016: a conversion is one step, however large",
@@ -1170,7 +1169,7 @@ _add(
 _add(
     "range.slot-base", "arithmetic: gfns are the slot's",
     PRIVATE, ".start = «slot->base_gfn + first»,", "first",
-    f"{GUESTS}::test_a_hole_takes_just_its_pages",
+    f"{MAPS}::test_a_hole_unmaps_just_its_pages",
 )  # fmt: skip
 _add(
     "zap.begin", "begin: the count is raised",
@@ -1267,7 +1266,7 @@ _ORDER = "«(1ULL << order) >= KVM_PAGES_PER_HPAGE(level + 1)» &&"
 _add(
     "large.order", "large mappings only where the file's page is large",
     MMU, _ORDER, "true",
-    f"{GUESTS}::test_private_and_shared_are_two_memories", f"{MAPS}::test_large_mappings",
+    f"{MAPS}::test_large_mappings",
 )  # fmt: skip
 _add(
     "large.never", "a large page of the file is mapped large",

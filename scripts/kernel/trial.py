@@ -3,9 +3,9 @@
     python trial.py '[["NAME", ["test_file.py::test", …]], …]'
 
 Lines that begin with `@@` are for mutate: `@@ NAME`, then what pytest prints while the break is in
-force, `@@ ended STATUS`; and where tests failed, which of them, tried again without the break:
-`@@ without STATUS`.  The suite is imported once for all of them: in an emulated machine that takes
-longer than most tests.
+force, `@@ ended STATUS`; where tests failed `@@ without STATUS`, when they were tried again without
+it; `@@ stuck` when a process cannot be ended.  The tests are imported once for all: in an emulated
+machine that takes longer than most of them.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 SELECTED = Path("/sys/module/restrictedmem/parameters/break")
 SUITE = Path("tests/private")
 #: Seconds for one test: spins are made to end.
 ONE = 60
+#: Our exit status when a process of ours can't be ended.
+STUCK = 99
 
 
 def tell(*words: object) -> None:
@@ -30,7 +30,9 @@ def tell(*words: object) -> None:
 
 
 def run_tests(tests: list[str]) -> int:
-    """pytest's exit status; -N when signal N ended it, which may be ours after a long time."""
+    """pytest's exit status; -N when signal N ended it, which is ours when it takes too long."""
+    import pytest
+
     sys.stdout.flush()
     pid = os.fork()
     if pid == 0:
@@ -42,20 +44,28 @@ def run_tests(tests: list[str]) -> int:
         finally:
             sys.stdout.flush()
             os._exit(code)
-    end = time.monotonic() + 4 * ONE
+    # The whole suite takes its time.
+    end = time.monotonic() + (4 * ONE if tests != [""] else 1e6)
+    killed = False
     while True:
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
             return os.waitstatus_to_exitcode(status)
         if time.monotonic() > end:
+            if killed:
+                tell("stuck")
+                os._exit(STUCK)
             os.kill(pid, signal.SIGKILL)
-            end += 1e6
+            killed, end = True, time.monotonic() + ONE / 2
         time.sleep(0.02)
 
 
 def main(jobs: list[tuple[str, list[str]]]) -> int:
     """Try them all."""
-    if code := pytest.main(["--collect-only", "-qq", "-p", "no:cacheprovider", str(SUITE)]):
+    import pytest
+
+    files = {str(SUITE / test.partition("::")[0]) for _, tests in jobs for test in tests}
+    if code := pytest.main(["--collect-only", "-qq", "-p", "no:cacheprovider", *sorted(files)]):
         return int(code)
     booted_with = SELECTED.read_text().strip()
     for name, tests in jobs:
