@@ -627,7 +627,7 @@ def fault_injection(**settings: str) -> Iterator[None]:
 @contextmanager
 def failing_allocations() -> Iterator[None]:
     """In this thread no small allocation of the kernel's own succeeds inside."""
-    more = {"task-filter": "Y", "probability": "100", "interval": "1", "times": "-1"}
+    more = {"task-filter": "Y", "probability": "100", "interval": "1", "times": "1000000"}
     with fault_injection(**more):
         # Opened before, since to open it would fail.
         marked = os.open(f"/proc/self/task/{threading.get_native_id()}/make-it-fail", os.O_RDWR)

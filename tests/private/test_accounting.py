@@ -1,0 +1,193 @@
+"""What private memory costs, and who is said to have it: before, during and after."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from pathlib import Path
+
+import psutil
+import pytest
+
+from kvmpriv import HostMemory, private
+
+from .helpers import (
+    BIG,
+    GIB,
+    HOLE,
+    KEEP_SIZE,
+    MIB,
+    PAGE,
+    SLACK,
+    Unevictable,
+    eventually,
+    fallocate,
+    in_cgroup,
+    in_child,
+    meminfo,
+    rule,
+)
+from .rigs import Rig, make_rig, only, rig
+
+__all__ = ["make_rig", "rig"]
+
+pytestmark = [pytest.mark.usefixtures("no_leak"), pytest.mark.spoiled_by("notified-in-bytes")]
+
+GPA = 4 * GIB
+
+
+class Costs:
+    """What the system and this process have more than they had."""
+
+    def __init__(self) -> None:
+        self.process = psutil.Process()
+        self.before = self._now()
+
+    def _now(self) -> dict[str, int]:
+        info = self.process.memory_full_info()
+        return {
+            "Shmem": meminfo("Shmem"),
+            "Unevictable": meminfo("Unevictable"),
+            "Mlocked": meminfo("Mlocked"),
+            "rss": info.rss,
+            "uss": info.uss,
+            "shared": info.shared,
+        }
+
+    def are(self, **expected: int) -> bool:
+        """Whether each counter has grown by what is given; 0 for those that are not."""
+        wanted = {name: expected.get(name, 0) for name in self.before}
+        self.seen: dict[str, int] = {}
+
+        def near() -> bool:
+            now = self._now()
+            self.seen = {name: now[name] - self.before[name] for name in now}
+            return all(abs(self.seen[name] - wanted[name]) <= SLACK for name in wanted)
+
+        return eventually(near)
+
+
+@rule("account.allocated", "account.touched", "account.fds")
+def test_before_during_and_after(rig: Rig) -> None:
+    """Private pages are the system's, unevictable, and no process's; v9's are shmem's."""
+    costs, fds = Costs(), costs_of_fds()
+
+    def holds(size: int) -> bool:
+        shmem = size if rig.abi is private.restrictedmem else 0
+        return costs.are(Shmem=shmem, Unevictable=size)
+
+    file = rig.file(BIG)
+    slot = rig.bind(GPA, BIG, file)
+    assert costs_of_fds() == fds + 1
+    assert holds(0), costs.seen
+    file.allocate(0, BIG // 2)
+    assert holds(BIG // 2), costs.seen
+    rig.guest.touch(GPA, PAGE, BIG // PAGE)
+    assert holds(BIG), costs.seen
+    file.punch_hole(0, BIG // 2)
+    assert holds(BIG // 2), costs.seen
+    slot.delete()
+    assert holds(BIG // 2), costs.seen
+    file.close()
+    assert holds(0), costs.seen
+    assert costs_of_fds() == fds
+
+
+def costs_of_fds() -> int:
+    return psutil.Process().num_fds()
+
+
+@rule("account.blocks")
+@pytest.mark.spoiled_by("fstat")
+@only("restrictedmem")
+def test_blocks(rig: Rig) -> None:
+    """v9: st_blocks counts the pages that the file has, st_size does not (guest_memfd's is 0)."""
+    file = rig.file(MIB)
+    rig.bind(GPA, MIB, file)
+
+    def allocated() -> int:
+        return os.fstat(file.fileno()).st_blocks * 512
+
+    assert (os.fstat(file.fileno()).st_size, allocated()) == (MIB, 0)
+    file.allocate(0, 16 * PAGE)
+    assert allocated() == 16 * PAGE
+    rig.guest.touch(GPA + 16 * PAGE, PAGE, 16)
+    assert allocated() == 32 * PAGE
+    file.punch_hole(8 * PAGE, 16 * PAGE)
+    assert allocated() == 16 * PAGE
+    assert os.fstat(file.fileno()).st_size == MIB
+
+
+@rule("account.memcg")
+def test_charged_to_who_touches(rig: Rig) -> None:
+    """Pages are charged to the cgroup of the process that makes them, and given back with them."""
+    file = rig.file(BIG)
+
+    def allocate() -> tuple[int, int]:
+        (group / "cgroup.procs").write_text(str(os.getpid()))
+        before = charged(group)
+        fallocate(file, KEEP_SIZE, 0, BIG)
+        during = charged(group)
+        fallocate(file, HOLE, 0, BIG // 2)
+        return during - before, charged(group) - before
+
+    memory = Unevictable()
+    with in_cgroup() as group:
+        during, after = in_child(allocate)
+        assert abs(during - BIG) < SLACK
+        assert abs(after - BIG // 2) < SLACK
+        assert memory.is_about(BIG // 2), "the file outlives who filled it"
+        assert charged(group) > BIG // 2 - SLACK, "and so does the charge"
+        file.punch_hole(0, BIG)
+        assert eventually(lambda: charged(group) < SLACK)
+
+
+def charged(group: Path) -> int:
+    """Pages of files charged to a cgroup, in bytes."""
+    lines = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    return int(lines["file"])
+
+
+def resident(memory: HostMemory) -> int:
+    """How much of the mapping this process has in memory, by /proc/self/smaps."""
+    start = f"{memory.userspace_addr:x}-"
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    at = next(number for number, line in enumerate(lines) if line.startswith(start))
+    rss = next(line for line in lines[at:] if line.startswith("Rss:"))
+    return int(rss.split()[1]) * 1024
+
+
+@rule("account.convert.tidy", "account.convert.keep")
+@pytest.mark.parametrize("keep", [False, True], ids=["tidy", "keep"])
+def test_conversion_and_what_it_frees(rig: Rig, keep: bool) -> None:
+    """A conversion frees what it takes out of reach, so that no page is held twice; kept, both."""
+    private_side = Unevictable()
+    with HostMemory(BIG) as memory:
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+        file = rig.file(BIG)
+        slot = rig.bind(GPA, BIG, file, memory=memory)
+        start = resident(memory)  # guards beside it may be a part of the same mapping
+        rig.guest.touch(GPA, PAGE, BIG // PAGE, byte=0x5A)
+        assert private_side.is_about(BIG)
+        assert resident(memory) == start
+
+        def convert(gpa: int, size: int, *, to_private: bool) -> None:
+            rig.abi.convert(rig.vm, gpa, size, private=to_private, keep=keep)
+
+        convert(GPA, BIG, to_private=False)
+        assert private_side.is_about(BIG if keep else 0)
+        rig.guest.touch(GPA, PAGE, BIG // PAGE, byte=0x6B)
+        assert resident(memory) - start == BIG
+        assert private_side.is_about(BIG if keep else 0), "no page is held twice"
+
+        convert(GPA + BIG // 2, BIG // 2, to_private=True)
+        assert resident(memory) - start == (BIG if keep else BIG // 2)
+        seen = rig.guest.load(GPA + BIG // 2, 1)
+        assert seen == (0x5A if keep else 0), "what was freed is zeros"
+        assert rig.guest.load(GPA + BIG // 2 - PAGE, 1) == 0x6B, "the rest is as it was"
+        rig.guest.touch(GPA + BIG // 2, PAGE, BIG // 2 // PAGE, byte=0x7C)
+        assert private_side.is_about(BIG if keep else BIG // 2)
+        assert resident(memory) - start == (BIG if keep else BIG // 2)
+        slot.delete()
+        file.close()
+        assert private_side.is_about(0)

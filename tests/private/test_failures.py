@@ -1,0 +1,350 @@
+"""No memory, no descriptors: errors, and all as it was; never a spin, a leak or a report."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+
+import pytest
+
+from kvmpriv import HostMemory, Kvm
+from kvmpriv.guest.puppet import GuestExit
+from kvmpriv.private import PrivateAbi, PrivateSlot
+
+from .base import open_fds
+from .helpers import (
+    BIG,
+    GIB,
+    MIB,
+    PAGE,
+    FailNth,
+    Unevictable,
+    answer,
+    beside,
+    child_status,
+    errno_of,
+    eventually,
+    fault_injection,
+    hook,
+    in_cgroup,
+    in_child,
+    rule,
+    vms_alive,
+    within_cpu_time,
+)
+from .rigs import Rig, make_rig, rig
+
+__all__ = ["make_rig", "rig"]
+
+pytestmark = [
+    pytest.mark.usefixtures("no_leak"),
+    pytest.mark.spoiled_by("no-page-spins", "pages-not-zeroed", "notified-in-bytes"),
+]
+
+GPA = 4 * GIB
+
+
+# -- descriptors ---------------------------------------------------------------------------------
+
+
+@rule("fail.emfile")
+def test_no_descriptor_left(rig: Rig, kvm: Kvm) -> None:
+    """EMFILE for VM, vCPU and file, and nothing is left of them."""
+    memory, vms, fds = Unevictable(), vms_alive(), open_fds()
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    asks: dict[str, Callable[[], object]] = {
+        "vm": lambda: rig.abi.create_vm(kvm).close(),
+        "vcpu": lambda: rig.vm.create_vcpu(7).close(),
+        "file": lambda: rig.abi.create_file(rig.vm, MIB).close(),
+    }
+    for name, ask in asks.items():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))
+        try:
+            said = [answer(ask) for _ in range(20)]
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        assert said == ["EMFILE"] * 20, name
+        assert answer(ask) == "ok", name
+    assert open_fds() == fds
+    assert eventually(lambda: vms_alive() == vms)
+    assert memory.is_about(0)
+
+
+@rule("fail.enfile")
+def test_no_file_left_in_the_system(rig: Rig) -> None:
+    """ENFILE for the file, to those without privilege."""
+    file_max = Path("/proc/sys/fs/file-max")
+
+    def ask() -> str:
+        with Kvm() as kvm, rig.abi.create_vm(kvm) as vm:
+            os.seteuid(65534)  # the privileged are above the limit
+            return answer(lambda: rig.abi.create_file(vm, MIB).close())
+
+    before = file_max.read_text()
+    file_max.write_text("0")
+    try:
+        assert in_child(ask) == "ENFILE"
+    finally:
+        file_max.write_text(before)
+    assert in_child(ask) == "ok"
+
+
+# -- memory --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def own_rig(abi: PrivateAbi) -> Iterator[Rig]:
+    """A rig with all of its own, for a child process."""
+    with ExitStack() as stack:
+        kvm = stack.enter_context(Kvm())
+        with hook(on=True):
+            vm = stack.enter_context(abi.create_vm(kvm))
+        yield Rig(stack, abi, vm, kvm)
+
+
+@rule("fail.memcg.killed")
+@pytest.mark.parametrize("how", ["touch", "allocate"])
+def test_over_the_limit_the_process_is_killed(rig: Rig, how: str) -> None:
+    """Private pages beyond memory.max: the OOM killer takes the process, and all goes with it."""
+    memory, vms, abi = Unevictable(), vms_alive(), rig.abi
+
+    def child() -> None:
+        (group / "cgroup.procs").write_text(str(os.getpid()))
+        with own_rig(abi) as own:
+            file = own.file(8 * BIG)
+            own.bind(GPA, 8 * BIG, file)
+            if how == "allocate":
+                file.allocate(0, 8 * BIG)
+            else:
+                own.guest.touch(GPA, PAGE, 8 * BIG // PAGE, byte=1)
+
+    with in_cgroup() as group:
+        (group / "memory.max").write_text(str(2 * BIG))
+        status, result = child_status(child)
+        assert os.WIFSIGNALED(status), result
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        events = dict(one.split() for one in (group / "memory.events").read_text().splitlines())
+        assert int(events["oom_kill"]) == 1
+        assert memory.is_about(0)
+        assert eventually(lambda: vms_alive() == vms)
+        assert eventually(lambda: int((group / "memory.current").read_text()) < 2 * MIB)
+    works(rig)
+
+
+def works(rig: Rig) -> None:
+    """A guest can have private memory, all of BIG, and it is its own."""
+    slot = rig.bind(GPA, BIG, rig.file(BIG))
+    rig.guest.touch(GPA, PAGE, BIG // PAGE, byte=0x3C)
+    assert rig.guest.load(GPA + BIG - PAGE, 1) == 0x3C
+    slot.delete()
+
+
+@rule("fail.memcg.errors", "fail.memcg.resume")
+@pytest.mark.parametrize("how", ["touch", "allocate"])
+def test_over_the_limit_where_nobody_can_be_killed(rig: Rig, how: str) -> None:
+    """KVM_RUN and fallocate fail with ENOMEM, and go on or succeed once there is memory."""
+    memory, abi = Unevictable(), rig.abi
+
+    def child() -> tuple[str, bool, bool]:
+        Path("/proc/self/oom_score_adj").write_text("-1000")
+        (group / "cgroup.procs").write_text(str(os.getpid()))
+        with own_rig(abi) as own:
+            file = own.file(2 * BIG)
+            own.bind(GPA, 2 * BIG, file)
+            own.guest.store(GPA, 8, 1)
+            now = int((group / "memory.current").read_text())
+            most.write_text(str(now + BIG))
+            with within_cpu_time(60):
+                if how == "touch":
+                    said = answer(lambda: own.guest.touch(GPA, PAGE, 2 * BIG // PAGE, byte=1))
+                    own.guest.resume()
+                else:
+                    said = answer(lambda: file.allocate(0, 2 * BIG))
+                    assert eventually(lambda: most.read_text() == "max\n")
+                    file.allocate(0, 2 * BIG)
+            kept = own.guest.load(GPA, 1) == 1
+            there = [own.guest.load(GPA + n * MIB, 1) for n in range(1, 2 * BIG // MIB)]
+            return said, kept, set(there) == {int(how == "touch")}
+
+    def lift() -> None:
+        # Without this the process could not have a page of its own, either.
+        events = dict(one.split() for one in (group / "memory.events").read_text().splitlines())
+        if int(events["oom"]):
+            time.sleep(0.3)
+            most.write_text("max")
+        time.sleep(0.02)
+
+    with in_cgroup() as group:
+        most = group / "memory.max"
+        with beside(lift):
+            assert in_child(child) == ("ENOMEM", True, True)
+        assert memory.is_about(0)
+    works(rig)
+
+
+# -- each allocation in turn ---------------------------------------------------------------------
+
+#: No call here makes more allocations than this.
+MOST = 400
+
+
+def each_failing(call: Callable[[], object], undo: Callable[[str], None]) -> list[str]:
+    """The answers to `call` with its first, second, … allocation failing, until none does.
+
+    `undo` is told each answer, and brings back what was before.
+    """
+    answers: list[str] = []
+    with fault_injection(), closing(FailNth()) as fail:
+        for number in range(1, MOST):
+            fail.start(number)
+            try:
+                call()
+                said = "ok"
+            except OSError as error:
+                said = errno_of(error.errno or 0)
+            except GuestExit as stopped:
+                said = f"exit {stopped.exit.reason}"
+            injected = fail.stop()
+            undo(said)
+            if not injected:
+                assert said == "ok"
+                return answers
+            answers.append(said)
+    raise AssertionError(f"after {MOST} rounds there still was an allocation to fail")
+
+
+def check(answers: list[str]) -> None:
+    """Failures were injected, and seen; they are ENOMEM where the kernel can't do without."""
+    assert answers, "no allocation was made to fail"
+    assert set(answers) <= {"ok", "ENOMEM"}
+    assert "ENOMEM" in answers
+
+
+@rule("fail.injected.create")
+def test_creating_a_file_with_failing_allocations(rig: Rig) -> None:
+    """ENOMEM, no descriptor and no memory left; the last one, without a failure, succeeds."""
+    fds, memory = open_fds(), Unevictable()
+    check(each_failing(lambda: rig.abi.create_file(rig.vm, MIB).close(), lambda _said: None))
+    assert open_fds() == fds
+    assert memory.is_about(0)
+
+
+@rule("fail.injected.bind")
+def test_binding_with_failing_allocations(rig: Rig) -> None:
+    """ENOMEM and no slot, or a slot."""
+    file, slots = rig.file(MIB), []
+
+    def bind() -> None:
+        slots.append(rig.abi.bind(rig.vm, GPA, MIB, file))
+
+    def undo(said: str) -> None:
+        assert len(slots) == (said == "ok")
+        if not slots:  # nothing is in the way of the twin
+            bind()
+        slots.pop().delete()
+
+    check(each_failing(bind, undo))
+    works(rig)
+
+
+@rule("fail.injected.convert")
+def test_converting_with_failing_allocations(rig: Rig) -> None:
+    """ENOMEM and everything of the kind that it was, or all of it converted."""
+    size = 40 * PAGE
+    with HostMemory(MIB) as memory:
+        memory.write(0, b"\x11" * MIB)
+        slot = rig.bind(GPA, MIB, rig.file(MIB), memory=memory)
+        rig.guest.fill(GPA, 0x22, MIB)
+        rig.convert(GPA + 20 * PAGE, PAGE, private=False)  # stays so when the conversion fails
+
+        def convert() -> None:
+            rig.convert(GPA + 4 * PAGE, size, private=False)
+
+        def undo(said: str) -> None:
+            seen = [rig.guest.load(GPA + page * PAGE, 1) for page in (3, 4, 20, 30, 43, 44)]
+            if said == "ok":
+                assert seen == [0x22, 0x11, 0x11, 0x11, 0x11, 0x22]
+                rig.convert(GPA, MIB, private=True)
+                rig.convert(GPA + 20 * PAGE, PAGE, private=False)
+            else:
+                assert seen == [0x22, 0x22, 0x11, 0x22, 0x22, 0x22]
+
+        check(each_failing(convert, undo))
+        slot.delete()
+    works(rig)
+
+
+@rule("fail.injected.punch")
+def test_punching_with_failing_allocations(rig: Rig) -> None:
+    """A hole is made, or it is ENOMEM; pages outside of it stay."""
+    slot, answers = _filled(rig), []
+
+    def undo(said: str) -> None:
+        answers.append(said)
+        if said == "ok":
+            assert rig.guest.load(GPA + 8 * PAGE, 1) == 0
+        assert rig.guest.load(GPA + 7 * PAGE, 1) == 0x22
+        assert rig.guest.load(GPA + 16 * PAGE, 1) == 0x22
+        rig.guest.fill(GPA + 8 * PAGE, 0x22, 8 * PAGE)
+
+    injected = each_failing(lambda: slot.punch_hole(GPA + 8 * PAGE, 8 * PAGE), undo)
+    assert set(answers) <= {"ok", "ENOMEM"}
+    assert len(answers) == len(injected) + 1
+    works_beside(rig, slot)
+
+
+@rule("fail.injected.allocate")
+def test_allocating_with_failing_allocations(rig: Rig) -> None:
+    """ENOMEM and no page of it stays, or all of them; pages that were there stay."""
+    memory, slot = Unevictable(), _filled(rig)
+
+    def undo(said: str) -> None:
+        assert said in ("ok", "ENOMEM")
+        assert rig.guest.load(GPA, 1) == 0x22
+        slot.punch_hole(GPA + MIB, MIB)
+        assert rig.guest.load(GPA + MIB, 1) == 0
+        slot.punch_hole(GPA + MIB, PAGE)
+
+    answers = each_failing(lambda: slot.allocate(GPA + MIB, 8 * PAGE), undo)
+    check(answers)
+    assert memory.is_about(MIB)
+    works_beside(rig, slot)
+
+
+@rule("fail.injected.fault")
+def test_first_touches_with_failing_allocations(rig: Rig) -> None:
+    """KVM_RUN fails with ENOMEM and goes on at the next call, with zeros at first touch."""
+    slot, at = _filled(rig), GPA + MIB
+
+    def touch() -> None:
+        assert rig.guest.load(at, 1) == 0
+
+    def undo(said: str) -> None:
+        if said != "ok":
+            assert rig.guest.resume() == 0
+        rig.guest.store(at, 1, 0x33)
+        assert rig.guest.load(at, 1) == 0x33
+        slot.punch_hole(at, PAGE)
+        assert rig.guest.load(at, 1) == 0
+        slot.punch_hole(at, PAGE)
+
+    check(each_failing(touch, undo))
+    works_beside(rig, slot)
+
+
+def _filled(rig: Rig) -> PrivateSlot:
+    """A slot of 2 MiB whose first half the guest has written to."""
+    slot = rig.bind(GPA, 2 * MIB, rig.file(2 * MIB))
+    rig.guest.fill(GPA, 0x22, MIB)
+    return slot
+
+
+def works_beside(rig: Rig, slot: PrivateSlot) -> None:
+    assert rig.guest.load(GPA, 1) == 0x22
+    slot.delete()
+    works(rig)

@@ -1,0 +1,251 @@
+"""Races for a bounded number of rounds: nothing stale is read after them, nothing stays stuck."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, suppress
+
+import pytest
+
+from kvmpriv import HostMemory, private
+from kvmpriv.cdefs import kvm as k
+from kvmpriv.guest.puppet import PuppetCpu
+
+from .helpers import BIG, GIB, MIB, PAGE, ROUNDS, Unevictable, beside, rounds, rule
+from .rigs import MakeRig, Rig, make_rig, rig
+
+__all__ = ["make_rig", "rig"]
+
+pytestmark = [
+    pytest.mark.usefixtures("no_leak"),
+    pytest.mark.spoiled_by("notified-in-bytes", "pages-not-zeroed"),
+]
+
+GPA, SIZE = 4 * GIB, 2 * MIB
+
+
+def settles(rig: Rig, gpa: int = GPA) -> None:
+    """Private memory works as ever: it is written, taken by a hole, and there again."""
+    slot = next(one for one in rig.vm.slots.values() if one.guest_phys_addr <= gpa < one.end)
+    assert isinstance(slot, private.PrivateSlot)
+    rig.convert(gpa, PAGE, private=True)
+    for cpu in rig.guest.cpus:
+        cpu.write(gpa, b"works")
+        assert cpu.read(gpa, 5) == b"works"
+        slot.punch_hole(gpa, PAGE)
+        assert cpu.read(gpa, 5) == bytes(5), "nothing stale"
+
+
+@rule("race.hole-against-fault.each", "race.allocation-against-fault")
+def test_no_hole_is_refilled_with_what_was(make_rig: MakeRig) -> None:
+    """While another vCPU faults and pages are allocated around it, each hole reads as zeros."""
+    rig = make_rig(cpus=2)
+    file = rig.file(SIZE)
+    rig.bind(GPA, SIZE, file)
+    other = rig.guest.cpus[1]
+
+    def fill() -> None:
+        file.allocate(0, SIZE)
+
+    def touch() -> None:
+        other.touch(GPA + PAGE // 2, PAGE, 64, byte=0x77)
+
+    turns = 0
+    with beside(touch) as touched, beside(fill) as filled:
+        for turn in rounds(200):
+            rig.guest.store(GPA + 8 * PAGE, 8, turn + 1)
+            rig.guest.store(GPA + 40 * PAGE, 8, turn + 1)
+            file.punch_hole(8 * PAGE, (1 + turn % 33) * PAGE)
+            assert rig.guest.load(GPA + 8 * PAGE, 8) == 0, f"stale after hole {turn}"
+            expected = 0 if turn % 33 == 32 else turn + 1
+            assert rig.guest.load(GPA + 40 * PAGE, 8) == expected, f"beside hole {turn}"
+            turns += 1
+    assert turns >= ROUNDS
+    assert min(touched[0], filled[0]) > 0
+    settles(rig)
+
+
+@rule("race.hole-against-slot", "race.allocation-against-slot")
+@pytest.mark.spoiled_by("notifiers-unlocked")
+def test_holes_against_slots_in_use(make_rig: MakeRig) -> None:
+    """A slot comes and goes under a running guest while its file is punched and filled."""
+    rig = make_rig(cpus=2)
+    file, other = rig.file(SIZE), rig.guest.cpus[1]
+    other.serve = lambda _cpu, _exit: True  # no slot: try again
+    rig.convert(GPA, SIZE, private=True)
+
+    def change() -> None:
+        file.punch_hole(0, SIZE // 2)
+        file.allocate(0, SIZE // 2)
+
+    def leave_a_slot() -> None:
+        with suppress(OSError):  # there is one
+            rig.abi.bind(rig.vm, GPA, SIZE, file)
+
+    turns = 0
+    with (
+        beside(change) as changed,
+        beside(lambda: other.touch(GPA, PAGE, 8, byte=1)),
+        ExitStack() as stack,
+    ):
+        stack.callback(leave_a_slot)  # without one the other vCPU would try for ever
+        for turn in rounds(150):
+            slot = rig.abi.bind(rig.vm, GPA, SIZE, file)
+            rig.guest.store(GPA + SIZE // 2, 8, turn + 1)
+            slot.delete()
+            slot = rig.abi.bind(rig.vm, GPA, SIZE, file)
+            assert rig.guest.load(GPA + SIZE // 2, 8) == turn + 1, "what no hole took is there"
+            slot.delete()
+            turns += 1
+    assert turns >= ROUNDS
+    assert changed[0] > 0
+    settles(rig)
+
+
+@rule("race.conversion-against-fault.two")
+def test_conversions_against_two_vcpus(make_rig: MakeRig) -> None:
+    """Each of two vCPUs counts in a word of one page: no increment is lost, whichever its kind."""
+    rig = make_rig(cpus=2)
+    with HostMemory(SIZE) as memory:
+        slot = rig.bind(GPA, SIZE, rig.file(SIZE), memory=memory)
+        for cpu in rig.guest.cpus:
+            cpu.serve = _again
+
+        def count(number: int) -> None:
+            rig.guest.cpus[number].increment(GPA + 8 * number, 50)
+
+        with beside(lambda: count(0)) as first, beside(lambda: count(1)) as second:
+            for turn in rounds(200):
+                rig.convert(GPA, PAGE if turn % 3 else SIZE, private=bool(turn % 2))
+        assert turn + 1 >= ROUNDS
+        totals = [0, 0]
+        for private_side in (True, False):
+            rig.convert(GPA, PAGE, private=private_side)
+            for number in (0, 1):
+                totals[number] += rig.guest.load(GPA + 8 * number, 8)
+        assert totals == [50 * first[0], 50 * second[0]]
+        assert min(totals) > 0
+        settles(rig)
+        slot.delete()
+
+
+def _again(_cpu: PuppetCpu, exit_: object) -> bool:
+    """A fault exit of a page that is being converted: by now it may be what the guest wants."""
+    return getattr(exit_, "reason", 0) in (38, 39)
+
+
+@rule("race.conversion-against-slot")
+def test_conversions_against_slots(rig: Rig) -> None:
+    """Ranges are converted while the slot there comes and goes: the last conversion holds."""
+    file = rig.file(SIZE)
+    with HostMemory(SIZE) as memory:
+        memory.write(0, b"host")
+        rig.bind(GPA, SIZE, file, memory=memory).delete()
+        kinds = [True]
+
+        def convert() -> None:
+            kinds.append(not kinds[-1])
+            rig.convert(GPA, SIZE, private=kinds[-1])
+
+        turns = 0
+        with beside(convert):
+            for turn in rounds(150):
+                slot = rig.abi.bind(rig.vm, GPA, SIZE, file, memory=memory)
+                slot.delete()
+                turns = turn + 1
+        assert turns >= ROUNDS
+        assert len(kinds) > 1
+        slot = rig.abi.bind(rig.vm, GPA, SIZE, file, memory=memory)
+        assert rig.guest.read(GPA, 4) == (bytes(4) if kinds[-1] else b"host")
+        settles(rig)
+        slot.delete()
+
+
+@rule("race.conversion-against-conversion", "race.conversion-against-hole")
+def test_conversions_against_each_other(rig: Rig) -> None:
+    """Overlapping ranges from two threads, and holes: each page is of one kind in the end."""
+    with HostMemory(SIZE) as memory:
+        memory.write(0, b"\x11" * SIZE)
+        file = rig.file(SIZE)
+        slot = rig.bind(GPA, SIZE, file, memory=memory)
+        rig.guest.fill(GPA, 0x22, SIZE)
+        with (
+            beside(lambda: rig.convert(GPA, SIZE // 2 + 7 * PAGE, private=False)) as to_shared,
+            beside(lambda: file.punch_hole(SIZE - PAGE, PAGE)) as holes,
+        ):
+            for turn in rounds(150):
+                rig.convert(GPA + SIZE // 4, SIZE // 2, private=True)
+                seen = rig.guest.load(GPA + SIZE // 2, 1)
+                assert seen in (0x11, 0x22), f"round {turn}: neither side's byte"
+        assert turn + 1 >= ROUNDS
+        assert min(to_shared[0], holes[0]) > 0
+        rig.convert(GPA, SIZE // 2, private=False)
+        rig.convert(GPA + SIZE // 2, SIZE // 2, private=True)
+        assert rig.guest.span(GPA, 0x11, SIZE // 2) == SIZE // 2
+        rest = SIZE // 2 - PAGE
+        assert rig.guest.span(GPA + SIZE // 2, 0x22, rest) == rest
+        settles(rig)
+        slot.delete()
+
+
+@rule("race.slot-against-access")
+def test_slots_against_two_vcpus(make_rig: MakeRig) -> None:
+    """A slot that comes and goes under two vCPUs: they exit or they work, and no write is lost."""
+    rig = make_rig(cpus=2)
+    file = rig.file(SIZE)
+    rig.bind(GPA, SIZE, file)
+    reasons: set[int] = set()
+
+    def serve(_cpu: PuppetCpu, exit_: object) -> bool:
+        reasons.add(exit_.reason)  # type: ignore[attr-defined]
+        return True
+
+    for cpu in rig.guest.cpus:
+        cpu.serve = serve
+    # Stores that are not served by the slot are MMIO, and lost; loads are not counted on.
+    with (
+        beside(lambda: rig.guest.touch(GPA, PAGE, 16)) as first,
+        beside(lambda: rig.guest.cpus[1].touch(GPA + PAGE, PAGE, 16)) as second,
+    ):
+        turns = 0
+        for turn in rounds(150):
+            turns = turn + 1
+            next(one for one in rig.vm.slots.values() if one.guest_phys_addr == GPA).delete()
+            rig.abi.bind(rig.vm, GPA, SIZE, file)
+    assert turns >= ROUNDS
+    assert min(first[0], second[0]) > 0
+    assert reasons <= {k.KVM_EXIT_MMIO if rig.abi is private.restrictedmem else 39}
+    for cpu in rig.guest.cpus:
+        cpu.serve = None
+    settles(rig)
+
+
+@rule("race.vm-against-hole", "race.file-against-hole")
+@pytest.mark.spoiled_by("vm-closed-during-hole")
+def test_vms_closed_during_holes(make_rig: MakeRig) -> None:
+    """VMs come and go while the file is punched; guest_memfd: while the VM's own file is."""
+    memory = Unevictable()
+    turns = 0
+    with ExitStack() as stack:
+        rig = make_rig()
+        if rig.abi is private.restrictedmem:
+            file = stack.enter_context(rig.abi.create_file(rig.vm, BIG))
+        for turn in rounds(6, 4, least=2):
+            one = make_rig()
+            if rig.abi is private.guest_memfd:
+                file = stack.enter_context(one.abi.create_file(one.vm, BIG))
+            one.bind(GPA, MIB, file)
+            one.guest.fill(GPA, turn, MIB)
+
+            def change(punched: object = file) -> None:
+                with suppress(ValueError):  # closed
+                    punched.punch_hole(0, BIG)  # type: ignore[attr-defined]
+                    punched.allocate(0, MIB)  # type: ignore[attr-defined]
+
+            with beside(change) as holes:
+                one.guest.touch(GPA, PAGE, 64, byte=1)
+                one.guest.close()
+                one.vm.close()
+            assert holes[0] > 0
+            turns += 1
+    assert turns >= 2
+    assert memory.is_about(0)
