@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 SETUP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-debug test-literal soak check kernels cdefs bench clean packages
+.PHONY: help demo test test-debug test-literal soak calibrate check kernels cdefs bench clean packages
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -32,12 +32,16 @@ soak: kernels  ## the model against each kernel, an hour each (HOURS=, STEPS=, S
 	scripts/soak restrictedmem
 	scripts/soak guest_memfd
 
+calibrate: kernels  ## our suite beside the kernel's own C selftests, case by case
+	scripts/kernel/calibrate
+
 check: $(SETUP)  ## lint, format, types, unit tests: under a minute
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	MYPYPATH=scripts/kernel $(BIN)/mypy --config-file= --strict scripts/vm
 	MYPYPATH=scripts/kernel $(BIN)/mypy --config-file= --strict scripts/kernel/build
+	MYPYPATH=scripts/kernel $(BIN)/mypy --config-file= --strict scripts/kernel/calibrate
 	MYPYPATH=scripts/kernel $(BIN)/mypy --config-file= --strict scripts/kernel/mutate scripts/kernel/trial.py
 	$(BIN)/python -m pytest -q tests/unit
 
