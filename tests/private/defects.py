@@ -47,7 +47,7 @@ _ALL = (
         "private-fault-without-file",
         "a guest that wants private memory where the slot has no file gets a page of no file",
         4,
-        dangerous="NULL dereference",
+        dangerous="panic, NULL pointer dereference",
     ),
     Defect(
         "private-flag-cleared",
@@ -82,7 +82,7 @@ _ALL = (
         "far-conversion",
         "a conversion that reaches far beyond a small slot writes behind the slot's arrays",
         14,
-        dangerous="page fault in the kernel, or memory corruption",
+        dangerous="panic, page fault in kvm_arch_gfns_converted; or memory corruption",
     ),
     Defect("drop-caches", "writing to drop_caches frees pages that the guest has mapped"),
     Defect("size-0-frees", "ftruncate to 0 of a file without a size frees pages and tells nobody"),

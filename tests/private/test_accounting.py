@@ -31,7 +31,7 @@ from .rigs import Rig, make_rig, only, rig
 
 __all__ = ["make_rig", "rig"]
 
-pytestmark = [pytest.mark.usefixtures("no_leak"), pytest.mark.spoiled_by("notified-in-bytes")]
+pytestmark = pytest.mark.usefixtures("no_leak")
 
 GPA = 4 * GIB
 
@@ -68,6 +68,7 @@ class Costs:
 
 
 @rule("account.allocated", "account.touched", "account.fds")
+@pytest.mark.spoiled_by("notified-in-bytes")
 def test_before_during_and_after(rig: Rig) -> None:
     """Private pages are the system's, unevictable, and no process's; v9's are shmem's."""
     costs, fds = Costs(), costs_of_fds()
@@ -158,6 +159,7 @@ def resident(memory: HostMemory) -> int:
 
 
 @rule("account.convert.tidy", "account.convert.keep")
+@pytest.mark.spoiled_by("notified-in-bytes", "pages-not-zeroed")
 @pytest.mark.parametrize("keep", [False, True], ids=["tidy", "keep"])
 def test_conversion_and_what_it_frees(rig: Rig, keep: bool) -> None:
     """A conversion frees what it takes out of reach, so that no page is held twice; kept, both."""

@@ -41,10 +41,7 @@ from .rigs import Rig, make_rig, rig
 
 __all__ = ["make_rig", "rig"]
 
-pytestmark = [
-    pytest.mark.usefixtures("no_leak"),
-    pytest.mark.spoiled_by("no-page-spins", "pages-not-zeroed", "notified-in-bytes"),
-]
+pytestmark = pytest.mark.usefixtures("no_leak")
 
 GPA = 4 * GIB
 
@@ -145,6 +142,7 @@ def works(rig: Rig) -> None:
 
 
 @rule("fail.memcg.errors", "fail.memcg.resume")
+@pytest.mark.spoiled_by("no-page-spins", "pages-not-zeroed")
 @pytest.mark.parametrize("how", ["touch", "allocate"])
 def test_over_the_limit_where_nobody_can_be_killed(rig: Rig, how: str) -> None:
     """KVM_RUN and fallocate fail with ENOMEM, and go on or succeed once there is memory."""
@@ -253,6 +251,7 @@ def test_binding_with_failing_allocations(rig: Rig) -> None:
 
 
 @rule("fail.injected.convert")
+@pytest.mark.spoiled_by("failed-conversion-erases")
 def test_converting_with_failing_allocations(rig: Rig) -> None:
     """ENOMEM and everything of the kind that it was, or all of it converted."""
     size = 40 * PAGE
@@ -280,6 +279,7 @@ def test_converting_with_failing_allocations(rig: Rig) -> None:
 
 
 @rule("fail.injected.punch")
+@pytest.mark.spoiled_by("notified-in-bytes")
 def test_punching_with_failing_allocations(rig: Rig) -> None:
     """A hole is made, or it is ENOMEM; pages outside of it stay."""
     slot, answers = _filled(rig), []
@@ -299,6 +299,7 @@ def test_punching_with_failing_allocations(rig: Rig) -> None:
 
 
 @rule("fail.injected.allocate")
+@pytest.mark.spoiled_by("notified-in-bytes", "pages-not-zeroed")
 def test_allocating_with_failing_allocations(rig: Rig) -> None:
     """ENOMEM and no page of it stays, or all of them; pages that were there stay."""
     memory, slot = Unevictable(), _filled(rig)
@@ -317,6 +318,7 @@ def test_allocating_with_failing_allocations(rig: Rig) -> None:
 
 
 @rule("fail.injected.fault")
+@pytest.mark.spoiled_by("no-page-spins", "notified-in-bytes", "pages-not-zeroed")
 def test_first_touches_with_failing_allocations(rig: Rig) -> None:
     """KVM_RUN fails with ENOMEM and goes on at the next call, with zeros at first touch."""
     slot, at = _filled(rig), GPA + MIB
