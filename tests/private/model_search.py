@@ -337,6 +337,21 @@ class Machine:
                 name, arguments = "load", {k: arguments[k] for k in ("cpu", "gpa")} | {"size": 1}
         self.do(name, **arguments)
 
+    def failing(self, steps: Steps) -> Steps:
+        """Take the steps up to the one that fails, and return these; none if none does."""
+        first = len(self.done)
+        try:
+            for _, name, arguments in steps:
+                if self.undefined(name, arguments):
+                    return []
+                self.do(name, **arguments)
+        except MismatchError:
+            return self.done[first:]
+        return []
+
+    def close(self) -> None:
+        self.driver.close()
+
     def undefined(self, name: str, arguments: dict[str, Any]) -> bool:
         """The model does not say what comes of this step."""
         model = self.model
@@ -363,11 +378,8 @@ class Machine:
         self.uses_large = False
         self.unbind()
         self.do("convert", gpa=ALL, size=ALL_SIZE, private=self.model.v9, keep=True)
-        for number, file in enumerate(self.model.files):
-            if file.wanted:
-                self.do("punch", file=number, offset=0, size=FILE_SIZE)
-            else:
-                self.do("new_file", number=number)
+        for number in range(len(self.model.files)):
+            self.do("new_file", number=number)
         self.do("forget", offset=0, size=MEMORY_SIZE)
         self.do("advise", offset=0, size=MEMORY_SIZE, huge=True)
         for cpu in range(len(self.model.stopped)):
@@ -463,7 +475,7 @@ def search(
             break
         failed = _round(abi, seed + number, report, model_class, shrink_seconds)
         if failed:
-            failed = fewest(abi, failed, model_class, shrink_seconds)
+            failed = fewest(abi, failed, model_class)
             report.failed = failed
             report.script = write_script(artifacts, abi, failed, seed + number)
         number += 1
@@ -518,7 +530,7 @@ def _round(
             failed[:] = machine.done[first:]
             whole = whole or machine.done
             machine, broken = None, machine
-            broken.driver.close()
+            broken.close()
             raise
 
     try:
@@ -530,41 +542,37 @@ def _round(
         failed = whole
     finally:
         if machine is not None:
-            machine.driver.close()
+            machine.close()
     return failed
 
 
-def fewest(abi: str, steps: Steps, model_class: type[Model], seconds: float) -> Steps:
-    """Leave out every step that the failure does not need, the last one excepted.
+def fewest(abi: str, steps: Steps, model_class: type[Model]) -> Steps:
+    """Leave out every step that the failure does not need.
 
     Hypothesis goes by what it has drawn, this by what was done, which may be less: to look at one
     page is a part of looking at all.
     """
-    deadline = time.monotonic() + seconds
-    size = len(steps) // 2
-    while size and time.monotonic() < deadline:
-        at = len(steps) - 1 - size
-        while at > -size and time.monotonic() < deadline:
-            rest = _failing(abi, steps[: max(at, 0)] + steps[at + size :], model_class)
-            steps = rest or steps
-            at -= size
-        size //= 2
-    return steps
-
-
-def _failing(abi: str, steps: Steps, model_class: type[Model]) -> Steps:
-    """Take the steps in a VM of their own, up to the one that fails; none if none does."""
-    machine = Machine(abi, model_class)
+    machine: Machine | None = None
     try:
-        for _, name, arguments in steps:
-            if machine.undefined(name, arguments):
-                return []
-            machine.do(name, **arguments)
-    except MismatchError:
-        return machine.done
+        size = len(steps) // 2
+        while size:
+            at = len(steps) - 1 - size
+            while at > -size:
+                rest = steps[: max(at, 0)] + steps[at + size :]
+                if machine is None:
+                    machine = Machine(abi, model_class)
+                else:
+                    machine.begin()
+                if failing := machine.failing(rest):
+                    steps = failing
+                    machine, broken = None, machine
+                    broken.close()
+                at -= size
+            size //= 2
     finally:
-        machine.driver.close()
-    return []
+        if machine is not None:
+            machine.close()
+    return steps
 
 
 # -- the script ------------------------------------------------------------------------------------
