@@ -61,7 +61,7 @@ _ALL = (
         "fstat",
         "fstat, and any stat by /proc, has shmem take another file system's inode for its own",
         9,
-        dangerous="oops, memory corruption or a hang",
+        dangerous="panic, NULL pointer dereference; or memory corruption, or a hang",
     ),
     Defect("pages-migrate", "compaction moves private pages away from under their guest", 9),
     Defect(
