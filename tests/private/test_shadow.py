@@ -167,6 +167,7 @@ def test_emulated_reads(shadowed: Shadowed) -> None:
     shadowed.host_writes(DATA, b"host")
     _, exits = shadowed.runs(CODE)
     assert exits == [IoExit(2, True, PORT, 4, 1, b"host")]
+    assert shadowed.guest.read(DATA, 4) == b"mine", "which is not what it reads"
     shadowed.rig.convert(DATA, PAGE, private=False)
     shadowed.guest.write(DATA, b"both")
     _, exits = shadowed.runs(CODE)
