@@ -238,11 +238,11 @@ class PuppetCpu:
 
     def store(self, gpa: int, size: int, value: int) -> None:
         """One store of 1, 2, 4 or 8 bytes."""
-        self._one("store", _seen(gpa), _sized(size, 8), value, shows=(gpa, size))
+        self._ask(_nothing, "store", _seen(gpa), _sized(size, 8), value, shows=(gpa, size))
 
     def out(self, port: int, size: int, value: int) -> None:
         """One OUT of 1, 2 or 4 bytes.  It is an exit: see `serve`."""
-        self._one("out", value, _sized(size, 4), port)
+        self._ask(_nothing, "out", value, _sized(size, 4), port)
 
     def in_(self, port: int, size: int) -> int:
         """One IN of 1, 2 or 4 bytes: an exit; `serve` puts the answer into the vCPU's page."""
@@ -250,17 +250,23 @@ class PuppetCpu:
 
     def hypercall(self, number: int, *arguments: int) -> int:
         """A hypercall of KVM's with up to four arguments; returns rax, signed."""
+        return self._hypercall(int, number, *arguments)
+
+    def _hypercall(self, then: Callable[[int], _T], number: int, *arguments: int) -> _T:
         four = (*arguments, 0, 0, 0, 0)[:4]
-        result = self._one(self._puppet.hypercall_instruction, number, *four)
-        return result - (result >> 63 << 64)
+        instruction = self._puppet.hypercall_instruction
+        return self._ask(lambda rax: then(rax - (rax >> 63 << 64)), instruction, number, *four)
 
     def cpuid(self, leaf: int, index: int = 0) -> tuple[int, int, int, int]:
         """(eax, ebx, ecx, edx) as the guest sees them."""
         buffer = self._cell + _BUFFER
-        self._one("cpuid", leaf, index, buffer)
-        raw = self._puppet.memory.read(buffer, 16)
-        eax, ebx, ecx, edx = (int.from_bytes(raw[n : n + 4], "little") for n in (0, 4, 8, 12))
-        return eax, ebx, ecx, edx
+
+        def four(_: int) -> tuple[int, int, int, int]:
+            raw = self._puppet.memory.read(buffer, 16)
+            eax, ebx, ecx, edx = (int.from_bytes(raw[n : n + 4], "little") for n in (0, 4, 8, 12))
+            return eax, ebx, ecx, edx
+
+        return self._ask(four, "cpuid", leaf, index, buffer)
 
     def rdtsc(self) -> int:
         return self._one("rdtsc")
@@ -269,7 +275,7 @@ class PuppetCpu:
         return self._one("rdmsr", index)
 
     def wrmsr(self, index: int, value: int) -> None:
-        self._one("wrmsr", index, value)
+        self._ask(_nothing, "wrmsr", index, value)
 
     def run(self, gpa: int, argument: int = 0) -> int:
         """Call the code at `gpa` (which must not leave its 2 MiB) with rdi set; returns its rax."""
@@ -286,15 +292,18 @@ class PuppetCpu:
         if size % PAGE_SIZE:
             raise ValueError(f"{size:#x} bytes are not a number of pages")
         attributes = k.KVM_MAP_GPA_RANGE_ENCRYPTED if private else k.KVM_MAP_GPA_RANGE_DECRYPTED
-        answer = self.hypercall(k.KVM_HC_MAP_GPA_RANGE, gpa, size // PAGE_SIZE, attributes)
-        if answer:
-            kind = "private" if private else "shared"
-            errno = _errno.ENOSYS if answer == -_KVM_ENOSYS else -answer
-            raise os_error(errno, f"KVM_HC_MAP_GPA_RANGE({gpa:#x}, {size:#x} bytes, {kind})")
+
+        def judge(answer: int) -> None:
+            if answer:
+                kind = "private" if private else "shared"
+                errno = _errno.ENOSYS if answer == -_KVM_ENOSYS else -answer
+                raise os_error(errno, f"KVM_HC_MAP_GPA_RANGE({gpa:#x}, {size:#x} bytes, {kind})")
+
+        self._hypercall(judge, k.KVM_HC_MAP_GPA_RANGE, gpa, size // PAGE_SIZE, attributes)
 
     def halt(self) -> None:
         """HLT.  It is an exit; `resume` goes on behind it."""
-        self._one("halt")
+        self._ask(_nothing, "halt")
 
     def resume(self) -> Any:
         """Go on with the command that raised GuestExit; returns what it would have."""
@@ -307,8 +316,19 @@ class PuppetCpu:
     # -- how it is told ------------------------------------------------------------------------
 
     def _one(self, name: str, *arguments: int, shows: tuple[int, int] = _OP_NONE) -> int:
-        def steps() -> _Steps[int]:
-            return (yield name, arguments, shows)
+        return self._ask(int, name, *arguments, shows=shows)
+
+    def _ask(
+        self,
+        then: Callable[[int], _T],
+        name: str,
+        *arguments: int,
+        shows: tuple[int, int] = _OP_NONE,
+    ) -> _T:
+        """One step; `then` makes of its result what the command returns."""
+
+        def steps() -> _Steps[_T]:
+            return then((yield name, arguments, shows))
 
         return self._do(steps())
 
@@ -339,15 +359,21 @@ class PuppetCpu:
 
     def _enter(self) -> None:
         """Run until the command is done."""
+        stopped = self._run_on()
+        if stopped is not None:
+            # Not there: whoever keeps the exception would keep `page`, and with it the vCPU's.
+            raise stopped
+
+    def _run_on(self) -> GuestExit | GuestCrash | None:
         vcpu, page = self.vcpu, self.vcpu.page
         while True:
             reason = vcpu.run()
             if reason == k.KVM_EXIT_IO:
                 port = page.io.port
                 if port == self.done_port:
-                    return
+                    return None
                 if port == boot.CRASH_PORT:
-                    raise self._exception()
+                    return self._exception()
             elif reason == k.KVM_EXIT_INTR:
                 continue
             exit_ = vcpu.exit()
@@ -359,8 +385,8 @@ class PuppetCpu:
                 k.KVM_EXIT_FAIL_ENTRY,
                 k.KVM_EXIT_INTERNAL_ERROR,
             ):
-                raise self._crash(crash.describe_exit(exit_))
-            raise GuestExit(self, exit_)
+                return self._crash(crash.describe_exit(exit_))
+            return GuestExit(self, exit_)
 
     def _exception(self) -> GuestCrash:
         rsp = self.vcpu.get_regs().rsp
@@ -418,7 +444,7 @@ class Puppet(PuppetCpu):
         with ExitStack() as stack:
             self.memory = stack.enter_context(HostMemory(HOME_SIZE))
             self.slot = vm.map(self.memory, home, slot=slot)
-            stack.callback(self.slot.delete)
+            stack.callback(lambda: None if vm.closed else self.slot.delete())
             self.memory.write(_CODE, PUPPET)
             boot.write_handlers(self.memory, _IDT, _HANDLERS)
             #: Every vCPU; this object first.
@@ -464,6 +490,10 @@ def _hypercall_instruction() -> str:
     """The processor's own: KVM would patch the other into the guest's code."""
     with Path("/proc/cpuinfo").open(encoding="utf-8", errors="replace") as file:
         return "vmcall" if "GenuineIntel" in file.read(4096) else "vmmcall"
+
+
+def _nothing(_: int) -> None:
+    pass
 
 
 def _sized(size: int, most: int) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 from .. import libc
 from ..fd import Fd
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
     from ..memory import HostMemory
     from ..vm import Held, Vm
 
-__all__ = ["PrivateFile", "PrivateSlot", "bind_slot", "discard"]
+__all__ = ["PrivateFile", "PrivateSlot", "bind_slot", "conversions", "converted"]
+
+#: VM -> how many conversions it has had by `convert`.
+conversions: WeakKeyDictionary[Vm, int] = WeakKeyDictionary()
 
 HOLE = libc.FALLOC_FL_PUNCH_HOLE | libc.FALLOC_FL_KEEP_SIZE
 
@@ -149,19 +153,23 @@ def bind_slot(
     return new
 
 
-def discard(vm: Vm, gpa: int, size: int, *, private: bool) -> None:
-    """Free the private (or the shared) pages of a range, as far as slots made by `bind` have it.
+def converted(vm: Vm, gpa: int, size: int, *, private: bool, keep: bool) -> None:
+    """A range has been made private, or shared; the caller holds the VM's `slots_lock`.
 
-    For what a conversion has put out of the guest's reach.  What another slot of the VM has at
-    another address stays.  OSError from fallocate(2) or madvise(2).
+    Unless they are to be kept, frees the pages that the guest can't reach any more, as far as slots
+    made by `bind` have them.  What another slot of the VM has at another address stays.  OSError
+    from fallocate(2) or madvise(2).
     """
+    conversions[vm] = conversions.get(vm, 0) + 1
+    if keep:
+        return
     for slot in [one for one in vm.slots.values() if isinstance(one, PrivateSlot)]:
         start = max(gpa, slot.guest_phys_addr) - slot.guest_phys_addr
         end = min(gpa + size, slot.end) - slot.guest_phys_addr
         if start >= end:
             continue
         others = [one for one in vm.slots.values() if one is not slot]
-        if private:
+        if not private:
             used = [range_ for other in others for range_ in _in_file(other, slot.file)]
             for first, last in _without(used, slot.offset + start, slot.offset + end):
                 slot.file.fallocate_held(HOLE, first, last - first)

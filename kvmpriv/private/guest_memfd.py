@@ -14,7 +14,7 @@ from ..cdefs import guest_memfd
 from ..faults import FaultLayout, register_fault_layout
 from ..vm import Slot
 from ..wakeup import uninterrupted
-from .backing import PrivateFile, PrivateSlot, bind_slot, discard
+from .backing import PrivateFile, PrivateSlot, bind_slot, converted
 
 if TYPE_CHECKING:
     from ..kvm import Kvm
@@ -194,8 +194,7 @@ def convert(vm: Vm, gpa: int, size: int, *, private: bool, keep: bool = False) -
     with vm.slots_lock:
         attributes = guest_memfd.KVM_MEMORY_ATTRIBUTE_PRIVATE if private else 0
         set_memory_attributes(vm, gpa, size, attributes)
-        if not keep:
-            discard(vm, gpa, size, private=not private)
+        converted(vm, gpa, size, private=private, keep=keep)
 
 
 def populate(vcpu: Vcpu, gpa: int, size: int) -> None:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import errno as _errno
 from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakKeyDictionary
 
 from ..cdefs import kvm as k
 from ..exits import HypercallExit, MemoryFaultExit
 from ..memory import PAGE_SIZE
-from .backing import PrivateSlot
+from .backing import PrivateSlot, conversions
 
 if TYPE_CHECKING:
     from ..faults import FaultLayout
@@ -97,10 +98,11 @@ def serve_conversion(abi: PrivateAbi, vm: Vm, vcpu: Vcpu, exit_: Any) -> bool:
 
     By KVM_HC_MAP_GPA_RANGE (the VM has KVM_CAP_EXIT_HYPERCALL enabled for it; the guest gets 0 or
     a negative errno as its answer), or by an access of the other kind (KVM_EXIT_MEMORY_FAULT).  A
-    guest converts no memory but that of private-capable slots: -EINVAL, and False.
+    guest converts no memory but that of private-capable slots: -EINVAL, and False.  False, too, for
+    a fault that comes back although there was no conversion: its page can't be had.
     """
     if isinstance(exit_, MemoryFaultExit):
-        if not _all_private_capable(vm, exit_.gpa, exit_.size):
+        if not _all_private_capable(vm, exit_.gpa, exit_.size) or _comes_back(vm, vcpu, exit_):
             return False
         if not abi.ACCESS_FOLLOWS_STATE:
             abi.convert(vm, exit_.gpa, exit_.size, private=exit_.private)
@@ -119,6 +121,20 @@ def serve_conversion(abi: PrivateAbi, vm: Vm, vcpu: Vcpu, exit_: Any) -> bool:
             errno = error.errno or _errno.EIO
     vcpu.page.hypercall.ret = -errno & 0xFFFF_FFFF_FFFF_FFFF
     return True
+
+
+#: vCPU -> its last fault, how many conversions there had been, and how often it has come since.
+_last_faults: WeakKeyDictionary[Vcpu, tuple[MemoryFaultExit, int, int]] = WeakKeyDictionary()
+#: So often a fault may come without a conversion of ours: one may have been made by other means.
+_PATIENCE = 8
+
+
+def _comes_back(vm: Vm, vcpu: Vcpu, fault: MemoryFaultExit) -> bool:
+    made = conversions.get(vm, 0)
+    last, then, times = _last_faults.get(vcpu, (fault, made, 0))
+    times = times + 1 if last == fault and then == made else 1
+    _last_faults[vcpu] = fault, made, times
+    return times > _PATIENCE
 
 
 def _all_private_capable(vm: Vm, gpa: int, size: int) -> bool:

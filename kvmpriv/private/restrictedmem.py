@@ -14,7 +14,7 @@ from ..cdefs import kvm, restrictedmem
 from ..faults import FaultLayout, register_fault_layout
 from ..vm import Slot
 from ..wakeup import uninterrupted
-from .backing import PrivateFile, PrivateSlot, bind_slot, discard
+from .backing import PrivateFile, PrivateSlot, bind_slot, converted
 
 if TYPE_CHECKING:
     from ..kvm import Kvm
@@ -227,8 +227,7 @@ def convert(vm: Vm, gpa: int, size: int, *, private: bool, keep: bool = False) -
     request = memory_encrypt_reg_region if private else memory_encrypt_unreg_region
     with vm.slots_lock:
         request(vm, gpa, size)
-        if not keep:
-            discard(vm, gpa, size, private=not private)
+        converted(vm, gpa, size, private=private, keep=keep)
 
 
 def populate(vcpu: Vcpu, gpa: int, size: int) -> None:

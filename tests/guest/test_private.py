@@ -348,6 +348,24 @@ def test_faults_outside_the_slots_are_not_served(abi: PrivateAbi, vm: Vm) -> Non
         assert private.serve_conversion(abi, vm, vcpu, fault) is True
 
 
+def test_a_fault_that_comes_back(abi: PrivateAbi, vm: Vm, guest: Puppet, slot: PrivateSlot) -> None:
+    """A guest_memfd that is closed behind everybody's back: its pages can't be had any more."""
+    if abi is not private.guest_memfd:
+        missing("a file that goes", "v9's slots keep theirs")
+    guest.write(GPA, b"here")
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    os.dup2(null, slot.file.fileno(), inheritable=False)
+    os.close(null)
+    with pytest.raises(GuestExit) as stopped:
+        guest.read(GPA, 4)
+    fault = stopped.value.exit
+    assert isinstance(fault, MemoryFaultExit)
+    assert (fault.gpa, fault.private, fault.errno) == (GPA, True, errno.EFAULT)
+    assert 1 < len(guest.exits) < 20
+    abi.convert(vm, GPA, PAGE, private=False, keep=True)
+    assert guest.resume() == bytes(4)
+
+
 def test_populate(abi: PrivateAbi, guest: Puppet) -> None:
     vcpu = guest.vcpu
     if abi is private.restrictedmem:

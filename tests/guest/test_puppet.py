@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from conftest import open_fds
 from kvmpriv import HostMemory, Kvm, Vm
 from kvmpriv.cdefs import kvm as k
 from kvmpriv.exits import Exit, IoExit, MmioExit
@@ -186,3 +187,37 @@ def test_bad_arguments(vm: Vm) -> None:
         for gpa, size in ((-1, 1), (1 << 52, 1), ((1 << 52) - 1, 2)):
             with pytest.raises(ValueError, match="are no guest physical range"):
                 guest.read(gpa, size)
+
+
+def test_what_resume_returns(guest: Puppet, memory: HostMemory) -> None:
+    """What the command would have, had nothing come between."""
+    far = GPA + SIZE
+    for command, expected in (
+        (lambda: guest.store(far, 8, 0x1234), None),
+        (lambda: guest.write(far, b"x"), None),
+        (lambda: guest.out(0x80, 1, 7), None),
+        (guest.halt, None),
+        (lambda: guest.load(far, 1), 0xAB),
+    ):
+        with pytest.raises(GuestExit) as stopped:
+            command()
+        if expected is not None:
+            guest.vcpu.page.mmio.data[0] = expected
+        assert guest.resume() == expected, stopped.value.exit
+
+
+def test_a_kept_exception_keeps_no_vcpu(kvm: Kvm) -> None:
+    with kvm.create_vm() as vm, Puppet(vm) as guest, pytest.raises(GuestExit) as stopped:
+        guest.load(GPA, 8)
+    assert isinstance(stopped.value.exit, MmioExit)
+    assert "kvm-vcpu" not in str(open_fds().values())
+
+
+def test_the_vm_may_be_closed_first(kvm: Kvm) -> None:
+    with kvm.create_vm() as vm, Puppet(vm) as guest:
+        guest.rdtsc()
+        vm.close()
+    with kvm.create_vm() as vm, Puppet(vm) as guest:
+        slot = guest.slot
+        guest.close()
+        assert slot.slot not in vm.slots
