@@ -156,6 +156,7 @@ def refusing_vm(v9: None, kvm: Kvm) -> Iterator[Vm]:
     """A VM for which the arch hook says no, on a kernel that has v9."""
     with hook(on=False), kvm.create_vm() as vm, RestrictedMem() as file:
         if RestrictedSlots(vm, file, 0).set() == "ok":
+            assert not HOOK.exists(), f"{HOOK.name} is off, and KVM_MEM_PRIVATE is accepted"
             missing("a VM that refuses", f"no {HOOK.name} to tell the kernel to refuse")
         yield vm
 

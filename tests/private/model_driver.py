@@ -47,7 +47,9 @@ class Driver:
         with ExitStack() as stack:
             kvm = stack.enter_context(Kvm())
             self.abi = private.ABIS[abi]
-            stack.enter_context(_large_pages())
+            #: What is not this process's own, and has to be put back whatever happens.
+            self.settings = stack.enter_context(ExitStack())
+            self.settings.enter_context(_large_pages())
             self.vm = stack.enter_context(self.abi.create_vm(kvm))
             self.memory = stack.enter_context(HostMemory(MEMORY_SIZE + 2 * MIB))
             self.base = -self.memory.userspace_addr % (2 * MIB)
@@ -375,6 +377,7 @@ def replay(abi: str, steps: list[tuple[Any, str, dict[str, Any]]]) -> int:
         print(f"{number:4} {'ok      ' if same else 'MISMATCH'} {shown(name, arguments)}")
         if not same:
             print(f"     {differ(expected, got)}", flush=True)
+            driver.settings.close()
             os._exit(1)  # a vCPU may be stuck, and the kernel's memory not what it was
     driver.close()
     return 0

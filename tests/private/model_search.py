@@ -444,8 +444,9 @@ class Report:
     examples: int = 0
     seconds: float = 0
     failure: str = ""
-    #: The steps of the failure, shrunk, and the script made of them.
+    #: The steps of the failure, shrunk, from how many, and the script made of them.
     failed: Steps = field(default_factory=list)
+    shrunk_from: int = 0
     script: Path | None = None
 
 
@@ -457,6 +458,7 @@ def search(
     seconds: float | None = None,
     artifacts: Path,
     shrink_seconds: float = 60,
+    shrink_tries: int | None = None,
     model_class: type[Model] = Model,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Report:
@@ -475,7 +477,8 @@ def search(
             break
         failed = _round(abi, seed + number, report, model_class, shrink_seconds)
         if failed:
-            failed = fewest(abi, failed, model_class)
+            report.shrunk_from = len(failed)
+            failed = fewest(abi, failed, model_class, shrink_tries)
             report.failed = failed
             report.script = write_script(artifacts, abi, failed, seed + number)
         number += 1
@@ -505,7 +508,7 @@ def _round(
         suppress_health_check=list(hypothesis.HealthCheck),
         print_blob=False,
         report_multiple_bugs=False,
-        phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
+        phases=[hypothesis.Phase.generate, *([hypothesis.Phase.shrink] * (shrink_seconds > 0))],
     )
     @hypothesis.given(examples(abi))
     def agree(some: list[Step]) -> None:
@@ -546,8 +549,8 @@ def _round(
     return failed
 
 
-def fewest(abi: str, steps: Steps, model_class: type[Model]) -> Steps:
-    """Leave out every step that the failure does not need.
+def fewest(abi: str, steps: Steps, model_class: type[Model], tries: int | None = None) -> Steps:
+    """Leave out every step that the failure does not need, or what so many tries find.
 
     Hypothesis goes by what it has drawn, this by what was done, which may be less: to look at one
     page is a part of looking at all.
@@ -558,6 +561,10 @@ def fewest(abi: str, steps: Steps, model_class: type[Model]) -> Steps:
         while size:
             at = len(steps) - 1 - size
             while at > -size:
+                if tries is not None:
+                    if tries == 0:
+                        return steps
+                    tries -= 1
                 rest = steps[: max(at, 0)] + steps[at + size :]
                 if machine is None:
                     machine = Machine(abi, model_class)

@@ -293,10 +293,14 @@ ROUNDS, READ = 12, 24
 
 @contextmanager
 def reading(rig: Rig, turn: int) -> Iterator[None]:
-    """The second vCPU reads page after page, while the first may do something else."""
+    """The second vCPU reads page after page, and the first may do something else meanwhile."""
+    before = rig.mapped()
     with ThreadPoolExecutor(1) as pool:
         under_way = pool.submit(rig.guest.cpus[1].touch, GPA, PAGE, READ)
-        time.sleep(turn % 6 * 0.001)
+        if turn % 2:  # else it may be that nothing is mapped yet
+            while rig.mapped() == before and not under_way.done():
+                pass
+        time.sleep(turn % 6 * 0.0005)
         yield
         under_way.result(60)
 
