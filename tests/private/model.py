@@ -459,6 +459,17 @@ class Model:
         gpa, size, write, _ = self._access(name, **arguments)
         return any(self.stops(at, write=write) == "mmio" for at, _ in pieces(gpa, size))
 
+    def is_void(self, name: str, **arguments: Any) -> bool:
+        """The guest would access as private what no slot of its has, by guest_memfd.
+
+        That is a fault, unless KVM remembers that there was nothing: a conversion makes it forget
+        about slots only.
+        """
+        if self.v9:
+            return False
+        gpa, size, _, _ = self._access(name, **arguments)
+        return any(self.slot_at(at) is None and self.is_private(at) for at, _ in pieces(gpa, size))
+
     def is_split(self, name: str, **arguments: Any) -> bool:
         """It takes more than one access to one page.
 

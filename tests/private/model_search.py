@@ -331,7 +331,7 @@ class Machine:
         if name == "punch_slot" or (not astray and self.model.ends_in_mmio(name, **arguments)):
             self._aim(name, arguments)
         if self.undefined(name, arguments):
-            if name == "resume":
+            if name == "resume" or self.model.is_void(name, **arguments):
                 name, arguments = "reset", {"cpu": arguments["cpu"]}
             else:
                 name, arguments = "load", {k: arguments[k] for k in ("cpu", "gpa")} | {"size": 1}
@@ -355,7 +355,8 @@ class Machine:
     def undefined(self, name: str, arguments: dict[str, Any]) -> bool:
         """The model does not say what comes of this step."""
         model = self.model
-        return model.ends_in_mmio(name, **arguments) and model.is_split(name, **arguments)
+        split = model.ends_in_mmio(name, **arguments) and model.is_split(name, **arguments)
+        return split or model.is_void(name, **arguments)
 
     def _aim(self, name: str, arguments: dict[str, Any]) -> None:
         """Turn an access to where it hits a slot."""
