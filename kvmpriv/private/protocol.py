@@ -9,6 +9,7 @@ with abi.create_vm(kvm) as vm, abi.create_file(vm, size) as file, HostMemory(siz
 from __future__ import annotations
 
 import errno as _errno
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -102,11 +103,17 @@ def serve_conversion(abi: PrivateAbi, vm: Vm, vcpu: Vcpu, exit_: Any) -> bool:
     a fault that comes back although there was no conversion: its page can't be had.
     """
     if isinstance(exit_, MemoryFaultExit):
-        if not _all_private_capable(vm, exit_.gpa, exit_.size) or _comes_back(vm, vcpu, exit_):
+        if not _all_private_capable(vm, exit_.gpa, exit_.size):
             return False
+        times = _how_often(vm, vcpu, exit_)
         if not abi.ACCESS_FOLLOWS_STATE:
             abi.convert(vm, exit_.gpa, exit_.size, private=exit_.private)
-        return True
+        elif times > 1:
+            # KVM (6.12, kvm_mmu_page_fault) takes an access for a shared one where it remembers
+            # that there was no memory once, and says so for ever: until the page is mapped ahead.
+            with suppress(OSError):
+                abi.populate(vcpu, exit_.gpa, exit_.size)
+        return times <= _PATIENCE
     if not isinstance(exit_, HypercallExit) or exit_.nr != k.KVM_HC_MAP_GPA_RANGE:
         return False
     gpa, pages, attributes = exit_.args[:3]
@@ -129,12 +136,12 @@ _last_faults: WeakKeyDictionary[Vcpu, tuple[MemoryFaultExit, int, int]] = WeakKe
 _PATIENCE = 8
 
 
-def _comes_back(vm: Vm, vcpu: Vcpu, fault: MemoryFaultExit) -> bool:
+def _how_often(vm: Vm, vcpu: Vcpu, fault: MemoryFaultExit) -> int:
     made = conversions.get(vm, 0)
     last, then, times = _last_faults.get(vcpu, (fault, made, 0))
     times = times + 1 if last == fault and then == made else 1
     _last_faults[vcpu] = fault, made, times
-    return times > _PATIENCE
+    return times
 
 
 def _all_private_capable(vm: Vm, gpa: int, size: int) -> bool:

@@ -17,7 +17,7 @@ from conftest import missing
 from kvmpriv import HostMemory, Kvm, Vm, private
 from kvmpriv.cdefs import kvm as k
 from kvmpriv.cdefs import restrictedmem as rm
-from kvmpriv.exits import HypercallExit, MemoryFaultExit
+from kvmpriv.exits import HypercallExit, MemoryFaultExit, MmioExit
 from kvmpriv.guest.puppet import GuestExit, Puppet
 from kvmpriv.private import PrivateAbi, PrivateFile, PrivateSlot
 
@@ -364,6 +364,21 @@ def test_a_fault_that_comes_back(abi: PrivateAbi, vm: Vm, guest: Puppet, slot: P
     assert 1 < len(guest.exits) < 20
     abi.convert(vm, GPA, PAGE, private=False, keep=True)
     assert guest.resume() == bytes(4)
+
+
+def test_memory_where_there_was_none(abi: PrivateAbi, vm: Vm, file: PrivateFile) -> None:
+    """KVM remembers that there was none; that must not keep a guest from what has come there."""
+    with Puppet(vm, abi=abi) as guest:
+        with pytest.raises(GuestExit) as stopped:
+            guest.load(GPA, 1)
+        assert isinstance(stopped.value.exit, MmioExit)
+        guest.vcpu.page.mmio.data[0] = 0x77
+        assert guest.resume() == 0x77
+        abi.convert(vm, GPA, SIZE, private=True)
+        slot = abi.bind(vm, GPA, SIZE, file, OFFSET)
+        guest.store(GPA, 1, 0x11)
+        assert guest.span(GPA, 0x11, 1) == 1
+        slot.delete()
 
 
 def test_populate(abi: PrivateAbi, guest: Puppet) -> None:

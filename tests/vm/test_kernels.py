@@ -34,8 +34,9 @@ def vm(
     name: str, *command: str | Path, options: tuple[str, ...] = (), timeout: int = 100
 ) -> subprocess.CompletedProcess[str]:
     image(name)
+    settings = ("-q", "--timeout", str(timeout), "--env", "KVMPRIV_REQUIRE=host", *options)
     return subprocess.run(
-        [SCRIPTS / "vm", name, "-q", "--timeout", str(timeout), *options, "--", *command],
+        [SCRIPTS / "vm", name, *settings, "--", *command],
         capture_output=True,
         text=True,
         cwd=ROOT,
