@@ -144,8 +144,9 @@ class Model:
             return "mmio" if write and slot.flags & READONLY else None
         if slot is None:
             return self._fault(gpa, private=True) if private else "mmio"
-        there = self.is_alive(slot.file) if private else slot.memory is not None
-        return None if there else self._fault(gpa, private=private)
+        if private:
+            return None if self.is_alive(slot.file) else self._fault(gpa, private=True)
+        return None if slot.memory is not None else "EFAULT"
 
     def _fault(self, gpa: int, *, private: bool) -> Outcome:
         reason, errno, flag = (38, 0, 1) if self.v9 else (39, 14, 8)

@@ -111,6 +111,8 @@ class Driver:
     @staticmethod
     def _exit(exit_: Any) -> Any:
         if isinstance(exit_, MemoryFaultExit):
+            if exit_.errno == errno.EFAULT and not exit_.private:
+                return "EFAULT"  # no memory at userspace_addr: some kernels describe it, 6.12 not
             return ("fault", exit_.reason, exit_.errno, exit_.gpa, exit_.size, exit_.flags)
         if isinstance(exit_, MmioExit):
             return ("mmio", exit_.is_write, exit_.phys_addr, exit_.size, exit_.data)
