@@ -347,6 +347,7 @@ def test_the_other_vendors_hypercall(shadowed: Shadowed) -> None:
     assert shadowed.host_reads(CODE, PAGE) == bytes(PAGE)
     shadowed.host_writes(CODE, code)
     patched: list[bytes] = []
+    over = threading.Event()
 
     def watch() -> None:
         deadline = time.monotonic() + 20
@@ -354,12 +355,17 @@ def test_the_other_vendors_hypercall(shadowed: Shadowed) -> None:
             time.sleep(0.01)
         time.sleep(0.1)  # it would go on now, if it could
         patched.append(shadowed.host_reads(CODE, len(code)))
-        shadowed.host_writes(CODE, bytes(len(code)))  # no hypercall any more
+        while not over.is_set():  # KVM may be about to write it once more
+            shadowed.host_writes(CODE, bytes(len(code)))  # no hypercall any more
+            time.sleep(0.01)
 
     thread = threading.Thread(target=watch)
     thread.start()
-    ended = undefined(shadowed)
-    thread.join()
+    try:
+        ended = undefined(shadowed)
+    finally:
+        over.set()
+        thread.join()
     assert ended, "it had run the same instruction again and again"
     assert patched == [code.replace(foreign, native)]
     assert shadowed.guest.read(CODE, len(code)) == code
