@@ -1,9 +1,11 @@
 """One protocol over both ABIs, and which of them this machine has.
 
-abi = private.choose(kvm)
-with abi.create_vm(kvm) as vm, abi.create_file(vm, size) as file, HostMemory(size) as memory:
-    slot = abi.bind(vm, gpa, size, file, memory=memory)
-    abi.convert(vm, gpa, size, private=True)
+    abi = private.choose(kvm)
+    with abi.create_vm(kvm) as vm, abi.create_file(vm, size) as file, HostMemory(size) as memory:
+        slot = abi.bind(vm, gpa, size, file, memory=memory)
+        abi.convert(vm, gpa, size, private=True)
+
+A VMM's loop gives its exits to :func:`serve_conversion`.
 """
 
 from __future__ import annotations
@@ -100,12 +102,15 @@ def serve_conversion(abi: PrivateAbi, vm: Vm, vcpu: Vcpu, exit_: Any) -> bool:
     By KVM_HC_MAP_GPA_RANGE (the VM has KVM_CAP_EXIT_HYPERCALL enabled for it; the guest gets 0 or
     a negative errno as its answer), or by an access of the other kind (KVM_EXIT_MEMORY_FAULT).  A
     guest converts no memory but that of private-capable slots: -EINVAL, and False.  False, too, for
-    a fault that comes back although there was no conversion: its page can't be had.
+    a fault that comes back although nobody else has converted anything: it is not the state of the
+    page that keeps it from the guest.
     """
     if isinstance(exit_, MemoryFaultExit):
         if not _all_private_capable(vm, exit_.gpa, exit_.size):
             return False
         times = _how_often(vm, vcpu, exit_)
+        if times > _PATIENCE:
+            return False
         if not abi.ACCESS_FOLLOWS_STATE:
             abi.convert(vm, exit_.gpa, exit_.size, private=exit_.private)
         elif times > 1:
@@ -113,7 +118,8 @@ def serve_conversion(abi: PrivateAbi, vm: Vm, vcpu: Vcpu, exit_: Any) -> bool:
             # that there was no memory once, and says so for ever: until the page is mapped ahead.
             with suppress(OSError):
                 abi.populate(vcpu, exit_.gpa, exit_.size)
-        return times <= _PATIENCE
+        _last_faults[vcpu] = exit_, conversions.get(vm, 0), times
+        return True
     if not isinstance(exit_, HypercallExit) or exit_.nr != k.KVM_HC_MAP_GPA_RANGE:
         return False
     gpa, pages, attributes = exit_.args[:3]
@@ -130,18 +136,16 @@ def serve_conversion(abi: PrivateAbi, vm: Vm, vcpu: Vcpu, exit_: Any) -> bool:
     return True
 
 
-#: vCPU -> its last fault, how many conversions there had been, and how often it has come since.
+#: vCPU -> its last fault, how many conversions there had been when it was served, and how often it
+#: has come since.
 _last_faults: WeakKeyDictionary[Vcpu, tuple[MemoryFaultExit, int, int]] = WeakKeyDictionary()
-#: So often a fault may come without a conversion of ours: one may have been made by other means.
+#: So often a fault may come back: there may have been a conversion by other means.
 _PATIENCE = 8
 
 
 def _how_often(vm: Vm, vcpu: Vcpu, fault: MemoryFaultExit) -> int:
-    made = conversions.get(vm, 0)
-    last, then, times = _last_faults.get(vcpu, (fault, made, 0))
-    times = times + 1 if last == fault and then == made else 1
-    _last_faults[vcpu] = fault, made, times
-    return times
+    last, then, times = _last_faults.get(vcpu, (None, 0, 0))
+    return times + 1 if last == fault and then == conversions.get(vm, 0) else 1
 
 
 def _all_private_capable(vm: Vm, gpa: int, size: int) -> bool:

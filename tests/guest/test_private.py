@@ -339,6 +339,21 @@ def test_implicit_conversion(abi: PrivateAbi, vm: Vm, slot: PrivateSlot, implici
         assert (fault.gpa, fault.size, fault.private) == (GPA, PAGE, False)
 
 
+def test_a_fault_that_no_conversion_helps(abi: PrivateAbi, vm: Vm, file: PrivateFile) -> None:
+    """A write to private memory of a read-only slot: refused for good, not served for ever."""
+    if abi is not private.restrictedmem:
+        missing("read-only private slots", "only v9 has them")
+    abi.bind(vm, GPA, SIZE, file, OFFSET, flags=k.KVM_MEM_READONLY)
+    with Puppet(vm, abi=abi, implicit=True) as guest:
+        assert guest.load(GPA, 8) == 0
+        with pytest.raises(GuestExit) as stopped:
+            guest.store(GPA, 8, 1)
+        fault = stopped.value.exit
+        assert isinstance(fault, MemoryFaultExit)
+        assert (fault.gpa, fault.private) == (GPA, True)
+        assert 1 < len(guest.exits) < 20
+
+
 def test_faults_outside_the_slots_are_not_served(abi: PrivateAbi, vm: Vm) -> None:
     with vm.create_vcpu(9) as vcpu:
         fault = MemoryFaultExit(39, gpa=0, size=PAGE, private=True, flags=8, errno=14, abi=abi.NAME)
