@@ -181,6 +181,14 @@ def test_timeout(image: str, script: str) -> None:
     assert 20 <= time.monotonic() - started < 30
 
 
+def test_a_stalled_kernel_is_not_waited_for(image: str) -> None:
+    """A kernel that says that it no longer gets on ends the run, whatever the time limit."""
+    result = vm(image, *sh("echo SOFTLOCKUP >/sys/kernel/debug/provoke-crash/DIRECT"))
+    assert result.returncode == 120
+    assert b"stall" in result.stderr
+    assert b"; stopped after" in result.stderr
+
+
 def test_vm_that_does_not_come_up(tmp_path: Path) -> None:
     image = tmp_path / "bzImage"
     image.write_bytes(b"no kernel")
