@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from kvmpriv import libc
-from kvmpriv.cdefs import kvm as k
 from kvmpriv.cdefs import restrictedmem as rm
 from kvmpriv.private.restrictedmem import RestrictedMem
 
@@ -30,7 +29,6 @@ from .helpers import (
     UNSHARE,
     ZERO,
     Unevictable,
-    address_of,
     answer,
     child_status,
     fallocate,
@@ -207,7 +205,7 @@ def test_the_operations_on_an_ordinary_memfd() -> None:
     for name, operation in ALL_OPERATIONS.items():
         if name.startswith("xattr"):  # what a memfd has of these differs from kernel to kernel
             continue
-        fd = libc.syscall(319, address_of(k.ffi.new("char[]", b"twin")), 2)  # MFD_ALLOW_SEALING
+        fd = os.memfd_create("twin", os.MFD_ALLOW_SEALING)
         try:
             os.write(fd, bytes(2 * PAGE))
             os.lseek(fd, 0, os.SEEK_SET)

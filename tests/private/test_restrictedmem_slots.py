@@ -81,7 +81,7 @@ def test_enable_cap(either: RestrictedSlots) -> None:
 @rule("v9.successors")
 def test_successors(kvm: Kvm, either: RestrictedSlots) -> None:
     """The ioctls of later generations are ENOTTY, VM type 1 is EINVAL."""
-    space = address_of(k.ffi.new("char[160]"))
+    space = k.ffi.new("char[160]")
     for request in (
         gm.KVM_SET_USER_MEMORY_REGION2,
         gm.KVM_SET_MEMORY_ATTRIBUTES,
@@ -89,7 +89,7 @@ def test_successors(kvm: Kvm, either: RestrictedSlots) -> None:
         0x8008AED2,  # v10's KVM_GET_SUPPORTED_MEMORY_ATTRIBUTES
         0xC020AED3,  # v10's KVM_SET_MEMORY_ATTRIBUTES
     ):
-        assert errno_of(either.vm.ioctl_errno(request, space)) == "ENOTTY", hex(request)
+        assert errno_of(either.vm.ioctl_errno(request, address_of(space))) == "ENOTTY", hex(request)
     assert errno_of(kvm.ioctl_errno(k.KVM_CREATE_VM, 1)) == "EINVAL"
 
 
