@@ -79,7 +79,7 @@ def test_no_slot_at_all(rig: Rig, kvm: Kvm) -> None:
 
 @rule("slots.as-many-as-there-can-be")
 @pytest.mark.usefixtures("one_cpu")
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1200)
 def test_as_many_slots_as_there_can_be(rig: Rig) -> None:
     """Every number below KVM_CAP_NR_MEMSLOTS is a slot, private or not; the next one is EINVAL."""
     limit = rig.vm.check_extension(k.KVM_CAP_NR_MEMSLOTS)

@@ -332,6 +332,26 @@ def test_complaints_are_told_from_chatter() -> None:
     assert vm_script.complaints("\n".join(FINE)) == []
 
 
+#: A stall that QEMU 7.2 brought about.
+DEAF = """\
+[  156.109042] rcu: INFO: rcu_sched detected stalls on CPUs/tasks:
+[  156.110942] rcu: \t0-...!: (0 ticks this GP) idle=c9d8/0/0x0 softirq=14401/14401 fqs=0
+[  156.111333] \t(detected by 1, t=5252 jiffies, g=21969, q=60405 ncpus=2)
+[  156.111711] Sending NMI from CPU 1 to CPUs 0:
+[  156.111711] rcu: rcu_sched kthread timer wakeup didn't happen for 5251 jiffies! g21969 f0x0
+"""
+
+
+def test_a_deaf_cpu_is_told_from_a_stuck_one() -> None:
+    """Idle, not one tick, no answer to an NMI: all three, else it is the kernel that is stuck."""
+    assert vm_script.deaf_cpu(DEAF) == 0
+    assert vm_script.deaf_cpu(DEAF + "[  156.2] NMI backtrace for cpu 1\n") == 0
+    assert vm_script.deaf_cpu(DEAF + "[  156.2] NMI backtrace for cpu 0\n") is None
+    assert vm_script.deaf_cpu(DEAF.replace("/0/0x0", "/1/0x4000000000000000")) is None
+    assert vm_script.deaf_cpu(DEAF.replace("(0 ticks", "(5250 ticks")) is None
+    assert vm_script.deaf_cpu(DEAF.replace("Sending NMI", "Not sending one")) is None
+
+
 def test_relevant_part_starts_at_the_first_complaint() -> None:
     log = "\n".join([*FINE, *TROUBLE])
     shown = vm_script.relevant(log, limit=5).splitlines()
