@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -79,7 +80,7 @@ def test_no_slot_at_all(rig: Rig, kvm: Kvm) -> None:
 
 @rule("slots.as-many-as-there-can-be")
 @pytest.mark.usefixtures("one_cpu")
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(300)
 def test_as_many_slots_as_there_can_be(rig: Rig) -> None:
     """Every number below KVM_CAP_NR_MEMSLOTS is a slot, private or not; the next one is EINVAL."""
     limit = rig.vm.check_extension(k.KVM_CAP_NR_MEMSLOTS)
@@ -98,9 +99,14 @@ def test_as_many_slots_as_there_can_be(rig: Rig) -> None:
         words[4] = number * PAGE
         return rig.vm.ioctl_errno(slots.request, address)
 
-    home = rig.guest.slot.slot
-    said = [put(number) for number in range(limit) if number != home]
-    assert (len(said), set(said)) == (limit - 1, {0})
+    some = (1, 2, limit // 2 | 1, limit // 2 & -2, limit - 2, limit - 1)
+    numbers = set(range(limit))
+    if Path("/sys/kernel/debug/kmemleak").exists():  # where all of them take ten minutes
+        numbers = {*range(200), *some, *range(limit - 200, limit)}
+    numbers.remove(rig.guest.slot.slot)
+    said = [put(number) for number in sorted(numbers)]
+    assert (len(said), set(said)) == (len(numbers), {0})
+    assert len(said) > 400
     assert [errno_of(put(number)) for number in (limit, limit + 1)] == ["EINVAL", "EINVAL"]
     words[0], words[1] = limit - 1, GPA + (limit + 7) * PAGE
     words[2] = 0
@@ -108,7 +114,6 @@ def test_as_many_slots_as_there_can_be(rig: Rig) -> None:
     words[2] = PAGE
     assert errno_of(put(limit)) == "EINVAL", "it is the number, not how many there are"
     assert errno_of(put(limit - 1)) == "ok"
-    some = (1, 2, limit // 2 | 1, limit // 2 & -2, limit - 2, limit - 1)
     for number in some:
         if number % 2:
             rig.convert(GPA + number * PAGE, PAGE, private=True)
