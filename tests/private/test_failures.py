@@ -259,25 +259,28 @@ def test_binding_with_failing_allocations(rig: Rig) -> None:
 @pytest.mark.spoiled_by("failed-conversion-erases")
 def test_converting_with_failing_allocations(rig: Rig) -> None:
     """ENOMEM and everything of the kind that it was, or all of it converted."""
-    first, last = 4, 44
-    odd = range(first + 1, last, 2)  # shared before; that they change takes more than one node
+    first, last = 4, 200
+    odd = range(first + 1, 45, 2)  # converted before; that they change takes more than one node
+    wanted = not rig.abi.DEFAULT_PRIVATE  # what a kernel has to remember
+    side = {False: 0x11, True: 0x22}
     with HostMemory(MIB) as memory:
         memory.write(0, b"\x11" * MIB)
         slot = rig.bind(GPA, MIB, rig.file(MIB), memory=memory)
+        rig.convert(GPA, MIB, private=True)
         rig.guest.fill(GPA, 0x22, MIB)
 
         def prepare() -> None:
-            rig.convert(GPA, MIB, private=True)
+            rig.convert(GPA, MIB, private=not wanted)
             for page in odd:
-                rig.convert(GPA + page * PAGE, PAGE, private=False)
+                rig.convert(GPA + page * PAGE, PAGE, private=wanted)
 
         def convert() -> None:
-            rig.convert(GPA + first * PAGE, (last - first) * PAGE, private=False)
+            rig.convert(GPA + first * PAGE, (last - first) * PAGE, private=wanted)
 
         def undo(said: str) -> None:
-            shared = range(first, last) if said == "ok" else odd
-            for page in (first - 1, first, first + 1, 20, 21, last - 1, last):
-                expected = 0x11 if page in shared else 0x22
+            converted = range(first, last) if said == "ok" else odd
+            for page in (first - 1, first, first + 1, 20, 21, 44, 100, last - 1, last):
+                expected = side[wanted if page in converted else not wanted]
                 assert rig.guest.load(GPA + page * PAGE, 1) == expected, (said, page)
             prepare()
 

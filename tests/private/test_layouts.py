@@ -141,6 +141,7 @@ LOW, HIGH = 2 * GIB, 4 * GIB
 
 
 @rule("private.layout.split")
+@pytest.mark.timeout(600)  # 6.12 converts page by page, which a debug kernel watches
 @holes
 def test_split_layout(rig: Rig) -> None:
     """Memory as QEMU lays it out: 2 GiB at 0, what follows in the file at 4 GiB."""
