@@ -181,6 +181,17 @@ def test_timeout(image: str, script: str) -> None:
     assert 20 <= time.monotonic() - started < 30
 
 
+@pytest.mark.parametrize(
+    ("script", "status"), [("sleep 100", 119), ("timeout 30 sh -c 'while :; do :; done'", 124)]
+)
+def test_silence_is_not_waited_for_where_nothing_runs(image: str, script: str, status: int) -> None:
+    """Twins: one sleeps; the other, as silent, is at work until its own limit (timeout's 124)."""
+    result = vm(image, "--silence", "12", *sh(f"echo here; {script}"))
+    assert result.returncode == status
+    assert result.stdout == b"here\n"
+    assert (b"silent and idle" in result.stderr) == (status == 119)
+
+
 def test_a_stalled_kernel_is_not_waited_for(image: str) -> None:
     """A kernel that says that it no longer gets on ends the run, whatever the time limit."""
     result = vm(image, *sh("echo SOFTLOCKUP >/sys/kernel/debug/provoke-crash/DIRECT"))
