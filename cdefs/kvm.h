@@ -635,6 +635,14 @@ struct kvm_stats_desc {
 	char name[];
 };
 
+/* What KVM offers its guests by CPUID, bits of eax: from <asm/kvm_para.h>. */
+#define KVM_CPUID_FEATURES		0x40000001
+#define KVM_FEATURE_ASYNC_PF		4
+#define KVM_FEATURE_STEAL_TIME		5
+#define KVM_FEATURE_PV_EOI		6
+#define KVM_FEATURE_ASYNC_PF_VMEXIT	10
+#define KVM_FEATURE_ASYNC_PF_INT	14
+
 /* Hypercalls: from <linux/kvm_para.h> and <asm/kvm_para.h>. */
 #define KVM_HC_MAP_GPA_RANGE		12
 #define KVM_MAP_GPA_RANGE_PAGE_SZ_4K	0

@@ -20,6 +20,7 @@ _STDOUT = "standard output"
 COMMANDS = {
     "probe": ("kvmpriv.probe", "what private memory this machine can give to guests"),
     "run": ("kvmpriv.guest.run", "bring up a guest from a flat binary or an ELF file"),
+    "boot": ("kvmpriv.guest.linux.command", "bring up Linux from a bzImage or a vmlinux"),
     "selftest": ("kvmpriv.selftest", "hold the running kernel to the rules of private memory"),
 }
 

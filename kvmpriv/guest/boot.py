@@ -28,6 +28,7 @@ __all__ = [
     "load",
     "read_exception",
     "read_long_exception",
+    "set_segment",
     "start_long_mode",
     "write_handlers",
     "write_segments",
@@ -163,11 +164,12 @@ def _load_long(image: Image, memory: HostMemory, vcpu: Vcpu, arguments: tuple[by
     vcpu.set_regs(regs)
 
 
-def _set_segment(segment: object, *, is_code: bool) -> None:
+def set_segment(segment: object, *, is_code: bool, selector: int) -> None:
+    """A flat segment, 64-bit code or data, as it would be loaded from a GDT."""
     values = {
         "base": 0,
         "limit": 0xFFFFFFFF,
-        "selector": _CODE_SELECTOR if is_code else _DATA_SELECTOR,
+        "selector": selector,
         "type": 11 if is_code else 3,  # execute/read or read/write, accessed
         "present": 1,
         "dpl": 0,
@@ -225,7 +227,9 @@ def start_long_mode(vcpu: Vcpu, *, cr3: int, gdt: int, idt: int) -> None:
     sregs.cr4 = _CR4_PAE | _CR4_OSFXSR | _CR4_OSXMMEXCPT
     sregs.efer = _EFER_LME | _EFER_LMA
     for name in ("cs", "ds", "es", "fs", "gs", "ss"):
-        _set_segment(getattr(sregs, name), is_code=name == "cs")
+        is_code = name == "cs"
+        selector = _CODE_SELECTOR if is_code else _DATA_SELECTOR
+        set_segment(getattr(sregs, name), is_code=is_code, selector=selector)
     task = sregs.tr
     task.base, task.limit, task.selector = gdt + _TSS, 0x67, _TSS_SELECTOR
     task.type, task.present, task.s, task.g, task.unusable = 11, 1, 0, 0, 0  # a busy TSS

@@ -9,7 +9,16 @@ import struct
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["Image", "ImageError", "Mode", "Segment", "load_elf", "load_flat", "load_image"]
+__all__ = [
+    "Image",
+    "ImageError",
+    "Mode",
+    "Segment",
+    "load_elf",
+    "load_flat",
+    "load_image",
+    "read_file",
+]
 
 
 class ImageError(ValueError):
@@ -127,6 +136,22 @@ def load_elf(data: bytes, *, entry: int | None = None) -> Image:
     return Image(Mode.LONG, start, tuple(segments))
 
 
+def read_file(path: str | os.PathLike[str], limit: int) -> bytes:
+    """A file of at most `limit` bytes, what the guest's memory holds; a pipe will do."""
+    with Path(path).open("rb") as file:
+        information = os.fstat(file.fileno())
+        if not (stat.S_ISREG(information.st_mode) or stat.S_ISFIFO(information.st_mode)):
+            raise ImageError("not a regular file")
+        if information.st_size > limit:
+            raise ImageError(
+                f"{information.st_size:#x} bytes do not fit into {limit:#x} bytes of memory"
+            )
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ImageError(f"it does not fit into {limit:#x} bytes of memory")
+    return data
+
+
 def load_image(
     path: str | os.PathLike[str],
     mode: Mode | None = None,
@@ -139,17 +164,7 @@ def load_image(
 
     ImageError for one that can't be used, OSError for one that can't be read.
     """
-    with Path(path).open("rb") as file:
-        information = os.fstat(file.fileno())
-        if not (stat.S_ISREG(information.st_mode) or stat.S_ISFIFO(information.st_mode)):
-            raise ImageError("not a regular file")
-        if information.st_size > limit:
-            raise ImageError(
-                f"{information.st_size:#x} bytes do not fit into {limit:#x} bytes of memory"
-            )
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise ImageError(f"the image does not fit into {limit:#x} bytes of memory")
+    data = read_file(path, limit)
     if data[:4] == b"\x7fELF":
         if mode is Mode.REAL or load is not None:
             raise ImageError("an ELF file says itself where it goes, and runs in long mode")

@@ -1,0 +1,141 @@
+"""Linux's 64-bit boot protocol: what a kernel finds in memory and registers when it starts.
+
+Documentation/arch/x86/boot.rst ("64-bit Boot Protocol") and zero-page.rst of the kernel.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ...memory import PAGE_SIZE
+from ..boot import set_segment
+from ..image import ImageError
+from .layout import CONVENTIONAL_END
+
+if TYPE_CHECKING:
+    from ...vcpu import Vcpu
+    from .image import LinuxImage
+    from .layout import GuestMemory, Range
+
+__all__ = ["TABLES", "TABLES_END", "enter", "load"]
+
+# The first megabyte.  The kernel's own trampoline takes what the map of memory leaves it.
+_GDT, _ZERO_PAGE, _PML4, _PDPT, _DIRECTORIES = 0x6000, 0x7000, 0x9000, 0xA000, 0xB000
+_CMDLINE, _CMDLINE_END = 0x20000, 0x30000
+#: Firmware's tables: where a kernel looks for ACPI's root pointer if nobody tells it.
+TABLES, TABLES_END = 0xE0000, 0x100000
+_RAM, _RESERVED = 1, 2  # types of memory in the e820 map
+_HEADER = 0x1F1
+_BOOT_CS, _BOOT_DS = 0x10, 0x18
+_CODE, _DATA = 0x00AF9B000000FFFF, 0x00CF93000000FFFF
+_PRESENT_WRITABLE, _LARGE = 0x3, 0x80
+_CR0_PE, _CR0_MP, _CR0_ET, _CR0_NE, _CR0_PG = 1 << 0, 1 << 1, 1 << 4, 1 << 5, 1 << 31
+_CR4_PAE = 1 << 5
+_EFER_LME, _EFER_LMA = 1 << 8, 1 << 10
+
+
+def load(
+    image: LinuxImage,
+    memory: GuestMemory,
+    ranges: Sequence[Range],
+    cmdline: bytes,
+    initrd: bytes = b"",
+    *,
+    rsdp: int = 0,
+) -> None:
+    """Put kernel, initrd, command line and zero page into `memory`.
+
+    `ranges` are all of the guest's RAM, the first of them from address 0; `rsdp` is where ACPI's
+    root pointer is, 0 for none.  ImageError names what does not fit.
+    """
+    low = ranges[0]
+    if len(cmdline) > min(image.cmdline_max, _CMDLINE_END - _CMDLINE - 1):
+        raise ImageError(
+            f"the command line has {len(cmdline)} bytes; this kernel takes {image.cmdline_max}"
+        )
+    if 0 in cmdline:
+        raise ImageError("the command line holds a zero byte")
+    if image.end > low.end:
+        raise ImageError(
+            f"too little memory: the kernel takes {image.start:#x}…{image.end:#x}, and memory that"
+            f" it can start in ends at {low.end:#x}"
+        )
+    initrd_at = _place_initrd(image, low.end, len(initrd)) if initrd else 0
+    for segment in image.segments:
+        memory.write(segment.address, segment.data)
+    memory.write(initrd_at, initrd)
+    memory.write(_CMDLINE, cmdline + b"\0")
+    memory.write(_ZERO_PAGE, _zero_page(image, ranges, initrd_at, len(initrd), rsdp))
+    memory.write(_GDT, struct.pack("<4Q", 0, 0, _CODE, _DATA))
+    _write_page_tables(memory)
+
+
+def _place_initrd(image: LinuxImage, low_end: int, size: int) -> int:
+    """As high as it may be, so that the kernel has what is below in one piece."""
+    end = min(low_end, image.initrd_max + 1)
+    at = (end - size) & ~(PAGE_SIZE - 1)
+    if at < image.end:
+        raise ImageError(
+            f"the initrd does not fit: it has {size:#x} bytes, and between the kernel's end"
+            f" ({image.end:#x}) and {end:#x} there are {max(0, end - image.end):#x}"
+        )
+    return at
+
+
+def _zero_page(
+    image: LinuxImage, ranges: Sequence[Range], initrd: int, initrd_size: int, rsdp: int
+) -> bytes:
+    page = bytearray(PAGE_SIZE)
+    page[_HEADER : _HEADER + len(image.header)] = image.header
+    page[0x210] = 0xFF  # type_of_loader: one without a number
+    struct.pack_into("<II", page, 0x218, initrd, initrd_size)
+    struct.pack_into("<I", page, 0x228, _CMDLINE)
+    struct.pack_into("<Q", page, 0x250, 0)  # setup_data: none
+    struct.pack_into("<Q", page, 0x070, rsdp)
+    entries = e820(ranges)
+    page[0x1E8] = len(entries)
+    for number, entry in enumerate(entries):
+        struct.pack_into("<QQI", page, 0x2D0 + 20 * number, *entry)
+    return bytes(page)
+
+
+def e820(ranges: Sequence[Range]) -> list[tuple[int, int, int]]:
+    """The map of memory that the kernel is given: address, size, type."""
+    first = ranges[0]
+    return [
+        (0, CONVENTIONAL_END, _RAM),
+        (CONVENTIONAL_END, 0x100000 - CONVENTIONAL_END, _RESERVED),
+        (0x100000, first.end - 0x100000, _RAM),
+        *((part.gpa, part.size, _RAM) for part in ranges[1:]),
+    ]
+
+
+def _write_page_tables(memory: GuestMemory) -> None:
+    """The first 4 GiB, one to one."""
+    memory.write(_PML4, struct.pack("<Q", _PDPT | _PRESENT_WRITABLE))
+    directories = [_DIRECTORIES + n * PAGE_SIZE for n in range(4)]
+    memory.write(_PDPT, struct.pack("<4Q", *(at | _PRESENT_WRITABLE for at in directories)))
+    entries = (n << 21 | _PRESENT_WRITABLE | _LARGE for n in range(4 * 512))
+    memory.write(_DIRECTORIES, struct.pack("<2048Q", *entries))
+
+
+def enter(image: LinuxImage, vcpu: Vcpu) -> None:
+    """Set the first vCPU's registers for the kernel's 64-bit entry."""
+    sregs = vcpu.get_sregs()
+    sregs.cr3 = _PML4
+    sregs.cr0 = _CR0_PE | _CR0_MP | _CR0_ET | _CR0_NE | _CR0_PG
+    sregs.cr4 = _CR4_PAE
+    sregs.efer = _EFER_LME | _EFER_LMA
+    for name in ("cs", "ds", "es", "fs", "gs", "ss"):
+        is_code = name == "cs"
+        selector = _BOOT_CS if is_code else _BOOT_DS
+        set_segment(getattr(sregs, name), is_code=is_code, selector=selector)
+    sregs.gdt.base, sregs.gdt.limit = _GDT, 0x1F
+    sregs.idt.base, sregs.idt.limit = 0, 0
+    vcpu.set_sregs(sregs)
+    regs = vcpu.get_regs()
+    regs.rip, regs.rsi, regs.rflags = image.entry, _ZERO_PAGE, 1 << 1
+    regs.rsp = _ZERO_PAGE + 2 * PAGE_SIZE
+    vcpu.set_regs(regs)

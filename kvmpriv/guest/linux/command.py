@@ -1,0 +1,191 @@
+"""``kvmpriv boot``: bring Linux up, its console ours, its exit status ours."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ...kvm import Kvm
+from ..image import ImageError, read_file
+from ..machine import EXIT_PORT
+from ..run import EXIT_NO_KVM, EXIT_USAGE, parse_seconds, parse_size
+from .console import HELP, keyboard
+from .image import LinuxImage, load_linux
+from .layout import plan
+from .machine import CPUS_MAX, DEFAULT_CMDLINE, EXIT_STATUSES, LinuxMachine, Outcome
+
+__all__ = ["add_arguments", "main"]
+
+_SCHEMA_VERSION = 1
+_KERNEL_MAX = 1 << 30  # a vmlinux with everything that debuggers want to know
+_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+
+
+class _Signalled(BaseException):
+    """A signal that ends us, once all is undone."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def parse_cpus(text: str) -> int:
+    """A number of vCPUs."""
+    if not text.isdecimal() or not 1 <= int(text) <= CPUS_MAX:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of vCPUs (1 to {CPUS_MAX})")
+    return int(text)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = (
+        "The console is the guest's ttyS0: standard output, and standard input; on a terminal\n"
+        f"{HELP}.  On ttyS1 the guest says how it ends, with the line\n"
+        "`exit N`, before it turns itself off, and whatever else --json is to report; a byte on\n"
+        f"port {EXIT_PORT:#x} ends it at once.\n\n"
+        f"exit status: the guest's (0 if it says none); {EXIT_USAGE} usage or a bad image;\n"
+        f"{EXIT_NO_KVM} KVM can't be used; "
+        + "; ".join(f"{status} {how}" for how, status in EXIT_STATUSES.items())
+        + ";\n128 + N ended by signal N (130: by Ctrl-C or Ctrl-A x)"
+    )
+    add = parser.add_argument
+    add("--kernel", required=True, metavar="FILE", help="a bzImage (vmlinuz) or a vmlinux")
+    add("--initrd", metavar="FILE", help="the first root file system, as the kernel takes it")
+    add(
+        "--append",
+        default="",
+        metavar="WORDS",
+        help=f"for the kernel's command line, behind `{DEFAULT_CMDLINE}`",
+    )
+    add("--memory", type=parse_size, default=512 << 20, metavar="SIZE", help="512M if not given")
+    add("--cpus", type=parse_cpus, default=1, metavar="N", help="vCPUs; 1 if not given")
+    add("--timeout", type=parse_seconds, metavar="SECONDS", help="end the guest after so long")
+    add(
+        "--json",
+        action="store_true",
+        help="report as JSON on standard output; the console goes to standard error",
+    )
+
+
+def _load(options: argparse.Namespace) -> tuple[LinuxImage, bytes]:
+    name = options.kernel
+    try:
+        image = load_linux(read_file(name, _KERNEL_MAX))
+        if options.initrd is None:
+            return image, b""
+        name = options.initrd
+        initrd = read_file(name, options.memory)
+        if not initrd:
+            raise ImageError("the file is empty")
+    except (ImageError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ImageError(f"{name}: {reason}") from None
+    return image, initrd
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """Signals that would end us at once unwind us instead: a terminal is to be restored."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise _Signalled(number)
+
+    before = {number: signal.signal(number, stop) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Boot the guest that the command line describes; returns the exit status."""
+    try:
+        image, initrd = _load(options)
+    except ImageError as error:
+        return _fail(str(error), EXIT_USAGE)
+    try:
+        kvm = Kvm()
+    except OSError as error:
+        return _fail(f"{error.filename}: {error.strerror}", EXIT_NO_KVM)
+    with kvm:
+        started = time.monotonic()
+        try:
+            machine = LinuxMachine(
+                kvm,
+                image,
+                plan(options.memory),
+                initrd=initrd,
+                cmdline=options.append,
+                cpus=options.cpus,
+                output=_print_to(sys.stderr if options.json else sys.stdout),
+            )
+        except ImageError as error:
+            return _fail(f"{options.kernel}: {error}", EXIT_USAGE)
+        except OSError as error:
+            return _fail(f"the guest can't be made: {error.strerror}", EXIT_NO_KVM)
+        with machine:
+            try:
+                outcome = _run(machine, options.timeout)
+            except OSError as error:
+                if error.filename is not None or isinstance(error, BrokenPipeError):
+                    raise  # the output's, not KVM's
+                return _fail(f"the guest can't go on: {error.strerror}", EXIT_NO_KVM)
+            if options.json:
+                print(json.dumps(_report(machine, outcome, time.monotonic() - started), indent=2))
+    sys.stdout.flush()
+    if outcome.how in EXIT_STATUSES:
+        return _fail(f"{_WORDS[outcome.how]}: {outcome.why}", outcome.status)
+    return outcome.status
+
+
+_WORDS = {
+    "crash": "the guest crashed",
+    "panic": "the guest's kernel panicked",
+    "timeout": "the guest was ended",
+    "no progress": "the guest makes no progress",
+}
+
+
+def _run(machine: LinuxMachine, timeout: float | None) -> Outcome:
+    try:
+        with _signals(), keyboard() as source:
+            if source is not None and os.isatty(source.fileno()):
+                print(f"kvmpriv boot: {HELP}", file=sys.stderr)
+            return machine.run(timeout, source)
+    except _Signalled as signalled:
+        return Outcome("signal", 128 + signalled.number, signal.Signals(signalled.number).name)
+
+
+def _print_to(stream: Any) -> Any:
+    def write(data: bytes) -> None:
+        stream.buffer.write(data)
+        stream.flush()
+
+    return write
+
+
+def _report(machine: LinuxMachine, outcome: Outcome, seconds: float) -> dict[str, Any]:
+    """What --json says; the fields are stable, and new ones may join them."""
+    image = machine.image
+    return {
+        "schema_version": _SCHEMA_VERSION,
+        "kernel": {"kind": image.kind, "version": image.version},
+        "cmdline": machine.cmdline,
+        "cpus": len(machine.vcpus),
+        "memory": [part._asdict() for part in machine.ranges],
+        "outcome": outcome._asdict(),
+        "seconds": round(seconds, 3),
+        "said": machine.said,
+    }
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"kvmpriv boot: {message}", file=sys.stderr)
+    return status

@@ -1,0 +1,100 @@
+"""The user's side of a guest's console: a terminal in raw mode, or a pipe."""
+
+from __future__ import annotations
+
+import os
+import sys
+import termios
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import TracebackType
+from typing import Any
+
+__all__ = ["HELP", "Keyboard", "keyboard"]
+
+_ESCAPE, _QUIT = b"\x01", b"xX"
+#: What a user has to know.
+HELP = "Ctrl-A x ends the guest, Ctrl-A Ctrl-A is a Ctrl-A"
+
+
+class Keyboard:
+    """Bytes from `fd` for the guest; with `escape`, Ctrl-A x is the end of them."""
+
+    def __init__(self, fd: int, *, escape: bool) -> None:
+        self._fd = fd
+        self._escape = escape
+        self._escaped = False
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def read(self) -> bytes | None:
+        """What has been typed; None at the end.  KeyboardInterrupt for Ctrl-A x."""
+        try:
+            data = os.read(self._fd, 4096)
+        except BlockingIOError:
+            return b""
+        except OSError:  # a terminal that is gone
+            data = b""
+        if not data:
+            return None
+        return self._unescape(data) if self._escape else data
+
+    def _unescape(self, data: bytes) -> bytes:
+        typed = bytearray()
+        for byte in data:
+            if self._escaped:
+                self._escaped = False
+                if byte in _QUIT:
+                    raise KeyboardInterrupt
+                typed.append(byte)
+            elif byte == _ESCAPE[0]:
+                self._escaped = True
+            else:
+                typed.append(byte)
+        return bytes(typed)
+
+
+class _Raw:
+    """A terminal that passes every key on; as it was before when the block ends."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def __enter__(self) -> None:
+        self._before = termios.tcgetattr(self._fd)
+        raw: list[Any] = termios.tcgetattr(self._fd)
+        raw[0] &= ~(termios.BRKINT | termios.ICRNL | termios.INPCK | termios.ISTRIP | termios.IXON)
+        # Output is left as it is: what we say ourselves wants its carriage returns.
+        raw[2] = raw[2] & ~(termios.CSIZE | termios.PARENB) | termios.CS8
+        raw[3] &= ~(termios.ECHO | termios.ICANON | termios.IEXTEN | termios.ISIG)
+        raw[6][termios.VMIN], raw[6][termios.VTIME] = 1, 0
+        termios.tcsetattr(self._fd, termios.TCSADRAIN, raw)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        with suppress(termios.error):  # hung up: there is no terminal left to restore
+            termios.tcsetattr(self._fd, termios.TCSADRAIN, self._before)
+
+
+@contextmanager
+def keyboard() -> Iterator[Keyboard | None]:
+    """Standard input for a guest, raw as long as the block lasts if it is a terminal.
+
+    None where there is nothing to read: closed, or the terminal of a job in the background.
+    """
+    if sys.stdin is None:
+        yield None
+        return
+    fd = sys.stdin.fileno()
+    if not os.isatty(fd):
+        yield Keyboard(fd, escape=False)
+    elif os.tcgetpgrp(fd) != os.getpgrp():
+        yield None
+    else:
+        with _Raw(fd):
+            yield Keyboard(fd, escape=True)

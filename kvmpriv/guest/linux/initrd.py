@@ -1,0 +1,56 @@
+"""Small initial root file systems, made of what a script has in memory.
+
+The format is "newc" cpio, as Documentation/driver-api/early-userspace/buffer-format.rst of the
+kernel has it.
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Mapping
+
+__all__ = ["busybox", "pack"]
+
+_BUSYBOX_INIT = """\
+#!/bin/busybox sh
+/bin/busybox --install -s /bin
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t devtmpfs devtmpfs /dev
+{script}
+"""
+
+
+def pack(files: Mapping[str, bytes | str], *, executable: int = 0o111) -> bytes:
+    """An archive of `files`: path -> content, or the target of a symbolic link if it is a str.
+
+    Folders on the way are made; each file has the permissions 0644 with the bits of `executable`.
+    ValueError for a path that leaves the archive.
+    """
+    entries: dict[str, tuple[int, bytes]] = {}
+    for path, content in files.items():
+        parts = path.strip("/").split("/")
+        if "" in parts or ".." in parts or "." in parts:
+            raise ValueError(f"{path!r} is not a path in an archive")
+        for depth in range(1, len(parts)):
+            entries.setdefault("/".join(parts[:depth]), (stat.S_IFDIR | 0o755, b""))
+        if isinstance(content, str):
+            entry = stat.S_IFLNK | 0o777, content.encode()
+        else:
+            entry = stat.S_IFREG | 0o644 | executable, content
+        entries["/".join(parts)] = entry
+    archive = bytearray()
+    for number, (path, (mode, content)) in enumerate([*entries.items(), ("TRAILER!!!", (0, b""))]):
+        name = path.encode() + b"\0"
+        fields = (number + 1, mode, 0, 0, 1, 0, len(content), 0, 0, 0, 0, len(name), 0)
+        archive += b"070701" + b"".join(b"%08X" % field for field in fields) + name
+        archive += bytes(-len(archive) % 4) + content
+        archive += bytes(-len(archive) % 4)
+    return bytes(archive)
+
+
+def busybox(program: bytes, script: str, files: Mapping[str, bytes | str] | None = None) -> bytes:
+    """A root file system whose init runs `script`, lines for sh; `program` is a static busybox."""
+    folders = {f"{name}/.keep": b"" for name in ("proc", "sys", "dev", "tmp", "root")}
+    init = _BUSYBOX_INIT.format(script=script).encode()
+    return pack({**folders, "bin/busybox": program, "init": init, **(files or {})})

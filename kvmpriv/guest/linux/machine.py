@@ -1,0 +1,452 @@
+"""The machine that Linux runs on: RAM, interrupt controllers and timer in the kernel, vCPUs with a
+thread each, two serial ports, power.
+
+COM1 (ttyS0) is the console.  COM2 (ttyS1) is for what a guest has to tell its script, in lines: the
+line ``exit N`` sets the exit status that turning the machine off gives, all others are kept.  A
+byte written to port 0xf4 ends the guest at once, as its exit status.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import struct
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from ...cdefs import kvm as k
+from ...memory import HostMemory
+from ...stats import StatsFd
+from ...vcpu import VcpuThread
+from .. import crash
+from ..image import ImageError
+from ..machine import EXIT_PORT
+from . import acpi, boot, cpuid
+from .bus import Bus
+from .layout import GuestMemory, Range
+from .serial import SIZE as SERIAL_SIZE
+from .serial import Serial
+
+if TYPE_CHECKING:
+    from ...kvm import Kvm
+    from ...vcpu import Vcpu
+    from .image import LinuxImage
+
+__all__ = ["CPUS_MAX", "DEFAULT_CMDLINE", "EXIT_STATUSES", "LinuxMachine", "Outcome"]
+
+#: What the kernel is told before the caller's own words: where to print, and to end when it panics.
+DEFAULT_CMDLINE = "console=ttyS0 panic=-1"
+#: APIC ids of 8 bits; 255 means all of them.
+CPUS_MAX = 254
+
+_COM1, _COM2 = (0x3F8, 4), (0x2F8, 3)  # port, interrupt
+_KEYBOARD_COMMAND, _PULSE_RESET = 0x64, 0xFE
+_TSS_ADDRESS, _IDENTITY_MAP_ADDRESS = 0xFFFBD000, 0xFFFBC000
+
+# struct kvm_run's io and mmio, 32 bytes in: taken in one go, as each exit comes by here.
+_UNION = 32
+_IO = struct.Struct("<BBHIQ")  # direction, size, port, count, data_offset
+_MMIO = struct.Struct("<Q8sIB")  # phys_addr, data, len, is_write
+
+_PANIC = b"Kernel panic - not syncing: "
+_PANIC_GRACE = 5.0  # seconds that a kernel which does not reset after a panic is listened to
+_TICK = 0.005
+_OUTPUT_MAX = 64 << 10
+_SAID_MAX, _SAID_LINE_MAX = 1000, 4096
+# A processor that runs the guest has emulated what exits, and no more.  Looked at this often, in
+# seconds, until the guest has printed something.
+_EMULATED_EVERY, _EMULATED_MIN, _EMULATED_PER_EXIT = 0.5, 20_000, 20
+
+#: How a guest may end, other than by a status of its own -> our exit status.
+EXIT_STATUSES = {"no progress": 123, "timeout": 124, "crash": 125, "panic": 126}
+
+
+class Outcome(NamedTuple):
+    """What became of a guest.
+
+    `how`: "exit" (by port 0xf4), "off", "reset", "panic", "crash", "timeout", "no progress".
+    """
+
+    how: str
+    status: int  # for a shell: 0 to 255
+    why: str
+
+
+class Input(Protocol):
+    """Where the console's input comes from."""
+
+    def fileno(self) -> int: ...
+    def read(self) -> bytes | None:
+        """Bytes for the guest; None at the end, or when the user has had enough."""
+
+
+class _Thread(VcpuThread):
+    """A vCPU's thread that says when it has ended, however that was."""
+
+    def __init__(self, vcpu: Vcpu, handler: Any, ended: Callable[[], object]) -> None:
+        super().__init__(vcpu, handler)
+        self._ended = ended
+
+    def run(self) -> None:
+        super().run()
+        self._ended()
+
+
+class _Power:
+    """The few registers that turn a machine off or reset it."""
+
+    def __init__(self, machine: LinuxMachine, kind: str) -> None:
+        self._machine = machine
+        self._kind = kind
+        self._values = bytearray(8)
+
+    def read(self, offset: int, size: int) -> int:
+        if self._kind == "keyboard":
+            return 0  # no controller, but nothing to wait for either
+        value = int.from_bytes(self._values[offset : offset + size], "little")
+        return value | 1 if self._kind == "pm1" and offset == 4 else value  # SCI_EN
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        if self._kind == "exit":
+            self._machine.end(Outcome("exit", value & 0xFF, "by its exit port"))
+        elif self._kind == "keyboard":
+            if value == _PULSE_RESET:
+                self._machine.reset()
+        elif self._kind == "reset":
+            if value & acpi.RESET_VALUE == acpi.RESET_VALUE:
+                self._machine.reset()
+        elif offset < 4:
+            if offset >= 2:  # the status half is cleared by writing ones: nothing is ever set
+                self._values[offset : offset + size] = value.to_bytes(size, "little")
+        elif value == acpi.SLEEP_TYPE_OFF << 10 | acpi.SLEEP_ENABLE | value & 0x3FF:
+            self._machine.end(Outcome("off", self._machine.status, "turned off"))
+        else:
+            self._values[offset : offset + size] = value.to_bytes(size, "little")
+
+
+class LinuxMachine:
+    """A guest with `image` loaded, ready to run.
+
+    `ranges` is its RAM (`layout.plan`); `cmdline` the words behind DEFAULT_CMDLINE; `output` is
+    given what the guest prints.  ImageError names what does not fit, OSError what KVM refuses;
+    nothing is left behind then.
+    """
+
+    def __init__(
+        self,
+        kvm: Kvm,
+        image: LinuxImage,
+        ranges: Sequence[Range],
+        *,
+        initrd: bytes = b"",
+        cmdline: str = "",
+        cpus: int = 1,
+        output: Callable[[bytes], object] = lambda data: None,
+    ) -> None:
+        if not 1 <= cpus <= CPUS_MAX:
+            raise ImageError(f"{cpus} vCPUs: 1 to {CPUS_MAX} are possible")
+        self.image = image
+        self.ranges = list(ranges)
+        self.cmdline = " ".join(filter(None, (DEFAULT_CMDLINE, cmdline)))
+        #: What the guest has said on COM2, line by line, but for ``exit N``.
+        self.said: list[str] = []
+        #: The exit status for when the guest turns itself off.
+        self.status = 0
+        self._output = output
+        self._pending = bytearray()
+        self._alerted = False
+        self._drained = threading.Event()
+        self._last_line = b""
+        self._panic = ""
+        self._panicked_at = 0.0
+        self._said_line = bytearray()
+        self._outcome: Outcome | None = None
+        self._end_lock = threading.Lock()
+        self.ports, self.mmio = Bus(), Bus()
+        with ExitStack() as stack:
+            self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            stack.callback(os.close, self._wake)
+            self.vm = stack.enter_context(kvm.create_vm())
+            self._make_memory(stack)
+            self.vm.set_tss_addr(_TSS_ADDRESS)
+            self.vm.set_identity_map_addr(_IDENTITY_MAP_ADDRESS)
+            self.vm.create_irqchip()
+            self.vm.create_pit2(k.KVM_PIT_SPEAKER_DUMMY)
+            self._add_devices()
+            self._make_cpus(kvm, cpus, stack)
+            boot.load(
+                image,
+                self.memory,
+                self.ranges,
+                os.fsencode(self.cmdline),
+                initrd,
+                rsdp=boot.TABLES,
+            )
+            self.memory.write(boot.TABLES, acpi.tables(boot.TABLES, cpus))
+            boot.enter(image, self.vcpus[0])
+            self._stack = stack.pop_all()
+
+    def _make_memory(self, stack: ExitStack) -> None:
+        parts = []
+        for part in self.ranges:
+            memory = stack.enter_context(HostMemory(part.size))
+            self.vm.map(memory, part.gpa)
+            parts.append((part, memory))
+        self._low = parts[0][1]
+        self.memory = GuestMemory(parts)
+
+    def _add_devices(self) -> None:
+        def line(number: int) -> Callable[[int], None]:
+            return lambda level: self.vm.irq_line(number, level)
+
+        self.console = Serial(self._put, line(_COM1[1]))
+        self.ports.add(self.console, _COM1[0], SERIAL_SIZE)
+        self.ports.add(Serial(self._hear, line(_COM2[1])), _COM2[0], SERIAL_SIZE)
+        self.ports.add(_Power(self, "exit"), EXIT_PORT, 1)
+        self.ports.add(_Power(self, "keyboard"), _KEYBOARD_COMMAND, 1)
+        self.ports.add(_Power(self, "reset"), acpi.RESET_PORT, 1)
+        self.ports.add(_Power(self, "pm1"), acpi.PM1_EVENT, 8)
+
+    def _make_cpus(self, kvm: Kvm, cpus: int, stack: ExitStack) -> None:
+        supported = kvm.get_supported_cpuid()
+        deadline = bool(self.vm.check_extension(k.KVM_CAP_TSC_DEADLINE_TIMER))
+        self._kvm_run_size = kvm.get_vcpu_mmap_size()
+        self.vcpus: list[Vcpu] = []
+        for number in range(cpus):
+            vcpu = stack.enter_context(self.vm.create_vcpu(number))
+            vcpu.set_cpuid2(cpuid.for_cpu(supported, number, cpus, tsc_deadline=deadline))
+            # 0: the host's rate as it is known now.  Without this word it is the rate that was
+            # first measured, which KVM may then find to be one that it can't give.
+            vcpu.set_tsc_khz(0)
+            self.vcpus.append(vcpu)
+        self._stats: int | None = None  # a vCPU that runs could not be asked for it any more
+        if self.vm.check_extension(k.KVM_CAP_BINARY_STATS_FD):
+            self._stats = self.vcpus[0].ioctl(k.KVM_GET_STATS_FD)
+            stack.callback(os.close, self._stats)
+
+    # -- what the guest does, in its vCPUs' threads --------------------------------------------
+
+    def _serve(self, vcpu: Vcpu) -> Callable[[Vcpu, int], Outcome | None]:
+        raw = memoryview(k.ffi.buffer(vcpu.page, self._kvm_run_size)).cast("B")
+        io_of, mmio_of = _IO.unpack_from, _MMIO.unpack_from
+        read_port, write_port = self.ports.read, self.ports.write
+        read_mmio, write_mmio = self.mmio.read, self.mmio.write
+
+        def serve(vcpu: Vcpu, reason: int) -> Outcome | None:
+            if reason == k.KVM_EXIT_IO:
+                direction, size, port, count, at = io_of(raw, _UNION)
+                for _ in range(count):
+                    if direction:
+                        value = raw[at] if size == 1 else _int(raw[at : at + size], "little")
+                        write_port(port, size, value)
+                    else:
+                        value = read_port(port, size) & (1 << 8 * size) - 1
+                        raw[at : at + size] = value.to_bytes(size, "little")
+                    at += size
+            elif reason == k.KVM_EXIT_MMIO:
+                address, data, size, is_write = mmio_of(raw, _UNION)
+                if is_write:
+                    write_mmio(address, size, _int(data[:size], "little"))
+                else:
+                    value = read_mmio(address, size) & (1 << 8 * size) - 1
+                    raw[_UNION + 8 : _UNION + 8 + size] = value.to_bytes(size, "little")
+            else:
+                self._other_exit(vcpu, reason)
+            return self._outcome
+
+        return serve
+
+    def _other_exit(self, vcpu: Vcpu, reason: int) -> None:
+        """An exit that no guest in good health causes."""
+        if reason == k.KVM_EXIT_SYSTEM_EVENT and vcpu.page.system_event.type in (
+            k.KVM_SYSTEM_EVENT_SHUTDOWN,
+            k.KVM_SYSTEM_EVENT_RESET,
+        ):
+            self.reset()
+            return
+        why = crash.describe_exit(vcpu.exit())
+        if reason != k.KVM_EXIT_FAIL_ENTRY:
+            why = crash.report(vcpu, self._low, why)
+        self.end(Outcome("crash", EXIT_STATUSES["crash"], f"vCPU {vcpu.vcpu_id}: {why}"))
+
+    def _put(self, value: int) -> None:
+        """A byte of the console: only the thread in `run` writes to the outside."""
+        self._pending.append(value)
+        if not self._alerted:
+            self._alerted = True
+            os.eventfd_write(self._wake, 1)
+        while len(self._pending) >= _OUTPUT_MAX and self._outcome is None:
+            self._drained.clear()
+            self._drained.wait(0.05)
+
+    def _hear(self, value: int) -> None:
+        """A byte on COM2."""
+        if value not in b"\r\n":
+            if len(self._said_line) < _SAID_LINE_MAX:
+                self._said_line.append(value)
+            return
+        line = self._said_line.decode(errors="backslashreplace").strip()
+        self._said_line.clear()
+        word, _, number = line.partition(" ")
+        if word == "exit" and number.isdecimal() and len(number) < 4:
+            self.status = int(number) & 0xFF
+        elif line and len(self.said) < _SAID_MAX:
+            self.said.append(line)
+
+    def reset(self) -> None:
+        """The guest resets itself: over, too."""
+        self.end(Outcome("reset", self.status, "reset itself"))
+
+    def end(self, outcome: Outcome) -> None:
+        """Let the guest be over; the first word counts."""
+        with self._end_lock:
+            if self._outcome is None:
+                self._outcome = outcome
+        self._alert()
+
+    def _alert(self) -> None:
+        with suppress(OSError):  # closed: nobody waits any more
+            os.eventfd_write(self._wake, 1)
+
+    # -- what its user does, in the thread that calls run --------------------------------------
+
+    def run(self, timeout: float | None = None, source: Input | None = None) -> Outcome:
+        """Run until the guest ends, for `timeout` seconds at most.
+
+        `source` gives the console's input.  Raises what `output` and `source` raise, and OSError
+        where KVM can't go on; the vCPUs have stopped then, too.
+        """
+        started = time.monotonic()
+        deadline = float("inf") if timeout is None else started + timeout
+        threads = [_Thread(vcpu, self._serve(vcpu), self._alert) for vcpu in self.vcpus]
+        try:
+            for thread in threads:
+                thread.start()
+            self._watch(threads, started, deadline, source)
+        finally:
+            # A thread that waits for room for its output must see that it is over.
+            self.end(Outcome("crash", EXIT_STATUSES["crash"], "ended from outside"))
+            self._drained.set()
+            for thread in threads:
+                if thread.ident is not None:
+                    thread.stop()
+        for thread in threads:
+            thread.result()
+        self._flush()
+        assert self._outcome is not None
+        # A kernel that has panicked resets, by whatever way works.
+        over = self._panic and self._outcome.how in ("reset", "crash")
+        return self._panic_outcome() if over else self._outcome
+
+    def _watch(
+        self, threads: list[_Thread], started: float, deadline: float, source: Input | None
+    ) -> None:
+        poll = select.poll()
+        poll.register(self._wake, select.POLLIN)
+        listening = False
+        check_at = started + _EMULATED_EVERY
+        while self._outcome is None and all(thread.is_alive() for thread in threads):
+            if source is not None and listening != (self.console.pending() < _OUTPUT_MAX):
+                listening = not listening
+                if listening:
+                    poll.register(source.fileno(), select.POLLIN)
+                else:
+                    poll.unregister(source.fileno())
+            now = time.monotonic()
+            until = min(deadline, check_at)
+            if self._alerted:
+                until = min(until, now + _TICK)
+            if self._panic:
+                until = min(until, self._panicked_at + _PANIC_GRACE)
+            if source is not None and not listening:
+                until = min(until, now + 0.05)  # nothing tells us that the guest has read
+            wait = None if until == float("inf") else max(0.0, until - now) * 1000
+            ready = [fd for fd, _ in poll.poll(wait)]
+            if self._wake in ready:
+                with suppress(BlockingIOError):
+                    os.eventfd_read(self._wake)
+            if source is not None and listening and source.fileno() in ready:
+                data = source.read()
+                if data is None:
+                    poll.unregister(source.fileno())
+                    source = None
+                else:
+                    self.console.receive(data)
+            self._flush_or_rest()
+            self._judge(time.monotonic(), deadline, check_at)
+            if time.monotonic() >= check_at:
+                check_at = float("inf") if self._last_line else check_at + _EMULATED_EVERY
+
+    def _flush_or_rest(self) -> None:
+        if self._pending:
+            self._flush()
+        else:
+            self._alerted = False
+            if self._pending:  # it came before it could see that we rest
+                self._alerted = True
+
+    def _flush(self) -> None:
+        size = len(self._pending)
+        data = bytes(self._pending[:size])
+        del self._pending[:size]
+        self._drained.set()
+        if not data:
+            return
+        self._look_for_panic(data)
+        self._output(data)
+
+    def _look_for_panic(self, data: bytes) -> None:
+        if self._panic:
+            return
+        lines = self._last_line + data
+        at = lines.find(_PANIC)
+        if at >= 0 and b"\n" in lines[at:]:
+            self._panic = lines[at:].split(b"\n", 1)[0].decode(errors="replace").strip()
+            self._panicked_at = time.monotonic()
+        self._last_line = lines[max(0, at) if at >= 0 else -len(_PANIC) :][-_SAID_LINE_MAX:]
+
+    def _panic_outcome(self) -> Outcome:
+        return Outcome("panic", EXIT_STATUSES["panic"], self._panic)
+
+    def _judge(self, now: float, deadline: float, check_at: float) -> None:
+        if now >= deadline:
+            self.end(Outcome("timeout", EXIT_STATUSES["timeout"], "its time is up"))
+        elif self._panic and now >= self._panicked_at + _PANIC_GRACE:
+            self.end(self._panic_outcome())
+        elif now >= check_at and (emulated := self._emulated()):
+            self.end(Outcome("no progress", EXIT_STATUSES["no progress"], emulated))
+
+    def _emulated(self) -> str:
+        """Whether this KVM emulates the guest's kernel, instruction by instruction: what it says.
+
+        Paravirtual ones do where a kernel does not know of them: it would take hours to boot.
+        """
+        if self._stats is None:
+            return ""
+        with StatsFd(os.dup(self._stats)) as stats:
+            values = stats.read()
+        emulated, exits = values.get("insn_emulation", 0), values.get("exits", 0)
+        assert isinstance(emulated, int)
+        assert isinstance(exits, int)
+        if emulated > max(_EMULATED_MIN, _EMULATED_PER_EXIT * exits):
+            return (
+                f"this KVM emulates a kernel's instructions one by one ({emulated} of them in"
+                f" {exits} exits so far), as a paravirtual KVM does: Linux can't run"
+            )
+        return ""
+
+    def close(self) -> None:
+        """End the guest and give its memory back."""
+        self._stack.close()
+
+    def __enter__(self) -> LinuxMachine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+_int = int.from_bytes

@@ -1,0 +1,142 @@
+"""A 16550A serial port, with FIFOs and interrupts.
+
+Registers as in the data sheet of National Semiconductor's PC16550D.  Bytes go out as fast as the
+guest writes them; what goes in waits here until the guest has read it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+
+__all__ = ["SIZE", "Serial"]
+
+#: How many ports it takes.
+SIZE = 8
+
+_DATA, _ENABLE, _IDENTIFY, _LINE, _MODEM, _LINE_STATUS, _MODEM_STATUS, _SCRATCH = range(8)
+_FIFO = _IDENTIFY  # when written
+_ENABLE_RECEIVED, _ENABLE_EMPTY = 1, 2
+_DIVISOR_ACCESS = 0x80
+_LOOPBACK, _OUT2 = 0x10, 0x08
+_READY, _EMPTY = 0x01, 0x60
+_NO_INTERRUPT, _ID_EMPTY, _ID_RECEIVED = 0x01, 0x02, 0x04
+_FIFOS = 0xC0
+_FIFO_SIZE = 16
+_CONNECTED = 0xB0  # carrier, data set ready, clear to send
+
+
+class Serial:
+    """One port.  `output` is given each byte that the guest sends, `irq` the line's level.
+
+    `receive` may be called by any thread.
+    """
+
+    def __init__(self, output: Callable[[int], object], irq: Callable[[int], object]) -> None:
+        self._output = output
+        self._irq = irq
+        self._lock = threading.Lock()
+        self._waiting: deque[int] = deque()  # outside, until the guest listens
+        self._received: deque[int] = deque()
+        self._enable = self._line = self._modem = self._scratch = self._fifo = 0
+        self._divisor = 1
+        self._empty_pending = False
+        self._level = 0
+
+    def receive(self, data: bytes) -> None:
+        """Bytes for the guest.
+
+        They wait until it asks for interrupts when there are any: what comes earlier a driver
+        throws away as it starts.
+        """
+        with self._lock:
+            self._waiting.extend(data)
+            self._update()
+
+    def pending(self) -> int:
+        """How many bytes the guest has still to read."""
+        return len(self._waiting) + len(self._received)
+
+    def read(self, offset: int, size: int) -> int:
+        """A register; each of them is a byte."""
+        if offset == _LINE_STATUS:  # most of all reads, and nothing but this changes nothing
+            return _EMPTY | (_READY if self._received else 0)
+        with self._lock:
+            return self._read(offset)
+
+    def _read(self, offset: int) -> int:
+        if self._line & _DIVISOR_ACCESS and offset in (_DATA, _ENABLE):
+            return self._divisor >> 8 * offset & 0xFF
+        if offset == _DATA:
+            value = self._received.popleft() if self._received else 0
+            self._update()
+            return value
+        if offset == _ENABLE:
+            return self._enable
+        if offset == _IDENTIFY:
+            fifos = _FIFOS if self._fifo & 1 else 0
+            if self._enable & _ENABLE_RECEIVED and self._received:
+                return fifos | _ID_RECEIVED
+            if self._enable & _ENABLE_EMPTY and self._empty_pending:
+                self._empty_pending = False  # to be told is enough
+                self._update()
+                return fifos | _ID_EMPTY
+            return fifos | _NO_INTERRUPT
+        if offset == _MODEM_STATUS and self._modem & _LOOPBACK:
+            # What is set on one side is seen on the other.
+            set_ = self._modem
+            return (set_ & 0x0C) << 4 | (set_ & 0x02) << 3 | (set_ & 0x01) << 5
+        return (self._line, self._modem, 0, _CONNECTED, self._scratch)[offset - _LINE]
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """A register; each of them is a byte."""
+        value &= 0xFF
+        if offset == _DATA and not self._line & _DIVISOR_ACCESS:
+            if self._modem & _LOOPBACK:
+                with self._lock:
+                    if len(self._received) < _FIFO_SIZE:
+                        self._received.append(value)
+                return
+            self._output(value)
+            if self._enable & _ENABLE_EMPTY:
+                with self._lock:
+                    self._empty_pending = True
+                    self._update()
+            return
+        with self._lock:
+            self._write(offset, value)
+
+    def _write(self, offset: int, value: int) -> None:
+        if offset in (_DATA, _ENABLE) and self._line & _DIVISOR_ACCESS:
+            keep = self._divisor & (0xFF00 if offset == _DATA else 0xFF)
+            self._divisor = keep | value << 8 * offset
+        elif offset == _ENABLE:
+            # Enabling the interrupt of an empty transmitter raises it.
+            if value & ~self._enable & _ENABLE_EMPTY:
+                self._empty_pending = True
+            self._enable = value & 0x0F
+        elif offset == _FIFO:
+            self._fifo = value
+            if value & 0x02:
+                self._received.clear()
+        elif offset == _LINE:
+            self._line = value
+        elif offset == _MODEM:
+            self._modem = value & 0x1F
+        elif offset == _SCRATCH:
+            self._scratch = value
+        self._update()
+
+    def _update(self) -> None:
+        if self._enable & _ENABLE_RECEIVED:
+            while self._waiting and len(self._received) < _FIFO_SIZE:
+                self._received.append(self._waiting.popleft())
+        wanted = (self._enable & _ENABLE_RECEIVED and bool(self._received)) or (
+            self._enable & _ENABLE_EMPTY and self._empty_pending
+        )
+        # OUT2 is the gate between the chip and the interrupt line.
+        level = int(bool(wanted) and bool(self._modem & _OUT2) and not self._modem & _LOOPBACK)
+        if level != self._level:
+            self._level = level
+            self._irq(level)
