@@ -1,0 +1,137 @@
+"""Linux brought up by `kvmpriv boot` in the kernels of scripts/kernel: each boots itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import ROOT, missing
+from kvmpriv.guest.linux import initrd
+from vm.test_kernels import SCRIPTS, image
+
+SAY = "echo $* >/dev/ttyS1"
+
+
+@dataclass
+class Boot:
+    """What came of one."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+    @property
+    def report(self) -> dict[str, Any]:
+        return dict(json.loads(self.stdout))
+
+
+class Jobs:
+    """Guests to be brought up, all in one VM."""
+
+    def __init__(self, folder: Path, kernel: Path) -> None:
+        found = shutil.which("busybox")
+        if found is None:
+            missing("busybox", "there is no busybox to make a guest's programs of")
+        self._busybox = Path(found).read_bytes()
+        self._folder = folder
+        self._kernel = kernel
+        self._jobs: dict[str, Any] = {}
+
+    def add(
+        self, name: str, script: str, *options: str, vmlinux: bool = False, stdin: str = ""
+    ) -> None:
+        path = self._folder / f"{name}.cpio"
+        path.write_bytes(initrd.busybox(self._busybox, script))
+        kernel = self._kernel.with_name("vmlinux") if vmlinux else self._kernel
+        more = ["--initrd", str(path), "--timeout", "240", "--memory", "256M", *options]
+        self._jobs[name] = {"arguments": ["--kernel", str(kernel), *more], "stdin": stdin}
+
+    def run(self, name: str) -> dict[str, Boot]:
+        (self._folder / "jobs.json").write_text(json.dumps(self._jobs))
+        command = [SCRIPTS / "vm", name, "-q", "--timeout", "900"]
+        command += ["--output-dir", self._folder, "--", sys.executable]
+        done = subprocess.run(
+            [*command, ROOT / "tests/vm/boot_jobs.py", self._folder],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+        )
+        assert done.returncode == 0, done.stderr
+        results = json.loads((self._folder / "results.json").read_text())
+        return {name: Boot(**result) for name, result in results.items()}
+
+
+@pytest.fixture(scope="module", params=["restrictedmem", "guest_memfd"])
+def boots(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("boot")
+    jobs = Jobs(folder, image(request.param))
+    jobs.add(
+        "two",
+        "read line </dev/console; echo got $line; echo cpus $(nproc) >/dev/ttyS1\n"
+        "echo line $line >/dev/ttyS1; cat /proc/interrupts\n"
+        "echo exit 7 >/dev/ttyS1; poweroff -f",
+        *("--cpus", "2", "--json", "--append", "quiet"),
+        stdin="from outside\n",
+    )
+    jobs.add("vmlinux", "echo here; reboot -f", "--append", "quiet", vmlinux=True)
+    jobs.add("panic", "exit 3", "--append", "quiet", vmlinux=True)
+    jobs.add("triple", "reboot -f", "--append", "quiet reboot=t", vmlinux=True)
+    jobs.add(
+        "hang", "echo hanging; sleep 1000", "--append", "quiet", "--timeout", "25", vmlinux=True
+    )
+    return jobs.run(request.param)
+
+
+pytestmark = pytest.mark.timeout(1000)
+
+
+def test_two_vcpus_a_console_and_a_status(boots: dict[str, Boot]) -> None:
+    boot = boots["two"]
+    assert boot.status == 7, boot.stderr
+    assert boot.report["said"] == ["cpus 2", "line from outside"]
+    assert boot.report["outcome"] == {"how": "off", "status": 7, "why": "turned off"}
+    assert boot.report["kernel"]["kind"] == "bzImage"
+    assert boot.report["memory"] == [
+        {"gpa": 0, "size": 256 << 20, "kind": "shared", "purpose": "RAM"}
+    ]
+    assert "got from outside" in boot.stderr  # with --json that is where the console goes
+    timer = next(line for line in boot.stderr.splitlines() if line.startswith("LOC:"))
+    assert all(int(count) > 0 for count in timer.split()[1:3])
+
+
+def test_a_vmlinux_that_resets(boots: dict[str, Boot]) -> None:
+    boot = boots["vmlinux"]
+    assert boot.status == 0, boot.stderr
+    assert "here\r\n" in boot.stdout
+    assert boot.stderr == ""
+
+
+def test_a_panic(boots: dict[str, Boot]) -> None:
+    boot = boots["panic"]
+    assert boot.status == 126
+    assert boot.stderr.startswith(
+        "kvmpriv boot: the guest's kernel panicked: Kernel panic - not syncing: "
+        "Attempted to kill init! exitcode=0x00000300"
+    )
+    assert "Kernel panic" in boot.stdout
+
+
+def test_a_triple_fault(boots: dict[str, Boot]) -> None:
+    boot = boots["triple"]
+    assert boot.status == 125
+    assert "kvmpriv boot: the guest crashed: vCPU 0: triple fault" in boot.stderr
+    assert "rip" in boot.stderr
+
+
+def test_out_of_time(boots: dict[str, Boot]) -> None:
+    boot = boots["hang"]
+    assert boot.status == 124
+    assert boot.stderr == "kvmpriv boot: the guest was ended: its time is up\n"
+    assert "hanging" in boot.stdout
