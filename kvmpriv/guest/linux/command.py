@@ -9,17 +9,28 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from ...kvm import Kvm
+from ...private import ABIS, PrivateAbi, choose
 from ..image import ImageError, read_file
 from ..machine import EXIT_PORT
 from ..run import EXIT_NO_KVM, EXIT_USAGE, parse_seconds, parse_size
 from .console import HELP, keyboard
+from .disk import Block, Entropy
 from .image import LinuxImage, load_linux
 from .layout import plan
-from .machine import CPUS_MAX, DEFAULT_CMDLINE, EXIT_STATUSES, LinuxMachine, Outcome
+from .machine import (
+    CPUS_MAX,
+    DEFAULT_CMDLINE,
+    EXIT_STATUSES,
+    LinuxMachine,
+    Outcome,
+    RangeUse,
+)
+from .net import HOST_ADDRESS, PREFIX_LENGTH, Net, Tap
+from .virtio import VirtioDevice
 
 __all__ = ["add_arguments", "main"]
 
@@ -65,6 +76,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--memory", type=parse_size, default=512 << 20, metavar="SIZE", help="512M if not given")
     add("--cpus", type=parse_cpus, default=1, metavar="N", help="vCPUs; 1 if not given")
+    add(
+        "--private",
+        nargs="?",
+        const="any",
+        choices=["any", *ABIS],
+        metavar="ABI",
+        help=f"keep the applications' memory private: {' or '.join(ABIS)}, what there is if not"
+        " said (write --private=ABI)",
+    )
+    add("--disk", metavar="FILE", help="a disk, virtio-blk (/dev/vda); read-only if it must be")
+    add(
+        "--net",
+        default="none",
+        metavar="WHERE",
+        help="tap: a card, virtio-net, in a network of its own, where the host is"
+        f" {HOST_ADDRESS}/{PREFIX_LENGTH} (`ip netns` lists it, and it ends with the guest);"
+        " tap=BRIDGE: on that bridge; none, if not given",
+    )
     add("--timeout", type=parse_seconds, metavar="SECONDS", help="end the guest after so long")
     add(
         "--json",
@@ -87,6 +116,31 @@ def _load(options: argparse.Namespace) -> tuple[LinuxImage, bytes]:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ImageError(f"{name}: {reason}") from None
     return image, initrd
+
+
+def _devices(options: argparse.Namespace) -> list[VirtioDevice]:
+    """What the command line asks for; OSError and ValueError say what can't be had."""
+    kind, _, bridge = options.net.partition("=")
+    if kind not in ("tap", "none") or (kind == "none" and bridge):
+        raise ValueError(f"--net {options.net}: say tap, tap=BRIDGE or none")
+    with ExitStack() as stack:
+        devices: list[VirtioDevice] = [Entropy()]
+        if options.disk is not None:
+            try:
+                disk = Block(options.disk, _complain)
+            except (OSError, ValueError) as error:
+                reason = error.strerror if isinstance(error, OSError) else error
+                raise ValueError(f"{options.disk}: {reason}") from None
+            devices.append(disk)
+            stack.callback(disk.close)
+        if kind == "tap":
+            devices.append(Net(Tap(bridge or None), _complain))
+        stack.pop_all()
+    return devices
+
+
+def _complain(text: str) -> None:
+    print(f"kvmpriv boot: {text}", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -115,18 +169,32 @@ def main(options: argparse.Namespace) -> int:
     except OSError as error:
         return _fail(f"{error.filename}: {error.strerror}", EXIT_NO_KVM)
     with kvm:
+        abi = None
+        if options.private is not None:
+            try:
+                abi = choose(kvm, None if options.private == "any" else options.private)
+            except OSError as error:
+                return _fail(f"{error.strerror} (`kvmpriv probe` tells more)", EXIT_NO_KVM)
         started = time.monotonic()
+        try:
+            devices = _devices(options)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            return _fail(str(reason), EXIT_USAGE)
         try:
             machine = LinuxMachine(
                 kvm,
                 image,
-                plan(options.memory),
+                plan(options.memory, private=abi is not None),
                 initrd=initrd,
                 cmdline=options.append,
                 cpus=options.cpus,
+                abi=abi,
+                devices=devices,
+                complain=_complain,
                 output=_print_to(sys.stderr if options.json else sys.stdout),
             )
-        except ImageError as error:
+        except ValueError as error:
             return _fail(f"{options.kernel}: {error}", EXIT_USAGE)
         except OSError as error:
             return _fail(f"the guest can't be made: {error.strerror}", EXIT_NO_KVM)
@@ -138,7 +206,8 @@ def main(options: argparse.Namespace) -> int:
                     raise  # the output's, not KVM's
                 return _fail(f"the guest can't go on: {error.strerror}", EXIT_NO_KVM)
             if options.json:
-                print(json.dumps(_report(machine, outcome, time.monotonic() - started), indent=2))
+                seconds = time.monotonic() - started
+                print(json.dumps(_report(machine, outcome, seconds, abi), indent=2))
     sys.stdout.flush()
     if outcome.how in EXIT_STATUSES:
         return _fail(f"{_WORDS[outcome.how]}: {outcome.why}", outcome.status)
@@ -171,15 +240,35 @@ def _print_to(stream: Any) -> Any:
     return write
 
 
-def _report(machine: LinuxMachine, outcome: Outcome, seconds: float) -> dict[str, Any]:
+def _report(
+    machine: LinuxMachine, outcome: Outcome, seconds: float, abi: PrivateAbi | None
+) -> dict[str, Any]:
     """What --json says; the fields are stable, and new ones may join them."""
     image = machine.image
+    try:
+        usage = machine.usage()
+    except OSError:  # a KVM without statistics
+        usage = [RangeUse(part, -1, -1) for part in machine.ranges]
+    everything = sum(part.size for part in machine.ranges)
+    memory = [
+        {
+            **use.range._asdict(),
+            "backing": "anonymous memory"
+            if abi is None or use.range.kind == "shared"
+            else abi.NAME,
+            "share": round(use.range.size / everything, 4),
+            "resident": use.resident,
+            "private": use.private,
+        }
+        for use in usage
+    ]
     return {
         "schema_version": _SCHEMA_VERSION,
         "kernel": {"kind": image.kind, "version": image.version},
         "cmdline": machine.cmdline,
         "cpus": len(machine.vcpus),
-        "memory": [part._asdict() for part in machine.ranges],
+        "private_abi": abi.NAME if abi else None,
+        "memory": memory,
         "outcome": outcome._asdict(),
         "seconds": round(seconds, 3),
         "said": machine.said,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from ...memory import PAGE_SIZE, HostMemory
@@ -11,15 +12,21 @@ __all__ = [
     "HIGH",
     "LOW_MAX",
     "MMIO",
+    "PRIVATE_LOW_MIN",
     "GuestAddressError",
     "GuestMemory",
     "Range",
     "plan",
+    "private_cmdline",
+    "resident",
 ]
 
 _GIB = 1 << 30
 #: RAM ends here below 4 GiB, devices have the rest, and what is left of the RAM begins at HIGH.
 LOW_MAX, HIGH = 3 * _GIB, 4 * _GIB
+#: How much of a guest with private memory is shared, at least.
+PRIVATE_LOW_MIN = 128 << 20
+_ALIGNMENT = 4 << 20
 #: The virtio devices' registers, a page each.
 MMIO = 0xD0000000
 #: RAM that the first megabyte has for whoever wants it; from there to 1 MiB are tables.
@@ -39,15 +46,45 @@ class Range(NamedTuple):
         return self.gpa + self.size
 
 
-def plan(memory_size: int) -> list[Range]:
-    """The ranges of a guest with `memory_size` bytes of RAM, all of it shared."""
+def plan(memory_size: int, *, private: bool = False) -> list[Range]:
+    """The ranges of a guest with `memory_size` bytes of RAM.
+
+    All of it is shared, or it is laid out for private memory: a stock kernel's image, its page
+    tables, its devices' rings and bounce buffers have to be where KVM and the host can read them,
+    and it can be told to keep all RAM from an address on for what it can move, its applications'
+    memory (`private_cmdline`).  So the lower part is shared, up to PRIVATE_LOW_MIN or a quarter,
+    and what is private begins at 4 GiB.  ValueError when nothing is left for that.
+    """
     if memory_size <= 0 or memory_size % PAGE_SIZE:
         raise ValueError(f"memory size {memory_size:#x} is not a multiple of {PAGE_SIZE}")
+    if private:
+        low = min(max(PRIVATE_LOW_MIN, memory_size // 4 & ~(_ALIGNMENT - 1)), LOW_MAX)
+        if memory_size < low + PRIVATE_LOW_MIN // 4:
+            raise ValueError(
+                f"too little memory to have a private part: {low >> 20}M are shared, and"
+                f" {memory_size >> 20}M are all"
+            )
+        return [
+            Range(0, low, "shared", "kernel, rings and bounce buffers"),
+            Range(HIGH, memory_size - low, "private", "applications"),
+        ]
     low = min(memory_size, LOW_MAX)
     ranges = [Range(0, low, "shared", "RAM")]
     if memory_size > low:
         ranges.append(Range(HIGH, memory_size - low, "shared", "RAM"))
     return ranges
+
+
+def private_cmdline(ranges: Sequence[Range]) -> str:
+    """What a kernel has to be told of such ranges; "" where all is shared.
+
+    kernelcore: how much RAM it keeps for itself.  It counts from below and, whatever the number,
+    takes all there is below the highest zone, which begins at 4 GiB: half of the lower part is
+    surely not too much.  swiotlb: bounce buffers for all devices, of 2 KiB each, 8 MiB in all.
+    """
+    if all(part.kind == "shared" for part in ranges):
+        return ""
+    return f"kernelcore={ranges[0].size >> 21}M swiotlb=4096,force"
 
 
 class GuestAddressError(ValueError):
@@ -85,3 +122,14 @@ class GuestMemory:
         """The bytes in place, for as long as the guest's memory is open."""
         offset, memory = self._find(gpa, size)
         return memory.view()[offset : offset + size]
+
+
+_PRESENT = bytes(value >> 7 for value in range(256))
+
+
+def resident(memory: HostMemory) -> int:
+    """How many bytes of a mapping are in RAM: as /proc/self/pagemap has it, bit 63 a page."""
+    with Path("/proc/self/pagemap").open("rb", buffering=0) as pagemap:
+        pagemap.seek(memory.userspace_addr // PAGE_SIZE * 8)
+        entries = pagemap.read(memory.size // PAGE_SIZE * 8)
+    return entries[7::8].translate(_PRESENT).count(1) * PAGE_SIZE

@@ -15,27 +15,33 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ...cdefs import kvm as k
-from ...memory import HostMemory
+from ...memory import PAGE_SIZE, HostMemory
+from ...private import serve_conversion
 from ...stats import StatsFd
 from ...vcpu import VcpuThread
 from .. import crash
 from ..image import ImageError
 from ..machine import EXIT_PORT
-from . import acpi, boot, cpuid
+from . import acpi, boot, cpuid, virtio
 from .bus import Bus
-from .layout import GuestMemory, Range
+from .io import IoThread
+from .layout import MMIO, GuestMemory, Range, private_cmdline, resident
 from .serial import SIZE as SERIAL_SIZE
 from .serial import Serial
+from .virtio import Transport
 
 if TYPE_CHECKING:
     from ...kvm import Kvm
+    from ...private import PrivateAbi
     from ...vcpu import Vcpu
     from .image import LinuxImage
+    from .virtio import VirtioDevice
 
-__all__ = ["CPUS_MAX", "DEFAULT_CMDLINE", "EXIT_STATUSES", "LinuxMachine", "Outcome"]
+__all__ = ["CPUS_MAX", "DEFAULT_CMDLINE", "EXIT_STATUSES", "LinuxMachine", "Outcome", "RangeUse"]
 
 #: What the kernel is told before the caller's own words: where to print, and to end when it panics.
 DEFAULT_CMDLINE = "console=ttyS0 panic=-1"
@@ -43,6 +49,7 @@ DEFAULT_CMDLINE = "console=ttyS0 panic=-1"
 CPUS_MAX = 254
 
 _COM1, _COM2 = (0x3F8, 4), (0x2F8, 3)  # port, interrupt
+_VIRTIO_GSI, _VIRTIO_MAX = 16, 8  # the inputs of the IOAPIC that no legacy device has
 _KEYBOARD_COMMAND, _PULSE_RESET = 0x64, 0xFE
 _TSS_ADDRESS, _IDENTITY_MAP_ADDRESS = 0xFFFBD000, 0xFFFBC000
 
@@ -73,6 +80,19 @@ class Outcome(NamedTuple):
     how: str
     status: int  # for a shell: 0 to 255
     why: str
+
+
+class RangeUse(NamedTuple):
+    """What a range holds, in bytes.
+
+    `resident`: in host memory that this process can read; of a private range that is the copy that
+    nobody uses, 0 when all is well.  `private`: pages mapped into the guest beyond all that is
+    resident, and so out of the private file; at least so much, as not all resident is mapped.
+    """
+
+    range: Range
+    resident: int
+    private: int
 
 
 class Input(Protocol):
@@ -130,9 +150,10 @@ class _Power:
 class LinuxMachine:
     """A guest with `image` loaded, ready to run.
 
-    `ranges` is its RAM (`layout.plan`); `cmdline` the words behind DEFAULT_CMDLINE; `output` is
-    given what the guest prints.  ImageError names what does not fit, OSError what KVM refuses;
-    nothing is left behind then.
+    `ranges` is its RAM (`layout.plan`), whose private parts are so by `abi`; `cmdline` the words
+    behind DEFAULT_CMDLINE; `devices` are closed with it; `complain` is told when one of them stops;
+    `output` is given what the guest prints.  ImageError names what does
+    not fit, OSError what KVM refuses; nothing is left behind then.
     """
 
     def __init__(
@@ -144,13 +165,18 @@ class LinuxMachine:
         initrd: bytes = b"",
         cmdline: str = "",
         cpus: int = 1,
+        abi: PrivateAbi | None = None,
+        devices: Sequence[VirtioDevice] = (),
+        complain: Callable[[str], object] = lambda text: None,
         output: Callable[[bytes], object] = lambda data: None,
     ) -> None:
         if not 1 <= cpus <= CPUS_MAX:
             raise ImageError(f"{cpus} vCPUs: 1 to {CPUS_MAX} are possible")
         self.image = image
         self.ranges = list(ranges)
-        self.cmdline = " ".join(filter(None, (DEFAULT_CMDLINE, cmdline)))
+        words = (DEFAULT_CMDLINE, private_cmdline(ranges), cmdline)
+        self.cmdline = " ".join(filter(None, words))
+        self._abi = abi
         #: What the guest has said on COM2, line by line, but for ``exit N``.
         self.said: list[str] = []
         #: The exit status for when the guest turns itself off.
@@ -164,18 +190,22 @@ class LinuxMachine:
         self._panicked_at = 0.0
         self._said_line = bytearray()
         self._outcome: Outcome | None = None
+        self._io_error: BaseException | None = None
         self._end_lock = threading.Lock()
         self.ports, self.mmio = Bus(), Bus()
         with ExitStack() as stack:
+            for device in devices:
+                stack.callback(device.close)
             self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             stack.callback(os.close, self._wake)
-            self.vm = stack.enter_context(kvm.create_vm())
+            self.vm = stack.enter_context(abi.create_vm(kvm) if abi else kvm.create_vm())
             self._make_memory(stack)
             self.vm.set_tss_addr(_TSS_ADDRESS)
             self.vm.set_identity_map_addr(_IDENTITY_MAP_ADDRESS)
             self.vm.create_irqchip()
             self.vm.create_pit2(k.KVM_PIT_SPEAKER_DUMMY)
             self._add_devices()
+            found = self._add_virtio(devices, complain, stack)
             self._make_cpus(kvm, cpus, stack)
             boot.load(
                 image,
@@ -185,18 +215,26 @@ class LinuxMachine:
                 initrd,
                 rsdp=boot.TABLES,
             )
-            self.memory.write(boot.TABLES, acpi.tables(boot.TABLES, cpus))
+            self.memory.write(boot.TABLES, acpi.tables(boot.TABLES, cpus, found))
             boot.enter(image, self.vcpus[0])
             self._stack = stack.pop_all()
 
     def _make_memory(self, stack: ExitStack) -> None:
-        parts = []
+        self._backing: list[HostMemory] = []
         for part in self.ranges:
-            memory = stack.enter_context(HostMemory(part.size))
-            self.vm.map(memory, part.gpa)
-            parts.append((part, memory))
-        self._low = parts[0][1]
-        self.memory = GuestMemory(parts)
+            memory = stack.enter_context(HostMemory(part.size, reserve=part.kind == "shared"))
+            self._backing.append(memory)
+            if part.kind == "shared":
+                self.vm.map(memory, part.gpa)
+            elif self._abi is None:
+                raise ValueError(f"{part} is private, but by no ABI")
+            else:
+                file = stack.enter_context(self._abi.create_file(self.vm, part.size))
+                self._abi.bind(self.vm, part.gpa, part.size, file, memory=memory)
+                self._abi.convert(self.vm, part.gpa, part.size, private=True)
+        if self._abi is not None:
+            self.vm.enable_cap(k.KVM_CAP_EXIT_HYPERCALL, 1 << k.KVM_HC_MAP_GPA_RANGE)
+        self.memory = GuestMemory(list(zip(self.ranges, self._backing, strict=True)))
 
     def _add_devices(self) -> None:
         def line(number: int) -> Callable[[int], None]:
@@ -209,6 +247,53 @@ class LinuxMachine:
         self.ports.add(_Power(self, "keyboard"), _KEYBOARD_COMMAND, 1)
         self.ports.add(_Power(self, "reset"), acpi.RESET_PORT, 1)
         self.ports.add(_Power(self, "pm1"), acpi.PM1_EVENT, 8)
+
+    def _add_virtio(
+        self,
+        devices: Sequence[VirtioDevice],
+        complain: Callable[[str], object],
+        stack: ExitStack,
+    ) -> list[tuple[int, int, int]]:
+        """Put the devices on the bus; returns what the ACPI tables are to say of them."""
+        if len(devices) > _VIRTIO_MAX:
+            raise ValueError(f"{len(devices)} virtio devices: {_VIRTIO_MAX} are possible")
+
+        def eventfd() -> int:
+            fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            stack.callback(os.close, fd)
+            return fd
+
+        self._io = IoThread(self._io_failed)
+        stack.callback(self._io.close)
+        found = []
+        for number, device in enumerate(devices):
+            base, gsi = MMIO + number * PAGE_SIZE, _VIRTIO_GSI + number
+            interrupt = eventfd()
+            self.vm.irqfd(interrupt, gsi)
+            transport = Transport(
+                device,
+                self.memory,
+                partial(os.eventfd_write, interrupt, 1),
+                complain,
+                access_platform=self._abi is not None,
+            )
+            self.mmio.add(transport, base, virtio.SIZE)
+            for queue in range(device.queue_count):
+                notify = eventfd()
+                self.vm.ioeventfd(
+                    notify,
+                    base + virtio.QUEUE_NOTIFY,
+                    4,
+                    datamatch=queue,
+                    flags=k.KVM_IOEVENTFD_FLAG_DATAMATCH,
+                )
+                self._io.add(notify, transport, queue)
+            found.append((base, virtio.SIZE, gsi))
+        return found
+
+    def _io_failed(self, error: BaseException) -> None:
+        self._io_error = error
+        self.end(Outcome("crash", EXIT_STATUSES["crash"], f"its devices: {error}"))
 
     def _make_cpus(self, kvm: Kvm, cpus: int, stack: ExitStack) -> None:
         supported = kvm.get_supported_cpuid()
@@ -267,9 +352,12 @@ class LinuxMachine:
         ):
             self.reset()
             return
-        why = crash.describe_exit(vcpu.exit())
+        exit_ = vcpu.exit()
+        if self._abi is not None and serve_conversion(self._abi, self.vm, vcpu, exit_):
+            return
+        why = crash.describe_exit(exit_)
         if reason != k.KVM_EXIT_FAIL_ENTRY:
-            why = crash.report(vcpu, self._low, why)
+            why = crash.report(vcpu, self._backing[0], why)
         self.end(Outcome("crash", EXIT_STATUSES["crash"], f"vCPU {vcpu.vcpu_id}: {why}"))
 
     def _put(self, value: int) -> None:
@@ -323,6 +411,7 @@ class LinuxMachine:
         deadline = float("inf") if timeout is None else started + timeout
         threads = [_Thread(vcpu, self._serve(vcpu), self._alert) for vcpu in self.vcpus]
         try:
+            self._io.start()
             for thread in threads:
                 thread.start()
             self._watch(threads, started, deadline, source)
@@ -333,8 +422,11 @@ class LinuxMachine:
             for thread in threads:
                 if thread.ident is not None:
                     thread.stop()
+            self._io.stop()
         for thread in threads:
             thread.result()
+        if self._io_error is not None:
+            raise self._io_error
         self._flush()
         assert self._outcome is not None
         # A kernel that has panicked resets, by whatever way works.
@@ -437,6 +529,28 @@ class LinuxMachine:
                 f" {exits} exits so far), as a paravirtual KVM does: Linux can't run"
             )
         return ""
+
+    # -- what it costs -------------------------------------------------------------------------
+
+    def usage(self) -> list[RangeUse]:
+        """What each range holds now.  OSError where KVM has no statistics."""
+        held = [resident(memory) for memory in self._backing]
+        with self.vm.get_stats_fd() as stats:
+            values = stats.read()
+        mapped = 0
+        for name, size in (("pages_4k", PAGE_SIZE), ("pages_2m", 2 << 20), ("pages_1g", 1 << 30)):
+            count = values.get(name, 0)
+            assert isinstance(count, int)
+            mapped += count * size
+        shared = sum(
+            size for part, size in zip(self.ranges, held, strict=True) if part.kind == "shared"
+        )
+        return [
+            RangeUse(part, size, min(part.size, max(0, mapped - shared)))
+            if part.kind == "private"
+            else RangeUse(part, size, 0)
+            for part, size in zip(self.ranges, held, strict=True)
+        ]
 
     def close(self) -> None:
         """End the guest and give its memory back."""

@@ -1,0 +1,180 @@
+"""A disk for a Linux guest: virtio-blk over a file; and random numbers: virtio-rng.
+
+VIRTIO 1.2, 5.2 and 5.4.
+"""
+
+from __future__ import annotations
+
+import errno as _errno
+import fcntl
+import os
+import stat
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+from .virtio import Chain, Queue, RingError, VirtioDevice
+
+__all__ = ["Block", "Entropy"]
+
+_SECTOR = 512
+_HEADER = struct.Struct("<IIQ")  # type, reserved, sector
+_IN, _OUT, _FLUSH, _GET_ID = 0, 1, 4, 8
+_OK, _IO_ERROR, _UNSUPPORTED = 0, 1, 2
+_F_SEG_MAX, _F_RO, _F_FLUSH = 1 << 2, 1 << 5, 1 << 9
+_SEGMENTS_MAX = 126
+_ID_SIZE = 20
+
+
+class Block(VirtioDevice):
+    """The file at `path` as a disk of its size.
+
+    Read-only when the file can't be opened for writing.  OSError when it can't be opened at all,
+    EWOULDBLOCK when another guest has it; ValueError when it is no file, or no number of sectors.
+    `complain` is told of the host's errors.
+    """
+
+    device_id = 2
+    name = "virtio-blk"
+
+    def __init__(
+        self, path: str | os.PathLike[str], complain: Callable[[str], object] = lambda text: None
+    ) -> None:
+        self._complain = complain
+        self.path = os.fspath(path)
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            self.read_only = False
+        except OSError as error:
+            if error.errno not in (_errno.EACCES, _errno.EROFS, _errno.EPERM):
+                raise
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self.read_only = True
+        try:
+            kind = os.fstat(self._fd).st_mode
+            if not stat.S_ISREG(kind) and not stat.S_ISBLK(kind):
+                raise ValueError("a disk is a file or a block device")
+            self.size = os.lseek(self._fd, 0, os.SEEK_END)
+            if self.size == 0 or self.size % _SECTOR:
+                raise ValueError(f"{self.size} bytes are not a number of sectors of {_SECTOR}")
+            try:
+                lock = fcntl.LOCK_SH if self.read_only else fcntl.LOCK_EX
+                fcntl.flock(self._fd, lock | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise OSError(error.errno, "in use by another guest") from None
+        except BaseException:
+            os.close(self._fd)
+            raise
+        self.features = _F_SEG_MAX | _F_FLUSH | (_F_RO if self.read_only else 0)
+        self.config = struct.pack("<QII", self.size // _SECTOR, 0, _SEGMENTS_MAX).ljust(64, b"\0")
+
+    def serve(self, number: int, queue: Queue) -> bool:
+        done = False
+        while (chain := queue.pop()) is not None:
+            written = self._request(chain)
+            queue.push(chain, written)
+            done = True
+        return done
+
+    def _request(self, chain: Chain) -> int:
+        """One request; returns how many bytes were written to the guest."""
+        readable, writable = list(chain.readable), list(chain.writable)
+        header = _take(readable, _HEADER.size)
+        if len(header) < _HEADER.size:
+            raise RingError(f"a disk request of {len(header)} bytes")
+        while writable and not writable[-1]:
+            writable.pop()
+        if not writable:
+            raise RingError("a disk request without room for its status")
+        status_at = writable[-1][-1:]
+        writable[-1] = writable[-1][:-1]
+        kind, _, sector = _HEADER.unpack(header)
+        try:
+            status, written = self._do(kind, sector, readable, writable)
+        except OSError as error:
+            self._complain(f"{self.name}: {self.path}: {os.strerror(error.errno or 0)}")
+            status, written = _IO_ERROR, 0
+        status_at[0] = status
+        return written + 1
+
+    def _do(
+        self, kind: int, sector: int, readable: list[memoryview], writable: list[memoryview]
+    ) -> tuple[int, int]:
+        if kind == _FLUSH:
+            os.fdatasync(self._fd)
+            return _OK, 0
+        if kind == _GET_ID:
+            identity = Path(self.path).name.encode()[:_ID_SIZE].ljust(_ID_SIZE, b"\0")
+            return _OK, _put(writable, identity)
+        if kind not in (_IN, _OUT):
+            return _UNSUPPORTED, 0
+        parts = writable if kind == _IN else readable
+        offset, length = sector * _SECTOR, sum(map(len, parts))
+        outside = length % _SECTOR or offset + length > self.size
+        if outside or len(parts) > _SEGMENTS_MAX or (kind == _OUT and self.read_only):
+            return _IO_ERROR, 0
+        return _OK, self._transfer(os.preadv if kind == _IN else os.pwritev, parts, offset, kind)
+
+    def _transfer(
+        self,
+        call: Callable[[int, list[memoryview], int], int],
+        parts: list[memoryview],
+        offset: int,
+        kind: int,
+    ) -> int:
+        """All of it, however many calls it takes; returns what was written to the guest."""
+        total = 0
+        left = [part for part in parts if part]
+        while left:
+            size = call(self._fd, left, offset + total)
+            if size == 0:
+                raise OSError(_errno.EIO, "the file has shrunk")
+            total += size
+            while left and size >= len(left[0]):
+                size -= len(left.pop(0))
+            if size:
+                left[0] = left[0][size:]
+        return total if kind == _IN else 0
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class Entropy(VirtioDevice):
+    """Random numbers from the host's kernel."""
+
+    device_id = 4
+    name = "virtio-rng"
+    _MOST = 1 << 16  # bytes a request: a guest must not have us make gigabytes
+
+    def serve(self, number: int, queue: Queue) -> bool:
+        done = False
+        while (chain := queue.pop()) is not None:
+            room = sum(map(len, chain.writable))
+            queue.push(chain, _put(list(chain.writable), os.urandom(min(room, self._MOST))))
+            done = True
+        return done
+
+
+def _take(parts: list[memoryview], size: int) -> bytes:
+    """The first `size` bytes, taken off."""
+    data = b""
+    while parts and len(data) < size:
+        wanted = size - len(data)
+        data += bytes(parts[0][:wanted])
+        parts[0] = parts[0][wanted:]
+        if not parts[0]:
+            parts.pop(0)
+    return data
+
+
+def _put(parts: list[memoryview], data: bytes) -> int:
+    """Write as much of `data` as there is room for; returns how much."""
+    done = 0
+    for part in parts:
+        piece = data[done : done + len(part)]
+        part[: len(piece)] = piece
+        done += len(piece)
+    return done

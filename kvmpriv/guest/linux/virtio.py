@@ -1,0 +1,297 @@
+"""Virtio over MMIO: the registers, and rings that are not trusted.
+
+Virtual I/O Device (VIRTIO) Version 1.2: 2.7 (split virtqueues), 4.2 (MMIO).  Without indirect
+descriptors and event indices: what a guest may do, it may do here, and all else stops the device.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+from collections.abc import Callable
+from typing import NamedTuple
+
+from .layout import GuestAddressError, GuestMemory
+
+__all__ = [
+    "ACCESS_PLATFORM",
+    "QUEUE_NOTIFY",
+    "SIZE",
+    "Chain",
+    "Queue",
+    "RingError",
+    "Transport",
+    "VirtioDevice",
+]
+
+#: How many addresses a device's registers take.
+SIZE = 0x200
+#: The feature bit by which a driver has to go through the DMA API, and so through bounce buffers.
+ACCESS_PLATFORM = 1 << 33
+
+_VERSION_1 = 1 << 32
+_MAGIC, _VERSION, _VENDOR = 0x74726976, 2, 0x4B564D50  # "virt", modern, "PMVK"
+_QUEUE_SIZE_MAX = 256
+_NEXT, _WRITE, _INDIRECT = 1, 2, 4
+_NO_INTERRUPT = 1
+_DESCRIPTOR = struct.Struct("<QIHH")
+_U16 = struct.Struct("<H")
+_USED = struct.Struct("<II")
+# Status bits.
+_FEATURES_OK, _DRIVER_OK, _NEEDS_RESET = 8, 4, 64
+#: The register to which a driver writes the number of a queue that has something new.
+QUEUE_NOTIFY = 0x50
+_CONFIG = 0x100
+_USED_BUFFER, _CONFIG_CHANGED = 1, 2
+
+
+class RingError(Exception):
+    """What the guest has put into a ring makes no sense; the message says what."""
+
+
+class Chain(NamedTuple):
+    """One request: what the guest has for the device to read, and where it may write."""
+
+    head: int
+    readable: list[memoryview]
+    writable: list[memoryview]
+
+
+class Queue:
+    """A split virtqueue in the guest's memory.
+
+    Every index and every address is checked as it is used: the guest may change them at any
+    moment, and none of them leads outside its memory or in circles.
+    """
+
+    def __init__(self, memory: GuestMemory) -> None:
+        self._memory = memory
+        self.size = 0
+        self.ready = False
+        #: Where descriptors, available and used ring are, as the driver has said it.
+        self.addresses = [0, 0, 0]
+        self._taken = 0
+        self._used_index = 0
+
+    def activate(self) -> None:
+        """The driver says that all is in place."""
+        size = self.size
+        if not 0 < size <= _QUEUE_SIZE_MAX or size & (size - 1):
+            raise RingError(f"a queue of {size} entries")
+        sizes = (16 * size, 6 + 2 * size, 6 + 8 * size)
+        for address, alignment in zip(self.addresses, (16, 2, 4), strict=True):
+            if address % alignment:
+                raise RingError(f"a ring at {address:#x}, which is not a multiple of {alignment}")
+        try:
+            self._descriptors, self._available, self._used = (
+                self._memory.view(address, length)
+                for address, length in zip(self.addresses, sizes, strict=True)
+            )
+        except GuestAddressError as error:
+            raise RingError(f"a ring that is no shared memory: {error}") from None
+        self._taken = self._used_index = 0
+        self.ready = True
+
+    def pop(self) -> Chain | None:
+        """The next request; None when there is none, or the queue is not ready."""
+        if not self.ready:
+            return None
+        (index,) = _U16.unpack_from(self._available, 2)
+        waiting = (index - self._taken) & 0xFFFF
+        if not waiting:
+            return None
+        if waiting > self.size:
+            raise RingError(f"{waiting} requests in a ring of {self.size}")
+        (head,) = _U16.unpack_from(self._available, 4 + 2 * (self._taken % self.size))
+        self._taken = (self._taken + 1) & 0xFFFF
+        return self._walk(head)
+
+    def _walk(self, head: int) -> Chain:
+        readable: list[memoryview] = []
+        writable: list[memoryview] = []
+        number = head
+        for _ in range(self.size):
+            if number >= self.size:
+                raise RingError(f"descriptor {number} of {self.size}")
+            address, length, flags, following = _DESCRIPTOR.unpack_from(
+                self._descriptors, 16 * number
+            )
+            if flags & _INDIRECT:
+                raise RingError(f"descriptor {number} is indirect, which was not offered")
+            if not flags & _WRITE and writable:
+                raise RingError(f"descriptor {number} is to be read, behind one to be written")
+            try:
+                part = self._memory.view(address, length)
+            except GuestAddressError as error:
+                raise RingError(f"descriptor {number}: {error}") from None
+            (writable if flags & _WRITE else readable).append(part)
+            if not flags & _NEXT:
+                return Chain(head, readable, writable)
+            number = following
+        raise RingError(f"the descriptors from {head} on go in circles")
+
+    def push(self, chain: Chain, written: int) -> None:
+        """Give a request back, with so many bytes written to it."""
+        _USED.pack_into(self._used, 4 + 8 * (self._used_index % self.size), chain.head, written)
+        self._used_index = (self._used_index + 1) & 0xFFFF
+        _U16.pack_into(self._used, 2, self._used_index)
+
+    def wants_interrupt(self) -> bool:
+        """Whether the driver wants to be told of what was given back."""
+        return not _U16.unpack_from(self._available, 0)[0] & _NO_INTERRUPT
+
+
+class VirtioDevice:
+    """What a device is behind its registers; for each kind a class of its own."""
+
+    #: The number of its kind, how it is called, its own feature bits, how many queues it has.
+    device_id = 0
+    name = "virtio"
+    features = 0
+    queue_count = 1
+    #: The configuration space, as it is now.
+    config = b""
+
+    def serve(self, number: int, queue: Queue) -> bool:
+        """Do what waits in a queue; True if something was given back.  RingError stops it."""
+        raise NotImplementedError
+
+    def host_fd(self) -> int:
+        """A descriptor of the host's: when it can be read, queue 0 is to be served.  -1: none."""
+        return -1
+
+    def reset(self) -> None:
+        """The driver starts anew."""
+
+    def close(self) -> None:
+        """The machine is over."""
+
+
+class Transport:
+    """The registers of one device.
+
+    `interrupt` raises its interrupt line, `complain` is told when it stops.  A vCPU's thread sets
+    the device up while another serves its queues: one at a time.
+    """
+
+    def __init__(
+        self,
+        device: VirtioDevice,
+        memory: GuestMemory,
+        interrupt: Callable[[], object],
+        complain: Callable[[str], object],
+        *,
+        access_platform: bool = False,
+    ) -> None:
+        self.device = device
+        self._memory = memory
+        self._interrupt = interrupt
+        self._complain = complain
+        self._offered = device.features | _VERSION_1 | (ACCESS_PLATFORM if access_platform else 0)
+        self._required = self._offered & (_VERSION_1 | ACCESS_PLATFORM)
+        self._lock = threading.Lock()
+        self._interrupt_status = 0
+        self._reset()
+
+    def _reset(self) -> None:
+        self._status = self._accepted = 0
+        self._feature_select = self._driver_select = self._queue_select = 0
+        self._interrupt_status = 0
+        self.queues = [Queue(self._memory) for _ in range(self.device.queue_count)]
+        self.device.reset()
+
+    def serve(self, number: int) -> None:
+        """Do what waits in a queue, and tell the driver."""
+        with self._lock:
+            if self._status & (_DRIVER_OK | _NEEDS_RESET) != _DRIVER_OK:
+                return
+            queue = self.queues[number]
+            try:
+                if queue.ready and self.device.serve(number, queue) and queue.wants_interrupt():
+                    self._interrupt_status |= _USED_BUFFER
+                    self._interrupt()
+            except RingError as error:
+                self._stop(str(error))
+
+    def _stop(self, why: str) -> None:
+        """The driver can't be followed: nothing more until it resets the device."""
+        self._status |= _NEEDS_RESET
+        self._interrupt_status |= _CONFIG_CHANGED
+        self._complain(f"{self.device.name} has stopped: the guest has {why}")
+        self._interrupt()
+
+    def read(self, offset: int, size: int) -> int:
+        """A register: 32 bits; the configuration space: 8 to 64."""
+        with self._lock:
+            if offset >= _CONFIG:
+                start = offset - _CONFIG
+                return int.from_bytes(self.device.config[start : start + size], "little")
+            if size != 4 or offset % 4:
+                return 0
+            queue = self._queue()
+            if offset == 0x010:
+                return self._offered >> 32 * self._feature_select & 0xFFFFFFFF
+            return {
+                0x000: _MAGIC,
+                0x004: _VERSION,
+                0x008: self.device.device_id,
+                0x00C: _VENDOR,
+                0x034: _QUEUE_SIZE_MAX if queue else 0,
+                0x044: int(queue.ready) if queue else 0,
+                0x060: self._interrupt_status,
+                0x070: self._status,
+            }.get(offset, 0)
+
+    def _queue(self) -> Queue | None:
+        selected = self._queue_select
+        return self.queues[selected] if selected < len(self.queues) else None
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """A register: 32 bits."""
+        if offset == QUEUE_NOTIFY:  # where no ioeventfd has taken it
+            if value < len(self.queues):
+                self.serve(value)
+            return
+        if size != 4:
+            return
+        with self._lock:
+            try:
+                self._write(offset, value)
+            except RingError as error:
+                self._stop(str(error))
+
+    def _write(self, offset: int, value: int) -> None:
+        queue = self._queue()
+        if offset == 0x014:
+            self._feature_select = value & 1
+        elif offset == 0x020:
+            shift = 32 * self._driver_select
+            self._accepted = self._accepted & ~(0xFFFFFFFF << shift) | value << shift
+        elif offset == 0x024:
+            self._driver_select = value & 1
+        elif offset == 0x030:
+            self._queue_select = value
+        elif offset == 0x064:
+            self._interrupt_status &= ~value
+        elif offset == 0x070:
+            self._set_status(value)
+        elif queue is not None and not queue.ready:
+            if offset == 0x038:
+                queue.size = value
+            elif offset == 0x044 and value == 1:
+                queue.activate()
+            elif 0x080 <= offset < 0x0A8 and offset & 0x8 == 0:
+                which, shift = (offset - 0x080) // 0x10, 32 * (offset >> 2 & 1)
+                kept = queue.addresses[which] & ~(0xFFFFFFFF << shift)
+                queue.addresses[which] = kept | value << shift
+        elif queue is not None and offset == 0x044 and value == 0:
+            queue.ready = False
+
+    def _set_status(self, value: int) -> None:
+        if value == 0:
+            self._reset()
+            return
+        refused = self._accepted & ~self._offered or self._required & ~self._accepted
+        if value & _FEATURES_OK and refused:
+            value &= ~_FEATURES_OK  # the driver reads it back, and gives up
+        self._status = value & 0xFF | self._status & _NEEDS_RESET

@@ -1,0 +1,471 @@
+"""Virtio devices against a driver that is right, and against drivers that are not."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kvmpriv import HostMemory
+from kvmpriv.guest.linux.disk import Block, Entropy
+from kvmpriv.guest.linux.layout import GuestMemory, Range
+from kvmpriv.guest.linux.net import Net
+from kvmpriv.guest.linux.virtio import ACCESS_PLATFORM, Transport, VirtioDevice
+
+SIZE = 1 << 20
+BASE = 0x10000  # of the memory that the guest shares; beyond it is none of its own
+NEXT, WRITE, INDIRECT = 1, 2, 4
+VERSION_1 = 1 << 32
+
+
+class Driver:
+    """A driver with queues of 8 entries, and the memory that it and the device see."""
+
+    def __init__(self, device: VirtioDevice, *, access_platform: bool = False) -> None:
+        self.host = HostMemory(SIZE)
+        self.memory = GuestMemory(
+            [
+                (Range(BASE, SIZE, "shared", ""), self.host),
+                (Range(1 << 32, SIZE, "private", ""), self.host),
+            ]
+        )
+        self.interrupts = 0
+        self.words: list[str] = []
+        self.transport = Transport(
+            device,
+            self.memory,
+            self._interrupt,
+            self.words.append,
+            access_platform=access_platform,
+        )
+        self.indices = [0] * device.queue_count
+
+    def _interrupt(self) -> None:
+        self.interrupts += 1
+
+    def get(self, offset: int, size: int = 4) -> int:
+        return self.transport.read(offset, size)
+
+    def put(self, offset: int, value: int) -> None:
+        self.transport.write(offset, 4, value)
+
+    def negotiate(self, features: int = VERSION_1) -> bool:
+        self.put(0x70, 0)
+        self.put(0x70, 3)
+        for half in range(2):
+            self.put(0x24, half)
+            self.put(0x20, features >> 32 * half & 0xFFFFFFFF)
+        self.put(0x70, 0xB)
+        return bool(self.get(0x70) & 8)
+
+    def rings(self, number: int) -> tuple[int, int, int]:
+        base = BASE + 0x1000 + number * 0x1000
+        return base, base + 0x400, base + 0x800
+
+    def start(self, size: int = 8) -> None:
+        for number in range(len(self.indices)):
+            self.put(0x30, number)
+            self.put(0x38, size)
+            for register, address in zip((0x80, 0x90, 0xA0), self.rings(number), strict=True):
+                self.put(register, address & 0xFFFFFFFF)
+                self.put(register + 4, address >> 32)
+            self.put(0x44, 1)
+        self.put(0x70, 0xF)
+
+    def describe(self, number: int, at: int, *descriptor: int) -> None:
+        self.memory.write(self.rings(number)[0] + 16 * at, struct.pack("<QIHH", *descriptor))
+
+    def offer(self, number: int, head: int, *, ahead: int = 1) -> None:
+        available = self.rings(number)[1]
+        index = self.indices[number]
+        self.memory.write(available + 4 + 2 * (index % 8), struct.pack("<H", head))
+        self.indices[number] = index + ahead & 0xFFFF
+        self.memory.write(available + 2, struct.pack("<H", self.indices[number]))
+        self.put(0x50, number)
+
+    def used(self, number: int) -> list[tuple[int, int]]:
+        at = self.rings(number)[2]
+        (count,) = struct.unpack("<H", self.memory.read(at + 2, 2))
+        return [
+            struct.unpack("<II", self.memory.read(at + 4 + 8 * n, 8)) for n in range(min(count, 8))
+        ]
+
+    def request(self, *parts: tuple[bytes | int, int]) -> list[bytes]:
+        """One chain on queue 0: bytes to be read, sizes to be written; what was written."""
+        at, places = BASE + 0x10000, []
+        for n, (what, flags) in enumerate(parts):
+            size = what if isinstance(what, int) else len(what)
+            if isinstance(what, bytes):
+                self.memory.write(at, what)
+            more = NEXT if n + 1 < len(parts) else 0
+            self.describe(0, n, at, size, flags | more, n + 1)
+            places.append((at, size, flags))
+            at += size + 3  # nothing is aligned
+        self.offer(0, 0)
+        return [self.memory.read(place, size) for place, size, flags in places if flags & WRITE]
+
+    @property
+    def stopped(self) -> bool:
+        return bool(self.get(0x70) & 64)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(range(256)) * 64)
+    return path
+
+
+@pytest.fixture
+def driver() -> Iterator[Callable[..., Driver]]:
+    made: list[VirtioDevice] = []
+
+    def make(device: VirtioDevice, features: int = VERSION_1, **options: Any) -> Driver:
+        made.append(device)
+        new = Driver(device, **options)
+        assert new.negotiate(features)
+        new.start()
+        return new
+
+    yield make
+    for device in made:
+        device.close()
+
+
+MakeDriver = Callable[..., Driver]
+
+
+def test_registers() -> None:
+    one = Driver(Entropy(), access_platform=True)
+    assert [one.get(at) for at in (0, 4, 8, 0xC, 0x34)] == [
+        *(0x74726976, 2, 4, 0x4B564D50, 256),
+    ]
+    one.put(0x30, 1)  # a queue that it has not
+    assert one.get(0x34) == 0
+    one.put(0x44, 1)
+    assert one.get(0x44) == 0
+    one.put(0x14, 1)
+    assert one.get(0x10) == 3  # VERSION_1, ACCESS_PLATFORM
+    assert not one.negotiate(VERSION_1)
+    assert not one.negotiate(VERSION_1 | ACCESS_PLATFORM | 1)
+    assert one.negotiate(VERSION_1 | ACCESS_PLATFORM)
+    assert not Driver(Entropy()).negotiate(0)
+    assert one.get(0x0, 1) == one.get(0x2, 4) == 0
+
+
+def test_random_numbers(driver: MakeDriver) -> None:
+    one = driver(Entropy())
+    first, second = one.request((100, WRITE), (28, WRITE))
+    assert len({*first, *second}) > 20
+    assert one.used(0) == [(0, 128)]
+    assert one.interrupts == 1
+    assert one.get(0x60) == 1
+    one.put(0x64, 1)
+    assert one.get(0x60) == 0
+    one.memory.write(one.rings(0)[1], b"\1\0")  # the driver polls
+    one.request((10, WRITE))
+    assert one.used(0) == [(0, 128), (0, 10)]
+    assert one.interrupts == 1
+
+
+def test_the_ring_wraps(driver: MakeDriver) -> None:
+    one = driver(Entropy())
+    at = one.rings(0)[2]
+    for _ in range(70_000):
+        one.describe(0, 3, BASE + 0x20000, 1, WRITE, 0)
+        one.offer(0, 3)
+    assert struct.unpack("<H", one.memory.read(at + 2, 2)) == (70_000 % 65536,)
+    assert one.interrupts == 70_000
+    assert not one.stopped
+
+
+def block(kind: int, sector: int = 0) -> tuple[bytes, int]:
+    return struct.pack("<IIQ", kind, 0, sector), 0
+
+
+def test_disk_reads_and_writes(driver: MakeDriver, disk: Path) -> None:
+    one = driver(Block(disk))
+    assert one.get(0x100, 8) == 32
+    data, status = one.request(block(0, 1), (1024, WRITE), (1, WRITE))
+    assert (data, status) == (disk.read_bytes()[512:1536], b"\0")
+    assert one.used(0)[-1] == (0, 1025)
+    # Split where no driver would, status and data in one piece.
+    both = one.request((block(0, 1)[0][:5], 0), (block(0, 1)[0][5:], 0), (300, WRITE), (213, WRITE))
+    assert b"".join(both) == disk.read_bytes()[512:1024] + b"\0"
+    (status,) = one.request(block(1, 31), (b"x" * 512, 0), (1, WRITE))
+    assert status == b"\0"
+    assert disk.read_bytes()[-512:] == b"x" * 512
+    assert one.request(block(4), (1, WRITE)) == [b"\0"]
+    assert one.request(block(8), (20, WRITE), (1, WRITE)) == [b"disk".ljust(20, b"\0"), b"\0"]
+    assert one.words == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "sector", "size", "status"),
+    [
+        (0, 31, 512, 0),
+        (0, 32, 512, 1),
+        (0, 31, 1024, 1),
+        (0, 0, 513, 1),
+        (0, (1 << 64) - 1, 512, 1),
+        (0, 1 << 55, 512, 1),
+        (77, 0, 512, 2),
+    ],
+)
+def test_disk_refuses(
+    driver: MakeDriver, disk: Path, kind: int, sector: int, size: int, status: int
+) -> None:
+    one = driver(Block(disk))
+    _, got = one.request(block(kind, sector), (size, WRITE), (1, WRITE))
+    assert got == bytes((status,))
+    assert not one.stopped
+    before = disk.read_bytes()
+    (got,) = one.request(block(1, sector), (b"y" * size, 0), (1, WRITE))
+    assert (got, disk.read_bytes() == before) == (
+        (b"\0", False) if status == 0 else (b"\1", True)
+    ) or kind == 77
+
+
+def test_disk_of_another_guest_or_none(disk: Path, tmp_path: Path) -> None:
+    first = Block(disk)
+    with pytest.raises(OSError, match="in use by another guest"):
+        Block(disk)
+    first.close()
+    first.close()
+    Block(disk).close()
+    empty = tmp_path / "empty"
+    empty.write_bytes(b"")
+    with pytest.raises(ValueError, match="0 bytes are not a number of sectors"):
+        Block(empty)
+    empty.write_bytes(b"x" * 513)
+    with pytest.raises(ValueError, match="513 bytes are not a number of sectors"):
+        Block(empty)
+    with pytest.raises(ValueError, match="a disk is a file or a block device"):
+        Block("/dev/null")
+    with pytest.raises(FileNotFoundError):
+        Block(tmp_path / "none")
+
+
+def test_disk_that_the_host_can_not_write(driver: MakeDriver, disk: Path) -> None:
+    device = Block(disk)
+    one = driver(device)
+    os.truncate(disk, 512)
+    _, status = one.request(block(0, 4), (512, WRITE), (1, WRITE))
+    assert status == b"\1"
+    assert one.words == []
+    words: list[str] = []
+    device._complain = words.append
+    _, status = one.request(block(0, 4), (512, WRITE), (1, WRITE))
+    assert words == [f"virtio-blk: {disk}: Input/output error"]
+
+
+class Cable:
+    """A tap's place, taken by a socket that keeps packets apart."""
+
+    def __init__(self) -> None:
+        self.ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.ours.setblocking(False)
+
+    def fileno(self) -> int:
+        return self.ours.fileno()
+
+    def close(self) -> None:
+        self.ours.close()
+        self.theirs.close()
+
+
+def test_net_sends_and_receives(driver: MakeDriver) -> None:
+    cable = Cable()
+    device = Net(cable)  # type: ignore[arg-type]
+    one = driver(device)
+    assert device.host_fd() == -1  # no room for a packet yet
+    one.describe(1, 0, BASE + 0x8000, 5, NEXT, 1)
+    one.describe(1, 1, BASE + 0x8100, 20, 0, 0)
+    one.memory.write(BASE + 0x8000, b"h" * 5)
+    one.memory.write(BASE + 0x8100, b"h" * 7 + b"packet, sent.")
+    one.offer(1, 0)
+    assert cable.theirs.recv(100) == b"h" * 12 + b"packet, sent."
+    assert one.used(1) == [(0, 0)]
+
+    one.describe(0, 2, BASE + 0x9000, 11, WRITE | NEXT, 3)
+    one.describe(0, 3, BASE + 0x9100, 100, WRITE, 0)
+    one.offer(0, 2)
+    assert device.host_fd() == cable.fileno()
+    assert one.used(0) == []
+    cable.theirs.send(b"h" * 12 + b"packet, received")
+    one.transport.serve(0)
+    assert one.memory.read(BASE + 0x9000, 11) == b"h" * 10 + b"\1"
+    assert one.memory.read(BASE + 0x9100, 17) == b"\0packet, received"
+    assert one.used(0) == [(2, 28)]
+    assert device.host_fd() == -1
+    cable.theirs.close()
+
+
+def test_net_whose_tap_is_gone(driver: MakeDriver) -> None:
+    cable = Cable()
+    words: list[str] = []
+    device = Net(cable, words.append)  # type: ignore[arg-type]
+    one = driver(device)
+    cable.theirs.close()
+    one.describe(1, 0, BASE + 0x8000, 20, 0, 0)
+    one.offer(1, 0)
+    assert words == ["virtio-net: the tap is gone: Broken pipe"]
+    one.offer(1, 0)
+    assert len(words) == 1
+    assert device.host_fd() == -1
+    assert not one.stopped
+
+
+HOSTILE: dict[str, tuple[Callable[[Driver], None], str]] = {
+    "circle": (lambda one: one.describe(0, 0, BASE, 1, WRITE | NEXT, 0), "go in circles"),
+    "far": (lambda one: one.describe(0, 0, BASE, 1, WRITE | NEXT, 8), "descriptor 8 of 8"),
+    "wild": (lambda one: one.describe(0, 0, 1 << 63, 1, WRITE, 0), "are not inside memory"),
+    "before": (lambda one: one.describe(0, 0, BASE - 1, 1, WRITE, 0), "are not inside memory"),
+    "over": (lambda one: one.describe(0, 0, BASE, 0xFFFFFFFF, WRITE, 0), "are not inside memory"),
+    "wraps": (
+        lambda one: one.describe(0, 0, (1 << 64) - 1, 0x10, WRITE, 0),
+        "are not inside memory",
+    ),
+    "private": (lambda one: one.describe(0, 0, 1 << 32, 1, WRITE, 0), "are not inside memory"),
+    "indirect": (lambda one: one.describe(0, 0, BASE, 16, INDIRECT, 0), "is indirect"),
+    "order": (
+        lambda one: [
+            one.describe(0, 0, BASE, 1, WRITE | NEXT, 1),
+            one.describe(0, 1, BASE, 1, 0, 0),
+        ][0],
+        "is to be read, behind one to be written",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_device_stops_with_a_word(driver: MakeDriver, name: str) -> None:
+    prepare, words = HOSTILE[name]
+    one = driver(Entropy())
+    prepare(one)
+    one.offer(0, 0)
+    assert one.stopped
+    assert len(one.words) == 1
+    assert one.words[0].startswith("virtio-rng has stopped: the guest has ")
+    assert words in one.words[0]
+    assert one.used(0) == []
+    assert one.get(0x60) & 2
+    one.offer(0, 0)  # it does not listen any more …
+    assert len(one.words) == 1
+    assert one.negotiate()  # … until it is reset
+    one.indices = [0]
+    one.memory.write(one.rings(0)[1], bytes(4))
+    one.memory.write(one.rings(0)[2], bytes(4))
+    one.start()
+    one.request((4, WRITE))
+    assert one.used(0) == [(0, 4)]
+
+
+def test_more_requests_than_the_ring_holds(driver: MakeDriver) -> None:
+    one = driver(Entropy())
+    one.describe(0, 0, BASE, 1, WRITE, 0)
+    one.offer(0, 0, ahead=9)
+    assert one.words == ["virtio-rng has stopped: the guest has 9 requests in a ring of 8"]
+
+
+@pytest.mark.parametrize("size", [0, 3, 512, 0x8000, 0xFFFFFFFF])
+def test_a_queue_of_a_size_that_is_none(size: int) -> None:
+    one = Driver(Entropy())
+    assert one.negotiate()
+    one.start(size)
+    assert one.stopped
+    assert f"a queue of {size} entries" in one.words[0]
+
+
+@pytest.mark.parametrize("address", [BASE - 16, BASE + SIZE - 16, (1 << 64) - 16, 8, 1 << 32])
+def test_rings_outside_memory(address: int) -> None:
+    one = Driver(Entropy())
+    assert one.negotiate()
+    one.rings = lambda number: (address, BASE, BASE)  # type: ignore[method-assign]
+    one.start()
+    assert one.stopped
+    assert "ring" in one.words[0]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(data=st.data())
+def test_whatever_a_guest_does(tmp_path: Path, data: st.DataObject) -> None:
+    """Any registers, any rings: only memory that is the guest's changes, and nothing is raised."""
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(4096))
+    kind = data.draw(st.sampled_from(("disk", "net", "rng")))
+    cable = Cable()
+    device: VirtioDevice
+    if kind == "disk":
+        device = Block(path)
+    elif kind == "net":
+        device = Net(cable)  # type: ignore[arg-type]
+    else:
+        device = Entropy()
+    try:
+        misbehave(Driver(device), cable, data)
+    finally:
+        device.close()
+        cable.close()
+    assert path.stat().st_size == 4096
+
+
+ADDRESSES = st.one_of(
+    st.integers(BASE, BASE + 0x4000),
+    st.integers(BASE + SIZE - 64, BASE + SIZE + 64),
+    st.integers(0, (1 << 64) - 1),
+)
+LENGTHS = st.one_of(st.integers(0, 2000), st.integers(0, 0xFFFFFFFF))
+REGISTERS = st.one_of(st.integers(0, 0x1FF), st.sampled_from(range(0, 0xB0, 4)))
+STEPS = st.one_of(
+    st.tuples(st.just("write"), REGISTERS, st.integers(0, 0xFFFFFFFF)),
+    st.tuples(st.just("read"), REGISTERS, st.sampled_from((1, 2, 4, 8))),
+    st.tuples(
+        st.just("describe"),
+        st.integers(0, 7),
+        ADDRESSES,
+        LENGTHS,
+        st.integers(0, 3),
+        st.integers(0, 9),
+    ),
+    st.tuples(st.just("offer"), st.integers(0, 9), st.integers(0, 9)),
+    st.tuples(st.just("ring"), st.integers(0, 2), st.binary(max_size=150)),
+    st.tuples(st.just("packet"), st.binary(min_size=1, max_size=200)),
+)
+
+
+def misbehave(one: Driver, cable: Cable, data: st.DataObject) -> None:
+    if data.draw(st.booleans()):
+        one.negotiate()
+        one.start()
+    queues = st.integers(0, len(one.indices) - 1)
+    for queue, (what, *values) in data.draw(st.lists(st.tuples(queues, STEPS), max_size=25)):
+        if what == "write":
+            one.put(*values)
+        elif what == "read":
+            assert one.get(*values) >= 0
+        elif what == "describe":
+            one.describe(queue, *values)
+        elif what == "offer":
+            one.offer(queue, values[0], ahead=values[1])
+        elif what == "ring":
+            one.memory.write(one.rings(queue)[values[0]], values[1])
+        else:
+            cable.theirs.send(values[0])
+            one.transport.serve(0)
+
+
+def test_only_one_holds_the_lock(disk: Path) -> None:
+    """A lock that a reader has shuts a writer out, and two readers get along."""
+    with disk.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        with pytest.raises(OSError, match="in use"):
+            Block(disk)
