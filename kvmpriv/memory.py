@@ -66,6 +66,10 @@ class HostMemory:
         """Put `data` at `offset`; ValueError beyond the end."""
         self._checked(offset, len(data))[offset : offset + len(data)] = data
 
+    def find(self, data: bytes, start: int = 0) -> int:
+        """Where `data` is, from `start` on; -1 where it is not."""
+        return self._checked(start).find(data, start)
+
     def madvise(self, advice: int, offset: int = 0, size: int | None = None) -> None:
         """madvise(2) with one of ``mmap.MADV_*``."""
         self._checked().madvise(advice, offset, self.size - offset if size is None else size)

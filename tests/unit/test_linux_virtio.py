@@ -398,7 +398,7 @@ def test_rings_outside_memory(address: int) -> None:
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(data=st.data())
 def test_whatever_a_guest_does(tmp_path: Path, data: st.DataObject) -> None:
-    """Any registers, any rings: only memory that is the guest's changes, and nothing is raised."""
+    """Any registers, any rings: nothing is raised, and the disk stays as large as it is."""
     path = tmp_path / "disk"
     path.write_bytes(bytes(4096))
     kind = data.draw(st.sampled_from(("disk", "net", "rng")))

@@ -1,7 +1,8 @@
 """Linux, brought up by a script: kernels taken apart, a machine for them, and what became of it."""
 
+from . import initrd
 from .image import LinuxImage, load_bzimage, load_linux, load_vmlinux
-from .layout import Range, plan
+from .layout import Range, plan, private_cmdline
 from .machine import EXIT_STATUSES, LinuxMachine, Outcome
 
 __all__ = [
@@ -10,8 +11,10 @@ __all__ = [
     "LinuxMachine",
     "Outcome",
     "Range",
+    "initrd",
     "load_bzimage",
     "load_linux",
     "load_vmlinux",
     "plan",
+    "private_cmdline",
 ]

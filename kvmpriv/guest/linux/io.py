@@ -23,7 +23,7 @@ class IoThread(threading.Thread):
         super().__init__(name="virtio", daemon=True)
         self._failed = failed
         self._queues: dict[int, tuple[Transport, int]] = {}
-        self._stop = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._stopping = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     def add(self, fd: int, transport: Transport, number: int) -> None:
         """Serve queue `number` whenever the eventfd `fd` is written to."""
@@ -38,7 +38,7 @@ class IoThread(threading.Thread):
 
     def _serve(self) -> None:
         poll = select.poll()
-        poll.register(self._stop, select.POLLIN)
+        poll.register(self._stopping, select.POLLIN)
         for fd in self._queues:
             poll.register(fd, select.POLLIN)
         transports = {transport for transport, _ in self._queues.values()}
@@ -53,7 +53,7 @@ class IoThread(threading.Thread):
                 poll.register(fd, select.POLLIN)
             listening = wanted
             for fd, _ in poll.poll():
-                if fd == self._stop:
+                if fd == self._stopping:
                     return
                 if fd in self._queues:
                     with suppress(BlockingIOError):
@@ -65,9 +65,9 @@ class IoThread(threading.Thread):
 
     def stop(self) -> None:
         """End the thread and wait for it."""
-        os.eventfd_write(self._stop, 1)
+        os.eventfd_write(self._stopping, 1)
         if self.ident is not None:
             self.join()
 
     def close(self) -> None:
-        os.close(self._stop)
+        os.close(self._stopping)

@@ -552,6 +552,19 @@ class LinuxMachine:
             for part, size in zip(self.ranges, held, strict=True)
         ]
 
+    def search(self, needle: bytes) -> list[int]:
+        """The guest physical addresses at which the host sees `needle`, in all of the guest's RAM.
+
+        In private ranges that is the copy which is not the guest's.
+        """
+        found = []
+        for part, memory in zip(self.ranges, self._backing, strict=True):
+            at = memory.find(needle)
+            while at >= 0:
+                found.append(part.gpa + at)
+                at = memory.find(needle, at + 1)
+        return found
+
     def close(self) -> None:
         """End the guest and give its memory back."""
         self._stack.close()

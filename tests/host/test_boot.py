@@ -1,0 +1,212 @@
+"""``python -m kvmpriv boot`` where it can't work: what it says, and that nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import pytest
+
+from conftest import missing
+from kvmpriv import Kvm
+from kvmpriv.guest.linux import LinuxMachine, load_linux, plan
+from kvmpriv.guest.linux.net import Tap
+from unit.test_linux_image import bzimage
+
+#: Long mode: print "up", then wait for an interrupt that never comes.
+UP = bytes.fromhex("66ba f803 b075 ee b070 ee b00a ee f4 eb fd".replace(" ", ""))
+SPIN = bytes.fromhex("ebfe")
+ENTRY = 0x200  # of the code, where a kernel begins
+
+
+def kernel(code: bytes) -> bytes:
+    """A bzImage that is nothing but `code`."""
+    return bzimage(bytes(ENTRY) + code.ljust(0x200, b"\xf4"))
+
+
+def boot(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "kvmpriv", "boot", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)  # type: ignore[call-overload,no-any-return]
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "bzImage"
+    path.write_bytes(kernel(UP))
+    return path
+
+
+def test_usage(image: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad"
+    bad.write_bytes(b"#!/bin/sh\n" * 100)
+    short = tmp_path / "short"
+    short.write_bytes(image.read_bytes()[:-100])
+    empty = tmp_path / "empty"
+    empty.write_bytes(b"")
+    for arguments, words in (
+        ((), "the following arguments are required: --kernel"),
+        (("--kernel", tmp_path / "none"), "none: No such file or directory"),
+        (("--kernel", tmp_path), "Is a directory"),
+        (("--kernel", bad), "bad: neither a bzImage nor a vmlinux"),
+        (("--kernel", short), "short: truncated: the header promises"),
+        (("--kernel", image, "--initrd", empty), "empty: the file is empty"),
+        (("--kernel", image, "--initrd", "none"), "none: No such file or directory"),
+        (("--kernel", image, "--memory", "16M"), "too little memory: the kernel takes 0x1000000"),
+        (("--kernel", image, "--memory", "much"), "'much' is not a size"),
+        (("--kernel", image, "--cpus", "0"), "'0' is not a number of vCPUs (1 to 254)"),
+        (("--kernel", image, "--cpus", "255"), "'255' is not a number of vCPUs (1 to 254)"),
+        (("--kernel", image, "--private=v8"), "invalid choice: 'v8'"),
+        (("--kernel", image, "--net", "wifi"), "--net wifi: say tap, tap=BRIDGE or none"),
+        (("--kernel", image, "--disk", tmp_path), "Is a directory"),
+        (("--kernel", image, "--disk", empty), "0 bytes are not a number of sectors of 512"),
+        (("--kernel", image, "--append", "x" * 3000), "the command line has 3023 bytes"),
+    ):
+        done = boot(*arguments)
+        assert (done.returncode, done.stdout) == (2, ""), (arguments, done.stderr)
+        assert words in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.usefixtures("kvm")
+def test_the_console_and_a_time_limit(image: Path) -> None:
+    done = boot("--kernel", image, "--memory", "32M", "--timeout", "1")
+    assert (done.returncode, done.stdout) == (124, "up\n")
+    assert done.stderr == "kvmpriv boot: the guest was ended: its time is up\n"
+
+
+@pytest.mark.usefixtures("kvm")
+@pytest.mark.parametrize(("ending", "status"), [("b007e6f4", 7), ("b006 66baf90c ee", 0)])
+def test_the_ports_that_end_it(tmp_path: Path, ending: str, status: int) -> None:
+    path = tmp_path / "bzImage"
+    path.write_bytes(kernel(bytes.fromhex(ending)))
+    done = boot("--kernel", path, "--memory", "32M", "--timeout", "30")
+    assert (done.returncode, done.stdout, done.stderr) == (status, "", "")
+
+
+@pytest.mark.usefixtures("kvm")
+def test_a_triple_fault(tmp_path: Path) -> None:
+    path = tmp_path / "bzImage"
+    path.write_bytes(kernel(b"\x0f\x0b"))  # ud2, without an IDT
+    done = boot("--kernel", path, "--memory", "32M", "--timeout", "30")
+    assert (done.returncode, done.stdout) == (125, "")
+    assert done.stderr.startswith("kvmpriv boot: the guest crashed: vCPU 0: triple fault")
+
+
+def test_without_progress(kvm: Kvm, tmp_path: Path) -> None:
+    """A KVM that emulates a kernel says so; one that does not runs it until its time is up."""
+    path = tmp_path / "bzImage"
+    path.write_bytes(kernel(SPIN))
+    done = boot("--kernel", path, "--memory", "32M", "--timeout", "5")
+    assert done.stdout == ""
+    if done.returncode == 124:
+        missing("paravirtual", "this KVM does not emulate a kernel's instructions")
+    assert done.returncode == 123
+    assert "this KVM emulates a kernel's instructions one by one" in done.stderr
+
+
+@pytest.mark.usefixtures("kvm")
+@pytest.mark.parametrize(
+    ("how", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_a_terminal_is_as_it_was(image: Path, how: signal.Signals, status: int) -> None:
+    ours, theirs = pty.openpty()
+    before = termios.tcgetattr(theirs)
+    command = [sys.executable, "-m", "kvmpriv", "boot", "--kernel", image, "--memory", "32M"]
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()
+        os.close(ours)
+        for fd in range(3):
+            os.dup2(theirs, fd)
+        import fcntl
+
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        os.execv(command[0], [str(word) for word in command])
+    seen = b""
+    while b"up\r\n" not in seen:
+        seen += os.read(ours, 4096)
+    assert b"Ctrl-A x ends the guest" in seen
+    assert not termios.tcgetattr(theirs)[3] & termios.ECHO
+    if how == signal.SIGINT:
+        os.write(ours, b"\x01x")
+    else:
+        os.kill(pid, how)
+    _, waited = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(waited) == status
+    assert termios.tcgetattr(theirs) == before
+    os.close(ours)
+    os.close(theirs)
+
+
+@pytest.mark.usefixtures("kvm")
+def test_output_that_nobody_reads(image: Path) -> None:
+    command = [sys.executable, "-m", "kvmpriv", "boot", "--kernel", str(image), "--memory", "32M"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+        assert run.stdout
+        run.stdout.close()
+        assert run.wait(30) == 128 + signal.SIGPIPE
+        assert run.stderr
+        assert run.stderr.read() == b""
+
+
+def test_nothing_is_left_of_a_machine(kvm: Kvm, no_leak: object) -> None:
+    for _ in range(3):
+        with LinuxMachine(kvm, load_linux(kernel(UP)), plan(32 << 20), cpus=2) as machine:
+            assert machine.run(timeout=0.2).how == "timeout"
+    with pytest.raises(ValueError, match="too little memory"):
+        LinuxMachine(kvm, load_linux(kernel(UP)), plan(16 << 20))
+
+
+def namespaces() -> set[str]:
+    folder = Path("/run/netns")
+    found = {path.name for path in folder.glob("kvmpriv-*")} if folder.is_dir() else set()
+    return {name for name in found if name.split("-")[1] == str(os.getpid())}
+
+
+def tap_or_skip() -> Tap:
+    try:
+        return Tap()
+    except OSError as error:
+        missing("network", f"no tap can be made: {error}")
+
+
+def test_a_tap_and_its_namespace_come_and_go() -> None:
+    with tap_or_skip() as tap:
+        assert namespaces() == {tap.namespace}
+        with Tap() as other:
+            assert namespaces() == {tap.namespace, other.namespace}
+    assert namespaces() == set()
+
+
+def test_what_a_killed_process_leaves_is_removed() -> None:
+    tap_or_skip().close()
+    code = (
+        "from kvmpriv.guest.linux.net import Tap\n"
+        "tap = Tap(); print(tap.namespace, flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout
+        name = child.stdout.readline().strip()
+        assert Path("/run/netns", name).exists()
+        with Tap():  # one that is alive keeps what is its own
+            assert Path("/run/netns", name).exists()
+        child.kill()
+    deadline = time.monotonic() + 10
+    while Path("/run/netns", name).exists() and time.monotonic() < deadline:
+        Tap().close()
+    assert not Path("/run/netns", name).exists()
+
+
+def test_no_such_bridge() -> None:
+    tap_or_skip().close()
+    with pytest.raises(OSError, match="there is no bridge nowhere"):
+        Tap("nowhere")
+    assert namespaces() == set()
