@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from conftest import missing
-from kvmpriv import Kvm
+from kvmpriv import Kvm, private
 from kvmpriv.guest.linux import LinuxMachine, load_linux, plan
 from kvmpriv.guest.linux.net import Tap
 from unit.test_linux_image import bzimage
@@ -71,6 +71,27 @@ def test_usage(image: Path, tmp_path: Path) -> None:
         assert (done.returncode, done.stdout) == (2, ""), (arguments, done.stderr)
         assert words in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def refusals(kvm: Kvm) -> dict[str, str]:
+    """The ABIs that this machine has not, and why."""
+    found = {}
+    for name in private.ABIS:
+        try:
+            private.choose(kvm, name)
+        except OSError as error:
+            found[name] = error.strerror
+    return found
+
+
+def test_private_memory_that_the_host_refuses(kvm: Kvm, image: Path) -> None:
+    refused = refusals(kvm)
+    if not refused:
+        missing("refusal", "each ABI of private memory can be had here")
+    name, why = refused.popitem()
+    done = boot("--kernel", image, f"--private={name}")
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr == f"kvmpriv boot: {why} (`kvmpriv probe` tells more)\n"
 
 
 @pytest.mark.usefixtures("kvm")

@@ -135,3 +135,61 @@ def test_out_of_time(boots: dict[str, Boot]) -> None:
     assert boot.status == 124
     assert boot.stderr == "kvmpriv boot: the guest was ended: its time is up\n"
     assert "hanging" in boot.stdout
+
+
+def in_vm(name: str, folder: Path, *command: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [
+            *(SCRIPTS / "vm", name, "-q", "--timeout", "900", "--output-dir", folder),
+            *("--", sys.executable, *map(str, command)),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+
+
+@pytest.mark.parametrize("name", ["restrictedmem", "guest_memfd"])
+def test_a_marker_in_private_memory(name: str, tmp_path: Path) -> None:
+    """Found nowhere by the host, while a program has filled the movable RAM with it."""
+    done = in_vm(name, tmp_path, SCRIPTS / "linux_private.py", image(name), name)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["abi"] == name
+    assert result["found"].popitem()[1]  # the one that everybody may read
+    assert result["found"].popitem()[1] == []
+    shared, hidden = result["ranges"]
+    assert (shared["kind"], hidden["kind"]) == ("shared", "private")
+    assert hidden["gpa"] == 4 << 30
+    assert hidden["resident"] < 1 << 20
+    everything = shared["size"] + hidden["size"]
+    assert result["filled"] > 0.6 * everything
+    assert result["private"] > 0.9 * result["movable"]
+
+
+NETWORK = """\
+ifconfig eth0 10.88.0.2 netmask 255.255.255.0 up
+ping -c 2 10.88.0.1 >/dev/null && echo pong >/dev/ttyS1
+nc 10.88.0.1 7000 </dev/null >/tmp/f
+nc 10.88.0.1 7000 </tmp/f
+echo exit 5 >/dev/ttyS1
+poweroff -f"""
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("restrictedmem", "private"), ("guest_memfd", "private"), ("guest_memfd", "")],
+)
+def test_a_network(name: str, kind: str, tmp_path: Path) -> None:
+    """Ping, and TCP both ways without a byte that is lost or another."""
+    program = shutil.which("busybox")
+    if program is None:
+        missing("busybox", "there is no busybox to make a guest's programs of")
+    (tmp_path / "net.cpio").write_bytes(initrd.busybox(Path(program).read_bytes(), NETWORK))
+    done = in_vm(name, tmp_path, ROOT / "tests/vm/boot_net.py", tmp_path, image(name), kind)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "net.json").read_text())
+    assert result["said"] == ["pong"]
+    assert (result["outcome"]["how"], result["outcome"]["status"]) == ("off", 5)
+    assert (result["size"], result["same"]) == (4 << 20, True)
+    assert result["words"] == []

@@ -127,19 +127,19 @@ def _devices(options: argparse.Namespace) -> list[VirtioDevice]:
         devices: list[VirtioDevice] = [Entropy()]
         if options.disk is not None:
             try:
-                disk = Block(options.disk, _complain)
+                disk = Block(options.disk, _say)
             except (OSError, ValueError) as error:
                 reason = error.strerror if isinstance(error, OSError) else error
                 raise ValueError(f"{options.disk}: {reason}") from None
             devices.append(disk)
             stack.callback(disk.close)
         if kind == "tap":
-            devices.append(Net(Tap(bridge or None), _complain))
+            devices.append(Net(Tap(bridge or None), _say))
         stack.pop_all()
     return devices
 
 
-def _complain(text: str) -> None:
+def _say(text: str) -> None:
     print(f"kvmpriv boot: {text}", file=sys.stderr, flush=True)
 
 
@@ -191,14 +191,17 @@ def main(options: argparse.Namespace) -> int:
                 cpus=options.cpus,
                 abi=abi,
                 devices=devices,
-                complain=_complain,
+                complain=_say,
                 output=_print_to(sys.stderr if options.json else sys.stdout),
             )
         except ValueError as error:
             return _fail(f"{options.kernel}: {error}", EXIT_USAGE)
         except OSError as error:
             return _fail(f"the guest can't be made: {error.strerror}", EXIT_NO_KVM)
+        del image, initrd  # the guest has them: they need not be here twice
         with machine:
+            if abi is not None:
+                _show_layout(machine, abi)
             try:
                 outcome = _run(machine, options.timeout)
             except OSError as error:
@@ -228,8 +231,20 @@ def _run(machine: LinuxMachine, timeout: float | None) -> Outcome:
             if source is not None and os.isatty(source.fileno()):
                 print(f"kvmpriv boot: {HELP}", file=sys.stderr)
             return machine.run(timeout, source)
+    except KeyboardInterrupt:
+        return Outcome("signal", 128 + signal.SIGINT, "SIGINT")
     except _Signalled as signalled:
         return Outcome("signal", 128 + signalled.number, signal.Signals(signalled.number).name)
+
+
+def _show_layout(machine: LinuxMachine, abi: PrivateAbi) -> None:
+    everything = sum(part.size for part in machine.ranges)
+    for part in machine.ranges:
+        kind = f"private by {abi.NAME}" if part.kind == "private" else part.kind
+        _say(
+            f"{part.gpa:#x}…{part.end:#x}: {part.size >> 20}M,"
+            f" {100 * part.size / everything:.0f} %, {kind}: {part.purpose}"
+        )
 
 
 def _print_to(stream: Any) -> Any:

@@ -172,7 +172,8 @@ class LinuxMachine:
     ) -> None:
         if not 1 <= cpus <= CPUS_MAX:
             raise ImageError(f"{cpus} vCPUs: 1 to {CPUS_MAX} are possible")
-        self.image = image
+        #: The kernel, without its bytes.
+        self.image = image._replace(segments=())
         self.ranges = list(ranges)
         words = (DEFAULT_CMDLINE, private_cmdline(ranges), cmdline)
         self.cmdline = " ".join(filter(None, words))

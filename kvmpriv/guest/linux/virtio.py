@@ -41,6 +41,7 @@ _USED = struct.Struct("<II")
 _FEATURES_OK, _DRIVER_OK, _NEEDS_RESET = 8, 4, 64
 #: The register to which a driver writes the number of a queue that has something new.
 QUEUE_NOTIFY = 0x50
+_INTERRUPT_STATUS, _INTERRUPT_ACKNOWLEDGE = 0x60, 0x64
 _CONFIG = 0x100
 _USED_BUFFER, _CONFIG_CHANGED = 1, 2
 
@@ -190,6 +191,8 @@ class Transport:
         self._offered = device.features | _VERSION_1 | (ACCESS_PLATFORM if access_platform else 0)
         self._required = self._offered & (_VERSION_1 | ACCESS_PLATFORM)
         self._lock = threading.Lock()
+        # Of its own: an interrupt handler must not wait until a disk has written.
+        self._status_lock = threading.Lock()
         self._interrupt_status = 0
         self._reset()
 
@@ -208,20 +211,25 @@ class Transport:
             queue = self.queues[number]
             try:
                 if queue.ready and self.device.serve(number, queue) and queue.wants_interrupt():
-                    self._interrupt_status |= _USED_BUFFER
-                    self._interrupt()
+                    self._raise(_USED_BUFFER)
             except RingError as error:
                 self._stop(str(error))
 
     def _stop(self, why: str) -> None:
         """The driver can't be followed: nothing more until it resets the device."""
         self._status |= _NEEDS_RESET
-        self._interrupt_status |= _CONFIG_CHANGED
         self._complain(f"{self.device.name} has stopped: the guest has {why}")
+        self._raise(_CONFIG_CHANGED)
+
+    def _raise(self, why: int) -> None:
+        with self._status_lock:
+            self._interrupt_status |= why
         self._interrupt()
 
     def read(self, offset: int, size: int) -> int:
         """A register: 32 bits; the configuration space: 8 to 64."""
+        if offset == _INTERRUPT_STATUS:
+            return self._interrupt_status
         with self._lock:
             if offset >= _CONFIG:
                 start = offset - _CONFIG
@@ -238,7 +246,6 @@ class Transport:
                 0x00C: _VENDOR,
                 0x034: _QUEUE_SIZE_MAX if queue else 0,
                 0x044: int(queue.ready) if queue else 0,
-                0x060: self._interrupt_status,
                 0x070: self._status,
             }.get(offset, 0)
 
@@ -253,6 +260,10 @@ class Transport:
                 self.serve(value)
             return
         if size != 4:
+            return
+        if offset == _INTERRUPT_ACKNOWLEDGE:
+            with self._status_lock:
+                self._interrupt_status &= ~value
             return
         with self._lock:
             try:
@@ -271,8 +282,6 @@ class Transport:
             self._driver_select = value & 1
         elif offset == 0x030:
             self._queue_select = value
-        elif offset == 0x064:
-            self._interrupt_status &= ~value
         elif offset == 0x070:
             self._set_status(value)
         elif queue is not None and not queue.ready:
