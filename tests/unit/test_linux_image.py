@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from kvmpriv import HostMemory
 from kvmpriv.guest import ImageError
 from kvmpriv.guest.linux import boot as linux_boot
-from kvmpriv.guest.linux import initrd, load_linux, plan
+from kvmpriv.guest.linux import initrd, load_linux, plan, private_cmdline
 from kvmpriv.guest.linux.layout import GuestAddressError, GuestMemory, Range
 
 MIB = 1 << 20
@@ -231,6 +231,20 @@ def test_ranges() -> None:
     for size in (0, -4096, 4097):
         with pytest.raises(ValueError, match="is not a multiple of 4096"):
             plan(size)
+
+
+def test_ranges_with_a_private_part() -> None:
+    low, high = plan(512 * MIB, private=True)
+    assert (low.gpa, low.size, low.kind) == (0, 128 * MIB, "shared")
+    assert (high.gpa, high.size, high.kind) == (4 << 30, 384 * MIB, "private")
+    assert private_cmdline([low, high]) == "nokaslr kernelcore=64M swiotlb=4096,force"
+    assert private_cmdline(plan(512 * MIB)) == ""
+    low, high = plan((4 << 30) + 4096, private=True)
+    assert (low.size, high.size) == (1 << 30, (3 << 30) + 4096)
+    assert plan(64 << 30, private=True)[0].size == 3 << 30
+    assert plan(160 * MIB, private=True)[1].size == 32 * MIB
+    with pytest.raises(ValueError, match="128M are shared, and 159M are all"):
+        plan(159 * MIB, private=True)
 
 
 def test_guest_memory_is_checked_at_every_edge() -> None:

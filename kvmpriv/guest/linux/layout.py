@@ -81,10 +81,11 @@ def private_cmdline(ranges: Sequence[Range]) -> str:
     kernelcore: how much RAM it keeps for itself.  It counts from below and, whatever the number,
     takes all there is below the highest zone, which begins at 4 GiB: half of the lower part is
     surely not too much.  swiotlb: bounce buffers for all devices, of 2 KiB each, 8 MiB in all.
+    nokaslr: a kernel that chooses its own place may choose a private one.
     """
     if all(part.kind == "shared" for part in ranges):
         return ""
-    return f"kernelcore={ranges[0].size >> 21}M swiotlb=4096,force"
+    return f"nokaslr kernelcore={ranges[0].size >> 21}M swiotlb=4096,force"
 
 
 class GuestAddressError(ValueError):
