@@ -231,3 +231,16 @@ def test_no_such_bridge() -> None:
     with pytest.raises(OSError, match="there is no bridge nowhere"):
         Tap("nowhere")
     assert namespaces() == set()
+
+
+def test_what_the_host_sees_of_a_guest(kvm: Kvm) -> None:
+    with LinuxMachine(kvm, load_linux(kernel(UP)), plan(32 << 20)) as machine:
+        at = (16 << 20) + ENTRY
+        assert machine.search(UP) == [at]
+        machine.memory.write((32 << 20) - len(UP), UP)
+        assert machine.search(UP) == [at, (32 << 20) - len(UP)]
+        assert machine.search(b"nobody has written this") == []
+        (use,) = machine.usage()
+        assert use.range == machine.ranges[0]
+        assert use.private == 0
+        assert 4096 < use.resident <= 32 << 20
