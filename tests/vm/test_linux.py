@@ -81,11 +81,9 @@ def boots(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         stdin="from outside\n",
     )
     jobs.add("vmlinux", "echo here; reboot -f", "--append", "quiet", vmlinux=True)
-    jobs.add("panic", "exit 3", "--append", "quiet", vmlinux=True)
-    jobs.add("triple", "reboot -f", "--append", "quiet reboot=t", vmlinux=True)
-    jobs.add(
-        "hang", "echo hanging; sleep 1000", "--append", "quiet", "--timeout", "25", vmlinux=True
-    )
+    jobs.add("panic", "exit 3", "--append", "quiet")
+    jobs.add("triple", "reboot -f", "--append", "quiet reboot=t")
+    jobs.add("hang", "echo hanging; sleep 1000", "--append", "quiet", "--timeout", "25")
     return jobs.run(request.param)
 
 
