@@ -100,7 +100,12 @@ def test_serial_empty_interrupt(port: Port) -> None:
 def test_serial_input_waits_for_a_driver(port: Port) -> None:
     sent = bytes(range(40))
     port.serial.receive(sent)
+    port.write(MODEM, 0x03)
+    port.write(ENABLE, 0x0F)  # one that finds out what this port is
+    assert port.read(ENABLE) == 0x0F
+    port.write(ENABLE, 0)
     port.write(FIFO, 0x07)  # a driver that starts throws away what is there
+    port.write(MODEM, 0x0B)
     assert port.read(LINE_STATUS) == 0x60
     assert port.levels == []
     port.write(ENABLE, 1)

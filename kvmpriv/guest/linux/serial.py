@@ -47,8 +47,8 @@ class Serial:
     def receive(self, data: bytes) -> None:
         """Bytes for the guest.
 
-        They wait until it asks for interrupts when there are any: what comes earlier a driver
-        throws away as it starts.
+        They wait until it asks for interrupts when there are any, with OUT2 set: what comes earlier
+        a driver throws away, be it as it starts or as it finds out what kind of port this is.
         """
         with self._lock:
             self._waiting.extend(data)
@@ -129,14 +129,15 @@ class Serial:
         self._update()
 
     def _update(self) -> None:
-        if self._enable & _ENABLE_RECEIVED:
+        # OUT2 is the gate between the chip and the interrupt line.
+        gate = bool(self._modem & _OUT2) and not self._modem & _LOOPBACK
+        if self._enable & _ENABLE_RECEIVED and gate:
             while self._waiting and len(self._received) < _FIFO_SIZE:
                 self._received.append(self._waiting.popleft())
         wanted = (self._enable & _ENABLE_RECEIVED and bool(self._received)) or (
             self._enable & _ENABLE_EMPTY and self._empty_pending
         )
-        # OUT2 is the gate between the chip and the interrupt line.
-        level = int(bool(wanted) and bool(self._modem & _OUT2) and not self._modem & _LOOPBACK)
+        level = int(bool(wanted) and gate)
         if level != self._level:
             self._level = level
             self._irq(level)
