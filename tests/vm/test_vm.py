@@ -142,6 +142,15 @@ def test_what_the_command_left_running_does_not_hang_it(image: str) -> None:
     assert time.monotonic() - started < 45
 
 
+def test_words_for_the_kernel_that_it_does_not_know(image: str) -> None:
+    """It passes them to init, as arguments and environment."""
+    result = vm(image, "--append", "nosuchword other=1", *sh("cat /proc/cmdline; echo $other"))
+    assert (result.returncode, result.stderr) == (0, b"")
+    cmdline, other = result.stdout.decode().splitlines()
+    assert cmdline.endswith(" nosuchword other=1")
+    assert other == "1"
+
+
 def test_panic(image: str) -> None:
     result = vm(image, *sh("echo before; sync; echo c >/proc/sysrq-trigger; sleep 60"))
     assert result.returncode == 121
