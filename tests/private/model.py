@@ -139,9 +139,9 @@ class Model:
                 # The data of such a write is nobody's business: no MMIO.
                 refused = write and slot.flags & READONLY
                 return self._fault(gpa, private=True) if refused else None
-            if slot.memory is None:
-                return "EFAULT"
-            return "mmio" if write and slot.flags & READONLY else None
+            if write and slot.flags & READONLY:
+                return "mmio"  # whether or not there is memory to be spared
+            return None if slot.memory is not None else "EFAULT"
         if slot is None:
             return self._fault(gpa, private=True) if private else "mmio"
         if private:

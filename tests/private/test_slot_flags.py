@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import struct
 from typing import TYPE_CHECKING, Any
 
@@ -103,6 +104,22 @@ def test_a_shared_write_to_a_read_only_slot(flagged: Flagged) -> None:
     guest.resume()
     assert guest.read(at, 6) == b"before"
     assert flagged.memory.read(MEMORY_OFFSET + 7 * PAGE, 6) == b"before"
+
+
+@rule("v9.readonly.shared-write")
+@only("restrictedmem")
+def test_a_shared_write_where_there_is_no_memory(flagged: Flagged) -> None:
+    """It is MMIO all the same, before anybody looks for memory: only a read finds none."""
+    rig, guest, at = flagged.rig, flagged.guest, GPA + 7 * PAGE
+    rig.abi.bind(rig.vm, GPA, SIZE, flagged.file, flags=READONLY)
+    rig.convert(at, PAGE, private=False)
+    with pytest.raises(GuestExit) as stopped:
+        guest.store(at, 4, 0x12345678)
+    assert stopped.value.exit == MmioExit(6, True, at, 4, b"\x78\x56\x34\x12")
+    guest.resume()
+    with pytest.raises(OSError, match="KVM_RUN") as failed:
+        guest.load(at, 4)
+    assert failed.value.errno == errno.EFAULT
 
 
 @rule("gm.readonly", "gm.dirty-log")
