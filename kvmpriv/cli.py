@@ -21,6 +21,7 @@ COMMANDS = {
     "probe": ("kvmpriv.probe", "what private memory this machine can give to guests"),
     "run": ("kvmpriv.guest.run", "bring up a guest from a flat binary or an ELF file"),
     "boot": ("kvmpriv.guest.linux.command", "bring up Linux from a bzImage or a vmlinux"),
+    "trace": ("kvmpriv.trace", "show a recorded run, in words and as a picture"),
     "selftest": ("kvmpriv.selftest", "hold the running kernel to the rules of private memory"),
 }
 

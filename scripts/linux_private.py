@@ -6,18 +6,22 @@ The kernel is in shared memory, and so is what it has of a program: what goes th
 pipe or socket, and the registers of one that was interrupted.  64 bytes of the marker have been
 seen there, on their way from one page to another.  So what is looked for is longer than that.
 
-    scripts/linux_private.py KERNEL [ABI [MEBIBYTES]]
+    scripts/linux_private.py KERNEL [ABI [MEBIBYTES [FILE]]]
+
+`kvmpriv trace FILE` shows what happened meanwhile.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 from kvmpriv import Kvm, private
-from kvmpriv.guest.linux import LinuxMachine, initrd, load_linux, plan, private_cmdline
+from kvmpriv.guest.linux import LinuxMachine, initrd, load_linux, plan, private_cmdline, recording
 
 SKIP = 77  # the exit status that test harnesses take for "can't be tried here"
 MIB, PAGE_SIZE = 1 << 20, 4096
@@ -42,7 +46,9 @@ SECRET = b"the guest keeps this to itself. " * 64  # 2 KiB: more than all vector
 OPEN = b"kvmpriv.open=what-everybody-may-read"
 
 
-def main(kernel: str, name: str | None = None, mebibytes: str = "512") -> int:
+def main(
+    kernel: str, name: str | None = None, mebibytes: str = "512", trace: str = os.devnull
+) -> int:
     try:
         kvm = Kvm()
         abi = private.choose(kvm, name)
@@ -53,6 +59,7 @@ def main(kernel: str, name: str | None = None, mebibytes: str = "512") -> int:
     ranges = plan(int(mebibytes) * MIB, private=True)
     with (
         kvm,
+        Path(trace).open("w") as file,
         LinuxMachine(
             kvm,
             load_linux(Path(kernel).read_bytes()),
@@ -61,9 +68,12 @@ def main(kernel: str, name: str | None = None, mebibytes: str = "512") -> int:
             cmdline=f"quiet {OPEN.decode()}",
             abi=abi,
             output=sys.stderr.buffer.write,
+            record=(recorder := recording.start(file, "Linux", ranges, abi=abi)).event,
         ) as guest,
     ):
-        outcome = guest.run(timeout=900)
+        look = partial(recording.sample, recorder, guest)
+        outcome = guest.run(timeout=900, look=look, every=0.5)
+        recording.end(recorder, outcome)
         usage = guest.usage()
         found = {marker: guest.search(marker) for marker in (SECRET, OPEN)}
     said = dict(line.split(" ", 1) for line in guest.said)
@@ -87,4 +97,4 @@ def main(kernel: str, name: str | None = None, mebibytes: str = "512") -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:4]))
+    sys.exit(main(*sys.argv[1:5]))

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
 import termios
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from conftest import missing
-from kvmpriv import Kvm, private
-from kvmpriv.guest.linux import LinuxMachine, load_linux, plan
+from kvmpriv import Kvm, private, trace
+from kvmpriv.guest.linux import Cost, LinuxMachine, load_linux, plan
 from kvmpriv.guest.linux.net import Tap
 from unit.test_linux_image import bzimage
 
 #: Long mode: print "up", then wait for an interrupt that never comes.
 UP = bytes.fromhex("66ba f803 b075 ee b070 ee b00a ee f4 eb fd".replace(" ", ""))
 SPIN = bytes.fromhex("ebfe")
+CPU = min(os.sched_getaffinity(0))
 ENTRY = 0x200  # of the code, where a kernel begins
 
 
@@ -66,6 +69,10 @@ def test_usage(image: Path, tmp_path: Path) -> None:
         (("--kernel", image, "--disk", tmp_path), "Is a directory"),
         (("--kernel", image, "--disk", empty), "0 bytes are not a number of sectors of 512"),
         (("--kernel", image, "--append", "x" * 3000), "the command line has 3023 bytes"),
+        (("--kernel", image, "--pin", "some"), "'some' is not a list of CPUs such as 0,1"),
+        (("--kernel", image, "--pin", "8999"), "--pin: CPU 8999 is none of those that this"),
+        (("--kernel", image, "--pin", f"{CPU},{CPU}"), "--pin: 2 CPUs for 1 vCPUs: give each one"),
+        (("--kernel", image, "--trace", tmp_path), "Is a directory"),
     ):
         done = boot(*arguments)
         assert (done.returncode, done.stdout) == (2, ""), (arguments, done.stderr)
@@ -99,6 +106,64 @@ def test_the_console_and_a_time_limit(image: Path) -> None:
     done = boot("--kernel", image, "--memory", "32M", "--timeout", "1")
     assert (done.returncode, done.stdout) == (124, "up\n")
     assert done.stderr == "kvmpriv boot: the guest was ended: its time is up\n"
+
+
+@pytest.mark.usefixtures("kvm")
+def test_a_recorded_run(image: Path, tmp_path: Path) -> None:
+    """Each byte that the guest prints is an exit, and all of them are there."""
+    path = tmp_path / "run.trace"
+    options = ("--memory", "32M", "--timeout", "2.5", "--trace", path, "--watch")
+    done = boot("--kernel", image, *options, "--pin", CPU)
+    assert (done.returncode, done.stdout) == (124, "up\n")
+    recording = trace.read(path)
+    assert recording.about["ranges"] == [part._asdict() for part in plan(32 << 20)]
+    exits = [event for event in recording.events if "exit" in event]
+    where = {"cpu": 0, "exit": "KVM_EXIT_IO", "port": 0x3F8, "write": True}
+    assert [{**event, "t": 0} for event in exits] == [{"t": 0, **where}] * 3
+    found = trace.summarize(recording)
+    assert found.end is not None
+    assert (found.end["end"], found.end["status"]) == ("timeout", 124)
+    assert 2.5 <= found.seconds < 30
+    assert len(found.samples) >= 3
+    assert found.samples[-1]["memory"][0]["resident"] > 4096
+    assert found.samples[0]["rss"] > 1 << 20
+    watched = [line for line in done.stderr.splitlines() if "exits/s" in line]
+    assert watched
+    assert re.fullmatch(
+        r"kvmpriv boot: \d+ s: vCPUs \d+ %, \d+ exits/s, \d+ MiB resident"
+        r" \(\d+ MiB shared with others\)",
+        watched[0],
+    )
+
+
+@pytest.mark.usefixtures("kvm")
+def test_a_recording_on_a_full_disk(image: Path) -> None:
+    """The guest goes on all the same, and the user is told."""
+    done = boot("--kernel", image, "--memory", "32M", "--timeout", "1", "--trace", "/dev/full")
+    assert (done.returncode, done.stdout) == (124, "up\n")
+    assert "/dev/full: No space left on device; the recording is cut off\n" in done.stderr
+
+
+def test_what_a_guest_costs(kvm: Kvm) -> None:
+    """The vCPU that works is the one that costs; each runs where it was put."""
+    seen: list[tuple[Cost, set[int]]] = []
+    image = load_linux(kernel(bytes.fromhex("66baed00 ee ebfd")))  # OUT to a port, for ever
+    with LinuxMachine(kvm, image, plan(32 << 20), cpus=2, pin=[CPU, CPU]) as machine:
+
+        def look() -> None:
+            threads = [each for each in threading.enumerate() if each.name in ("vcpu0", "vcpu1")]
+            on = set().union(*(os.sched_getaffinity(each.native_id or 0) for each in threads))
+            seen.append((machine.cost(), on))
+
+        assert machine.run(timeout=1.5, look=look, every=0.5).how == "timeout"
+    assert len(seen) >= 4
+    assert {CPU} in [on for _, on in seen]
+    last = seen[-1][0]
+    assert last.exits[0] > 100
+    assert last.exits[1] == 0
+    assert last.cpu[0] > 10 * last.cpu[1]
+    assert last.cpu[0] > seen[0][0].cpu[0]
+    assert last.rss > last.shared > 0
 
 
 @pytest.mark.usefixtures("kvm")

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from conftest import ROOT, missing
+from kvmpriv import trace
 from kvmpriv.guest.linux import initrd
 from vm.test_kernels import SCRIPTS, image
 
@@ -68,9 +69,13 @@ class Jobs:
         return {name: Boot(**result) for name, result in results.items()}
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("boot")
+
+
 @pytest.fixture(scope="module", params=["restrictedmem", "guest_memfd"])
-def boots(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("boot")
+def boots(request: pytest.FixtureRequest, folder: Path) -> Any:
     jobs = Jobs(folder, image(request.param))
     jobs.add(
         "two",
@@ -78,6 +83,7 @@ def boots(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         "echo line $line >/dev/ttyS1; cat /proc/interrupts\n"
         "echo exit 7 >/dev/ttyS1; poweroff -f",
         *("--cpus", "2", "--json", "--append", "quiet"),
+        *("--trace", str(folder / "two.trace"), "--watch"),
         stdin="from outside\n",
     )
     jobs.add("vmlinux", "echo here; reboot -f", "--append", "quiet", vmlinux=True)
@@ -107,9 +113,30 @@ def test_two_vcpus_a_console_and_a_status(boots: dict[str, Boot]) -> None:
         "share": 1.0,
         "private": 0,
     }
+    cost = boot.report["cost"]
+    assert all(seconds > 0.05 for seconds in cost["cpu"])
+    assert cost["rss"] > cost["shared"] > 0
+    assert " exits/s, " in boot.stderr
     assert "got from outside" in boot.stderr  # with --json that is where the console goes
     timer = next(line for line in boot.stderr.splitlines() if line.startswith("LOC:"))
     assert all(int(count) > 0 for count in timer.split()[1:3])
+
+
+def test_a_recording(boots: dict[str, Boot], folder: Path) -> None:
+    """Every exit of both vCPUs is in it, and memory as it grows."""
+    recording = trace.read(folder / "two.trace")
+    assert not recording.cut_off
+    found = trace.summarize(recording)
+    counts = [sum(1 for e in recording.events if "exit" in e and e["cpu"] == n) for n in range(2)]
+    assert counts == boots["two"].report["cost"]["exits"]
+    assert counts[0] > 1000
+    assert found.exits["KVM_EXIT_IO"] > 1000
+    held = [sample["memory"][0]["resident"] for sample in found.samples]
+    assert len(held) > 4
+    assert held[0] < held[-1]
+    assert found.end is not None
+    assert (found.end["end"], found.end["status"]) == ("off", 7)
+    assert "".join(trace.page(recording)).count("<svg") == 2  # no conversions
 
 
 def test_a_vmlinux_that_resets(boots: dict[str, Boot]) -> None:

@@ -14,9 +14,11 @@ from typing import Any
 
 from ...kvm import Kvm
 from ...private import ABIS, PrivateAbi, choose
+from ...trace import Recorder
 from ..image import ImageError, read_file
 from ..machine import EXIT_PORT
 from ..run import EXIT_NO_KVM, EXIT_USAGE, parse_seconds, parse_size
+from . import recording
 from .console import HELP, keyboard
 from .disk import Block, Entropy
 from .image import LinuxImage, load_linux
@@ -25,9 +27,11 @@ from .machine import (
     CPUS_MAX,
     DEFAULT_CMDLINE,
     EXIT_STATUSES,
+    Cost,
     LinuxMachine,
     Outcome,
     RangeUse,
+    check_pin,
 )
 from .net import HOST_ADDRESS, PREFIX_LENGTH, Net, Tap
 from .virtio import VirtioDevice
@@ -51,6 +55,13 @@ def parse_cpus(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= CPUS_MAX:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of vCPUs (1 to {CPUS_MAX})")
     return int(text)
+
+
+def parse_pin(text: str) -> list[int]:
+    """Numbers of CPUs."""
+    if not all(word.isdecimal() and len(word) < 8 for word in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of CPUs such as 0,1")
+    return [int(word) for word in text.split(",")]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,6 +106,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " tap=BRIDGE: on that bridge; none, if not given",
     )
     add("--timeout", type=parse_seconds, metavar="SECONDS", help="end the guest after so long")
+    add(
+        "--pin",
+        type=parse_pin,
+        default=[],
+        metavar="CPU,CPU…",
+        help="the host's CPU for each vCPU",
+    )
+    add("--watch", action="store_true", help="say on standard error each second what it costs")
+    add(
+        "--trace",
+        metavar="FILE",
+        help="keep exits and conversions with their times, and samples"
+        " of memory and cost (`kvmpriv trace FILE` shows them)",
+    )
     add(
         "--json",
         action="store_true",
@@ -165,6 +190,10 @@ def main(options: argparse.Namespace) -> int:
     except ImageError as error:
         return _fail(str(error), EXIT_USAGE)
     try:
+        check_pin(options.pin, options.cpus)
+    except ValueError as error:
+        return _fail(f"--pin: {error}", EXIT_USAGE)
+    try:
         kvm = Kvm()
     except OSError as error:
         return _fail(f"{error.filename}: {error.strerror}", EXIT_NO_KVM)
@@ -177,6 +206,18 @@ def main(options: argparse.Namespace) -> int:
                 return _fail(f"{error.strerror} (`kvmpriv probe` tells more)", EXIT_NO_KVM)
         started = time.monotonic()
         try:
+            ranges = plan(options.memory, private=abi is not None)
+        except ValueError as error:
+            return _fail(f"--memory: {error}", EXIT_USAGE)
+        recorder = None
+        if options.trace is not None:
+            try:
+                file = open(options.trace, "w", encoding="utf-8")  # noqa: PTH123, SIM115
+            except OSError as error:
+                return _fail(f"{options.trace}: {error.strerror}", EXIT_USAGE)
+            what = f"Linux {image.version}"
+            recorder = recording.start(file, what, ranges, cpus=options.cpus, abi=abi)
+        try:
             devices = _devices(options)
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
@@ -185,7 +226,7 @@ def main(options: argparse.Namespace) -> int:
             machine = LinuxMachine(
                 kvm,
                 image,
-                plan(options.memory, private=abi is not None),
+                ranges,
                 initrd=initrd,
                 cmdline=options.append,
                 cpus=options.cpus,
@@ -193,6 +234,8 @@ def main(options: argparse.Namespace) -> int:
                 devices=devices,
                 complain=_say,
                 output=_print_to(sys.stderr if options.json else sys.stdout),
+                record=recorder.event if recorder else None,
+                pin=options.pin,
             )
         except ValueError as error:
             return _fail(f"{options.kernel}: {error}", EXIT_USAGE)
@@ -202,12 +245,17 @@ def main(options: argparse.Namespace) -> int:
         with machine:
             if abi is not None:
                 _show_layout(machine, abi)
+            looks = _Looks(machine, recorder, watch=options.watch)
             try:
-                outcome = _run(machine, options.timeout)
+                outcome = _run(machine, options.timeout, looks)
             except OSError as error:
                 if error.filename is not None or isinstance(error, BrokenPipeError):
                     raise  # the output's, not KVM's
                 return _fail(f"the guest can't go on: {error.strerror}", EXIT_NO_KVM)
+            if recorder is not None:
+                recording.end(recorder, outcome)
+                if recorder.error is not None:
+                    _say(f"{options.trace}: {recorder.error.strerror}; the recording is cut off")
             if options.json:
                 seconds = time.monotonic() - started
                 print(json.dumps(_report(machine, outcome, seconds, abi), indent=2))
@@ -223,14 +271,50 @@ _WORDS = {
     "timeout": "the guest was ended",
     "no progress": "the guest makes no progress",
 }
+_MIB = 1 << 20
+_LOOK_EVERY, _WATCH_EVERY = 0.25, 1.0  # seconds
 
 
-def _run(machine: LinuxMachine, timeout: float | None) -> Outcome:
+class _Looks:
+    """What is looked at while a guest runs, for --trace and --watch."""
+
+    def __init__(self, machine: LinuxMachine, recorder: Recorder | None, *, watch: bool) -> None:
+        self._machine = machine
+        self._recorder = recorder
+        self._watch = watch
+        self.wanted = watch or recorder is not None
+        self._started = self._said_at = time.monotonic()
+        self._said = Cost(0, 0, (), 0.0, ())
+
+    def __call__(self) -> None:
+        if self._recorder is not None:
+            recording.sample(self._recorder, self._machine)
+        now = time.monotonic()
+        passed = now - self._said_at
+        if self._watch and passed >= _WATCH_EVERY:
+            cost = self._machine.cost()
+            before = self._said.cpu or (0.0,) * len(cost.cpu)
+            busy = " ".join(
+                f"{100 * (after - then) / passed:.0f} %"
+                for then, after in zip(before, cost.cpu, strict=True)
+            )
+            exits = (sum(cost.exits) - sum(self._said.exits)) / passed
+            private = sum(use.private for use in _usage(self._machine))
+            _say(
+                f"{now - self._started:.0f} s: vCPUs {busy}, {exits:.0f} exits/s,"
+                f" {cost.rss // _MIB} MiB resident ({cost.shared // _MIB} MiB shared with others)"
+                + (f", at least {private // _MIB} MiB private" if private else "")
+            )
+            self._said, self._said_at = cost, now
+
+
+def _run(machine: LinuxMachine, timeout: float | None, looks: _Looks) -> Outcome:
     try:
         with _signals(), keyboard() as source:
             if source is not None and os.isatty(source.fileno()):
                 print(f"kvmpriv boot: {HELP}", file=sys.stderr)
-            return machine.run(timeout, source)
+            look = looks if looks.wanted else None
+            return machine.run(timeout, source, look=look, every=_LOOK_EVERY)
     except KeyboardInterrupt:
         return Outcome("signal", 128 + signal.SIGINT, "SIGINT")
     except _Signalled as signalled:
@@ -255,16 +339,21 @@ def _print_to(stream: Any) -> Any:
     return write
 
 
+def _usage(machine: LinuxMachine) -> list[RangeUse]:
+    try:
+        return machine.usage()
+    except OSError:  # a KVM without statistics
+        return []
+
+
 def _report(
     machine: LinuxMachine, outcome: Outcome, seconds: float, abi: PrivateAbi | None
 ) -> dict[str, Any]:
     """What --json says; the fields are stable, and new ones may join them."""
     image = machine.image
-    try:
-        usage = machine.usage()
-    except OSError:  # a KVM without statistics
-        usage = [RangeUse(part, -1, -1) for part in machine.ranges]
+    usage = _usage(machine) or [RangeUse(part, -1, -1) for part in machine.ranges]
     everything = sum(part.size for part in machine.ranges)
+    cost = machine.cost()
     memory = [
         {
             **use.range._asdict(),
@@ -284,6 +373,7 @@ def _report(
         "cpus": len(machine.vcpus),
         "private_abi": abi.NAME if abi else None,
         "memory": memory,
+        "cost": cost._asdict(),
         "outcome": outcome._asdict(),
         "seconds": round(seconds, 3),
         "said": machine.said,

@@ -19,6 +19,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ...cdefs import kvm as k
+from ...exits import HypercallExit, exit_name
 from ...memory import PAGE_SIZE, HostMemory
 from ...private import serve_conversion
 from ...stats import StatsFd
@@ -41,7 +42,16 @@ if TYPE_CHECKING:
     from .image import LinuxImage
     from .virtio import VirtioDevice
 
-__all__ = ["CPUS_MAX", "DEFAULT_CMDLINE", "EXIT_STATUSES", "LinuxMachine", "Outcome", "RangeUse"]
+__all__ = [
+    "CPUS_MAX",
+    "DEFAULT_CMDLINE",
+    "EXIT_STATUSES",
+    "Cost",
+    "LinuxMachine",
+    "Outcome",
+    "RangeUse",
+    "check_pin",
+]
 
 #: What the kernel is told before the caller's own words: where to print, and to end when it panics.
 DEFAULT_CMDLINE = "console=ttyS0 panic=-1"
@@ -95,6 +105,21 @@ class RangeUse(NamedTuple):
     private: int
 
 
+class Cost(NamedTuple):
+    """What this process spends on a guest.
+
+    `rss` and `shared` in bytes (resident in all, and those of it that are shared with a file or
+    another process); `cpu` in seconds of processor time, one for each vCPU's thread, `others` all
+    other threads; `exits` to user space, one count for each vCPU.
+    """
+
+    rss: int
+    shared: int
+    cpu: tuple[float, ...]
+    others: float
+    exits: tuple[int, ...]
+
+
 class Input(Protocol):
     """Where the console's input comes from."""
 
@@ -104,14 +129,22 @@ class Input(Protocol):
 
 
 class _Thread(VcpuThread):
-    """A vCPU's thread that says when it has ended, however that was."""
+    """A vCPU's thread, on `cpu` alone if that is given; it says when it has ended, however."""
 
-    def __init__(self, vcpu: Vcpu, handler: Any, ended: Callable[[], object]) -> None:
+    def __init__(
+        self, vcpu: Vcpu, handler: Any, ended: Callable[[], object], cpu: int | None
+    ) -> None:
         super().__init__(vcpu, handler)
         self._ended = ended
+        self._cpu = cpu
+        #: What it has used in all, once it has ended.
+        self.seconds = 0.0
 
     def run(self) -> None:
+        if self._cpu is not None:
+            os.sched_setaffinity(0, {self._cpu})  # this thread's
         super().run()
+        self.seconds = time.thread_time()
         self._ended()
 
 
@@ -147,13 +180,26 @@ class _Power:
             self._values[offset : offset + size] = value.to_bytes(size, "little")
 
 
+def check_pin(pin: Sequence[int], cpus: int) -> None:
+    """ValueError where `pin` gives no CPU of this process to each of `cpus` vCPUs; () does."""
+    ours = os.sched_getaffinity(0)
+    for cpu in pin:
+        if cpu not in ours:
+            having = ", ".join(map(str, sorted(ours)))
+            raise ValueError(f"CPU {cpu} is none of those that this process has: {having}")
+    if pin and len(pin) != cpus:
+        raise ValueError(f"{len(pin)} CPUs for {cpus} vCPUs: give each one")
+
+
 class LinuxMachine:
     """A guest with `image` loaded, ready to run.
 
     `ranges` is its RAM (`layout.plan`), whose private parts are so by `abi`; `cmdline` the words
     behind DEFAULT_CMDLINE; `devices` are closed with it; `complain` is told when one of them stops;
-    `output` is given what the guest prints.  ImageError names what does
-    not fit, OSError what KVM refuses; nothing is left behind then.
+    `output` is given what the guest prints; `record` each exit and conversion, as `trace.Recorder`
+    takes them; `pin` says on which of the host's CPUs each vCPU runs.  ImageError names what does
+    not fit, ValueError a CPU that is not ours, OSError what KVM refuses; nothing is left behind
+    then.
     """
 
     def __init__(
@@ -169,7 +215,14 @@ class LinuxMachine:
         devices: Sequence[VirtioDevice] = (),
         complain: Callable[[str], object] = lambda text: None,
         output: Callable[[bytes], object] = lambda data: None,
+        record: Callable[..., object] | None = None,
+        pin: Sequence[int] = (),
     ) -> None:
+        check_pin(pin, cpus)
+        self._pin: list[int | None] = [*pin] or [None] * cpus
+        self._record = record
+        self._exits = [0] * cpus
+        self._threads: list[_Thread] = []
         if not 1 <= cpus <= CPUS_MAX:
             raise ImageError(f"{cpus} vCPUs: 1 to {CPUS_MAX} are possible")
         #: The kernel, without its bytes.
@@ -315,13 +368,15 @@ class LinuxMachine:
 
     # -- what the guest does, in its vCPUs' threads --------------------------------------------
 
-    def _serve(self, vcpu: Vcpu) -> Callable[[Vcpu, int], Outcome | None]:
+    def _serve(self, number: int, vcpu: Vcpu) -> Callable[[Vcpu, int], Outcome | None]:
+        exits, record = self._exits, self._record
         raw = memoryview(k.ffi.buffer(vcpu.page, self._kvm_run_size)).cast("B")
         io_of, mmio_of = _IO.unpack_from, _MMIO.unpack_from
         read_port, write_port = self.ports.read, self.ports.write
         read_mmio, write_mmio = self.mmio.read, self.mmio.write
 
         def serve(vcpu: Vcpu, reason: int) -> Outcome | None:
+            exits[number] += 1
             if reason == k.KVM_EXIT_IO:
                 direction, size, port, count, at = io_of(raw, _UNION)
                 for _ in range(count):
@@ -340,13 +395,41 @@ class LinuxMachine:
                     value = read_mmio(address, size) & (1 << 8 * size) - 1
                     raw[_UNION + 8 : _UNION + 8 + size] = value.to_bytes(size, "little")
             else:
-                self._other_exit(vcpu, reason)
+                self._other_exit(number, vcpu, reason)
             return self._outcome
 
-        return serve
+        def recorded(vcpu: Vcpu, reason: int) -> Outcome | None:
+            assert record is not None
+            where: dict[str, int | bool] = {}
+            if reason == k.KVM_EXIT_IO:
+                direction, _, port, *_ = io_of(raw, _UNION)
+                where = {"port": port, "write": bool(direction)}
+            elif reason == k.KVM_EXIT_MMIO:
+                address, *_, is_write = mmio_of(raw, _UNION)
+                where = {"gpa": address, "write": bool(is_write)}
+            record(cpu=number, exit=exit_name(reason), **where)
+            return serve(vcpu, reason)
 
-    def _other_exit(self, vcpu: Vcpu, reason: int) -> None:
-        """An exit that no guest in good health causes."""
+        return serve if record is None else recorded
+
+    def _record_conversion(self, number: int, vcpu: Vcpu, exit_: Any) -> None:
+        """A conversion that has been served; a fault is none where KVM goes by its own state."""
+        assert self._record is not None
+        assert self._abi is not None
+        if isinstance(exit_, HypercallExit):
+            if vcpu.page.hypercall.ret != 0:
+                return
+            gpa, size = exit_.args[0], exit_.args[1] * PAGE_SIZE
+            private, by = bool(exit_.args[2] & k.KVM_MAP_GPA_RANGE_ENCRYPTED), "hypercall"
+        elif self._abi.ACCESS_FOLLOWS_STATE:
+            return
+        else:
+            gpa, size, private, by = exit_.gpa, exit_.size, exit_.private, "fault"
+        kind = "private" if private else "shared"
+        self._record(cpu=number, convert=kind, gpa=gpa, size=size, by=by)
+
+    def _other_exit(self, number: int, vcpu: Vcpu, reason: int) -> None:
+        """An exit that no guest in good health causes, or a conversion."""
         if reason == k.KVM_EXIT_SYSTEM_EVENT and vcpu.page.system_event.type in (
             k.KVM_SYSTEM_EVENT_SHUTDOWN,
             k.KVM_SYSTEM_EVENT_RESET,
@@ -355,6 +438,8 @@ class LinuxMachine:
             return
         exit_ = vcpu.exit()
         if self._abi is not None and serve_conversion(self._abi, self.vm, vcpu, exit_):
+            if self._record is not None:
+                self._record_conversion(number, vcpu, exit_)
             return
         why = crash.describe_exit(exit_)
         if reason != k.KVM_EXIT_FAIL_ENTRY:
@@ -402,20 +487,31 @@ class LinuxMachine:
 
     # -- what its user does, in the thread that calls run --------------------------------------
 
-    def run(self, timeout: float | None = None, source: Input | None = None) -> Outcome:
+    def run(
+        self,
+        timeout: float | None = None,
+        source: Input | None = None,
+        *,
+        look: Callable[[], object] | None = None,
+        every: float = 1.0,
+    ) -> Outcome:
         """Run until the guest ends, for `timeout` seconds at most.
 
-        `source` gives the console's input.  Raises what `output` and `source` raise, and OSError
-        where KVM can't go on; the vCPUs have stopped then, too.
+        `source` gives the console's input; `look` is called now and then: at the beginning and the
+        end, and in between each `every` seconds.  Raises what `output`, `source` and `look` raise,
+        and OSError where KVM can't go on; the vCPUs have stopped then, too.
         """
         started = time.monotonic()
         deadline = float("inf") if timeout is None else started + timeout
-        threads = [_Thread(vcpu, self._serve(vcpu), self._alert) for vcpu in self.vcpus]
+        threads = self._threads = [
+            _Thread(vcpu, self._serve(number, vcpu), self._alert, self._pin[number])
+            for number, vcpu in enumerate(self.vcpus)
+        ]
         try:
             self._io.start()
             for thread in threads:
                 thread.start()
-            self._watch(threads, started, deadline, source)
+            self._watch(threads, started, deadline, source, (look, every) if look else None)
         finally:
             # A thread that waits for room for its output must see that it is over.
             self.end(Outcome("crash", EXIT_STATUSES["crash"], "ended from outside"))
@@ -424,6 +520,8 @@ class LinuxMachine:
                 if thread.ident is not None:
                     thread.stop()
             self._io.stop()
+        if look is not None:
+            look()
         for thread in threads:
             thread.result()
         if self._io_error is not None:
@@ -435,12 +533,18 @@ class LinuxMachine:
         return self._panic_outcome() if over else self._outcome
 
     def _watch(
-        self, threads: list[_Thread], started: float, deadline: float, source: Input | None
+        self,
+        threads: list[_Thread],
+        started: float,
+        deadline: float,
+        source: Input | None,
+        look: tuple[Callable[[], object], float] | None,
     ) -> None:
         poll = select.poll()
         poll.register(self._wake, select.POLLIN)
         listening = False
         check_at = started + _EMULATED_EVERY
+        look_at = started if look else float("inf")
         while self._outcome is None and all(thread.is_alive() for thread in threads):
             if source is not None and listening != (self.console.pending() < _OUTPUT_MAX):
                 listening = not listening
@@ -449,7 +553,10 @@ class LinuxMachine:
                 else:
                     poll.unregister(source.fileno())
             now = time.monotonic()
-            until = min(deadline, check_at)
+            if look and now >= look_at:
+                look[0]()
+                look_at = now + look[1]
+            until = min(deadline, check_at, look_at)
             if self._alerted:
                 until = min(until, now + _TICK)
             if self._panic:
@@ -552,6 +659,18 @@ class LinuxMachine:
             else RangeUse(part, size, 0)
             for part, size in zip(self.ranges, held, strict=True)
         ]
+
+    def cost(self) -> Cost:
+        """What this process has spent so far."""
+        import psutil
+
+        process = psutil.Process()
+        memory = process.memory_info()
+        used = {thread.id: thread.user_time + thread.system_time for thread in process.threads()}
+        cpu = tuple(
+            thread.seconds or used.pop(thread.native_id or 0, 0.0) for thread in self._threads
+        )
+        return Cost(memory.rss, memory.shared, cpu, sum(used.values()), tuple(self._exits))
 
     def search(self, needle: bytes) -> list[int]:
         """The guest physical addresses at which the host sees `needle`, in all of the guest's RAM.

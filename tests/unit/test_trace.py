@@ -1,0 +1,202 @@
+"""`kvmpriv trace`: recordings written, read, counted and drawn."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvmpriv import trace
+
+RANGES = [
+    {"gpa": 0, "size": 128 << 20, "kind": "shared", "purpose": "kernel <and> rings"},
+    {"gpa": 4 << 30, "size": 384 << 20, "kind": "private", "purpose": "applications"},
+]
+ABOUT: dict[str, Any] = {
+    "kvmpriv_trace": 1,
+    "what": "Linux 6.1 & more",
+    "cpus": 2,
+    "ranges": RANGES,
+    "private_abi": "restrictedmem",
+}
+
+
+def sample(at: float, shared: int, private: int) -> dict[str, Any]:
+    memory = [{"resident": shared, "private": 0}, {"resident": 0, "private": private}]
+    return {"t": at, "memory": memory, "rss": shared + (50 << 20), "cpu": [at / 2, 0.25]}
+
+
+EVENTS: list[dict[str, Any]] = [
+    sample(0.0, 0, 0),
+    *({"t": 0.1 + n / 100, "cpu": 0, "exit": "KVM_EXIT_IO", "port": 0x3F8} for n in range(5)),
+    {"t": 0.2, "cpu": 1, "exit": "KVM_EXIT_MMIO", "gpa": 0xD0000000, "write": True},
+    {"t": 0.3, "cpu": 1, "exit": "KVM_EXIT_HYPERCALL"},
+    {"t": 0.3, "cpu": 1, "convert": "shared", "gpa": 4 << 30, "size": 2 << 20, "by": "hypercall"},
+    {"t": 0.4, "cpu": 0, "convert": "private", "gpa": 4 << 30, "size": 1 << 20, "by": "fault"},
+    sample(1.0, 64 << 20, 300 << 20),
+    {"t": 2.0, "end": "off", "status": 7, "why": "turned off"},
+]
+
+
+def lines(*entries: dict[str, Any]) -> bytes:
+    return b"".join(json.dumps(entry).encode() + b"\n" for entry in entries)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "run.trace"
+    path.write_bytes(lines(ABOUT, *EVENTS))
+    return path
+
+
+def kvmpriv(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "kvmpriv", "trace", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_summary(path: Path) -> None:
+    done = kvmpriv(path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == (
+        """\
+Linux 6.1 & more: 2 vCPUs, 512 MiB of RAM, private by restrictedmem
+after 2.000 s: turned off (exit status 7)
+
+exits to user space: 7, 4/s
+          5  KVM_EXIT_IO  (port 0x3f8: 5)
+          1  KVM_EXIT_MMIO  (0xd0000000: 1)
+          1  KVM_EXIT_HYPERCALL
+
+conversions: 2
+          1  to private, by fault: 1.0 MiB
+          1  to shared, by hypercall: 2.0 MiB
+
+memory, at the end
+  0x0…0x8000000  shared (kernel <and> rings): 64.0 MiB in the host's sight, at least 0 private
+  0x100000000…0x118000000  private (applications): 0 in the host's sight, at least 300.0 MiB private
+process: at most 114.0 MiB resident; CPU seconds of each vCPU: 0.50, 0.25
+"""
+    )
+
+
+def drawings(page: str) -> list[ElementTree.Element]:
+    """The page's pictures, each of them well-formed."""
+    found = [part[: part.index("</svg>") + 6] for part in page.split("<svg")[1:]]
+    return [ElementTree.fromstring("<svg" + part) for part in found]
+
+
+def test_page(path: Path, tmp_path: Path) -> None:
+    out = tmp_path / "page.html"
+    done = kvmpriv(path, "--page", out)
+    assert (done.returncode, done.stderr) == (0, "")
+    page = out.read_text()
+    assert "kernel &lt;and&gt; rings" in page
+    assert "<and>" not in page
+    assert "http" not in page, "it needs nothing else"
+    memory, exits, conversions = drawings(page)
+    names = [text.text for text in memory.iter("text")]
+    assert names[-3:] == [
+        "0x0: host can read",
+        "0x100000000: host can read",
+        "0x100000000: private",
+    ]
+    top, *_ = (line.get("points", "").split()[-1] for line in list(memory.iter("polyline"))[::-1])
+    assert top == "370.0,16.0", "half of the time, and all there is: 300 MiB"
+    bars = [bar for bar in exits.iter("rect") if bar.get("width") != "10"]
+    assert sum(float(bar.get("height", "")) for bar in bars) > 0
+    marks = [mark for mark in conversions.iter("rect") if mark.get("width") == "2"]
+    assert [mark.get("x") for mark in marks] == ["160.0", "190.0"]
+    assert len({mark.get("fill") for mark in marks}) == 2
+
+
+def test_a_page_that_cannot_be_written_loses_nothing(path: Path, tmp_path: Path) -> None:
+    done = kvmpriv(path, "--page", tmp_path / "no" / "page.html")
+    assert done.returncode == 3
+    assert done.stderr.endswith("page.html: No such file or directory\n")
+    assert done.stdout.startswith("Linux 6.1")
+    assert [each.name for each in tmp_path.iterdir()] == ["run.trace"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "the file is empty"),
+        (b"#!/bin/sh\n", "not a recording of `kvmpriv boot --trace`"),
+        (b"\x7fELF\x02\x01", "not a recording"),
+        (b'{"a": 1}\n', "not a recording"),
+        (
+            lines({**ABOUT, "kvmpriv_trace": 2}),
+            "a recording of version 2, and this kvmpriv reads 1",
+        ),
+        (lines({**ABOUT, "ranges": 3}), "line 1: it does not say what ran"),
+        (lines(ABOUT, {"t": 1.0}), "line 2: no event: "),
+        (lines(ABOUT, EVENTS[0], {"exit": "x", "cpu": 0}), "line 3: no event: "),
+        (lines(ABOUT, {**EVENTS[0], "memory": []}), "line 2: no event: "),
+        (lines(ABOUT) + b"\xff\n", "line 2: no event: "),
+    ],
+)
+def test_what_is_no_recording(content: bytes, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    done = kvmpriv(path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert words in done.stderr
+    assert done.stderr.startswith(f"kvmpriv trace: {path}: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    done = kvmpriv(tmp_path / "none")
+    assert done.returncode == 2
+    assert done.stderr == f"kvmpriv trace: {tmp_path / 'none'}: No such file or directory\n"
+
+
+def test_a_run_that_was_cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+    done = kvmpriv(path)
+    assert done.returncode == 0
+    assert "after 1.000 s the recording ends, before the guest" in done.stdout
+    assert done.stderr == "kvmpriv trace: the last line is cut off, and left out\n"
+
+
+def test_what_a_recorder_writes_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    recorder = trace.Recorder(path.open("w"), {k: v for k, v in ABOUT.items() if k[0] != "k"})
+    for event in EVENTS:
+        recorder.event(**{name: value for name, value in event.items() if name != "t"})
+    recorder.close()
+    recording = trace.read(path)
+    assert recorder.error is None
+    assert recording.about == ABOUT
+    assert [{**event, "t": 0} for event in recording.events] == [{**e, "t": 0} for e in EVENTS]
+    times = [event["t"] for event in recording.events]
+    assert times == sorted(times)
+    assert not recording.cut_off
+
+
+def test_a_full_disk_ends_the_recording_and_no_more() -> None:
+    file = Path("/dev/full").open("w", buffering=1)  # noqa: SIM115  # the recorder closes it
+    recorder = trace.Recorder(file, ABOUT)
+    recorder.event(end="off", status=0, why="turned off")
+    recorder.close()
+    assert recorder.error is not None
+    assert recorder.error.strerror == "No space left on device"
+
+
+@given(st.lists(st.sampled_from(EVENTS)), st.lists(st.floats(0, 1e6), min_size=20))
+def test_any_recording_can_be_drawn(events: list[dict[str, Any]], times: list[float]) -> None:
+    chosen = [{**event, "t": at} for event, at in zip(events, times, strict=False)]
+    recording = trace.Recording(ABOUT, chosen, cut_off=False)
+    assert list(trace.text(recording))
+    page = io.StringIO()
+    page.writelines(trace.page(recording))
+    for drawing in drawings(page.getvalue()):
+        assert "nan" not in ElementTree.tostring(drawing, "unicode")
