@@ -129,8 +129,8 @@ def test_a_recording(boots: dict[str, Boot], folder: Path) -> None:
     found = trace.summarize(recording)
     counts = [sum(1 for e in recording.events if "exit" in e and e["cpu"] == n) for n in range(2)]
     assert counts == boots["two"].report["cost"]["exits"]
-    assert counts[0] > 1000
-    assert found.exits["KVM_EXIT_IO"] > 1000
+    assert sum(counts) > 500
+    assert found.exits["KVM_EXIT_IO"] > 300
     held = [sample["memory"][0]["resident"] for sample in found.samples]
     assert len(held) > 4
     assert held[0] < held[-1]
