@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,8 @@ class Driver:
                     abi=self.abi,
                 )
             )
+            for number, cpu in enumerate(self.guest.cpus):
+                cpu.serve = self._server(number, cpu.serve)
             self.files: list[private.PrivateFile] = []
             stack.callback(lambda: [file.close() for file in self.files])
             for _ in range(2):
@@ -77,6 +79,27 @@ class Driver:
 
     def close(self) -> None:
         self._stack.close()
+
+    def _server(
+        self, number: int, known: Callable[[PuppetCpu, Any], bool] | None
+    ) -> Callable[[PuppetCpu, Any], bool]:
+        """Serves raw slots, too, which kvmpriv does not know for private-capable.
+
+        That is what 6.12 forgets, where it remembers that there was no memory (serve_conversion).
+        """
+
+        def serve(cpu: PuppetCpu, exit_: Any) -> bool:
+            if known is not None and known(cpu, exit_):
+                return True
+            if not isinstance(exit_, MemoryFaultExit) or exit_.private or not exit_.errno:
+                return False
+            try:
+                self.populate(number, exit_.gpa, exit_.size)
+            except OSError:
+                return False
+            return True
+
+        return serve
 
     def do(self, name: str, **arguments: Any) -> Any:
         """Take a step; what came of it."""

@@ -28,6 +28,7 @@ SLOTS = 4
 
 #: Of a round, which has a VM of its own.
 EXAMPLES = 10
+FEWEST_SECONDS = 300
 
 Step = tuple[str, dict[str, Any]]
 #: As they were taken: (the expected outcome, name, arguments).
@@ -339,14 +340,14 @@ class Machine:
 
     def failing(self, steps: Steps) -> Steps:
         """Take the steps up to the one that fails, and return these; none if none does."""
-        first = len(self.done)
+        self.done = []
         try:
             for _, name, arguments in steps:
                 if self.undefined(name, arguments):
                     return []
                 self.do(name, **arguments)
         except MismatchError:
-            return self.done[first:]
+            return self.done
         return []
 
     def close(self) -> None:
@@ -479,6 +480,8 @@ def search(
         failed = _round(abi, seed + number, report, model_class, shrink_seconds)
         if failed:
             report.shrunk_from = len(failed)
+            report.script = write_script(artifacts, abi, failed, seed + number)
+            tell(f"{report.failure}\n  after {len(failed)} steps, {report.script}; now with fewer")
             failed = fewest(abi, failed, model_class, shrink_tries)
             report.failed = failed
             report.script = write_script(artifacts, abi, failed, seed + number)
@@ -551,21 +554,24 @@ def _round(
 
 
 def fewest(abi: str, steps: Steps, model_class: type[Model], tries: int | None = None) -> Steps:
-    """Leave out every step that the failure does not need, or what so many tries find.
+    """Leave out every step that the failure does not need, or what is found until patience ends.
+
+    That is so many tries, or FEWEST_SECONDS: a failure that needs much of what was before it, or
+    does not come each time, would take hours.
 
     Hypothesis goes by what it has drawn, this by what was done, which may be less: to look at one
     page is a part of looking at all.
     """
     machine: Machine | None = None
+    deadline = time.monotonic() + FEWEST_SECONDS
     try:
         size = len(steps) // 2
         while size:
             at = len(steps) - 1 - size
             while at > -size:
-                if tries is not None:
-                    if tries == 0:
-                        return steps
-                    tries -= 1
+                if tries == 0 or time.monotonic() > deadline:
+                    return steps
+                tries = None if tries is None else tries - 1
                 rest = steps[: max(at, 0)] + steps[at + size :]
                 if machine is None:
                     machine = Machine(abi, model_class)

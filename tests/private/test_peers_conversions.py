@@ -11,8 +11,8 @@ import pytest
 
 from kvmpriv.cdefs import kvm as k
 from kvmpriv.cdefs import restrictedmem as rm
-from kvmpriv.exits import HypercallExit, MemoryFaultExit
-from kvmpriv.guest.puppet import PuppetCpu
+from kvmpriv.exits import HypercallExit, MemoryFaultExit, MmioExit
+from kvmpriv.guest.puppet import GuestExit, PuppetCpu
 from kvmpriv.private import PrivateFile, serve_conversion
 
 from .helpers import BIG, GIB, MIB, PAGE, SLACK, Unevictable, eventually, rule
@@ -379,6 +379,26 @@ class Held:
         return self.private.is_about(private) and eventually(
             lambda: abs(self._resident() - self.before - shared) < SLACK
         )
+
+
+@rule("convert.implicit", "slot.again")
+def test_a_slot_that_comes_and_goes_under_a_private_page(rig: Rig) -> None:
+    """Where KVM remembers that there was no memory, the guest gets on each time that there is."""
+    guest, file = rig.guest, rig.file(BIG)
+    guest.serve = lambda cpu, exit_: serve_conversion(rig.abi, rig.vm, cpu.vcpu, exit_)
+    for turn in range(12):
+        rig.convert(GPA, BIG, private=False)
+        if rig.abi.ACCESS_FOLLOWS_STATE:
+            with pytest.raises(GuestExit) as stopped:
+                guest.load(GPA, 8)
+            assert isinstance(stopped.value.exit, MmioExit)
+            guest.vcpu.page.mmio.data = bytes(8)
+            assert guest.resume() == 0
+        rig.convert(GPA, BIG, private=True)
+        slot = rig.bind(GPA, BIG, file)
+        guest.store(GPA, 8, turn + 100)
+        assert guest.load(GPA, 8) == turn + 100
+        slot.delete()
 
 
 @rule("convert.no-page-twice")
