@@ -6,6 +6,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
@@ -150,6 +151,18 @@ def test_bad_pointers(either: RestrictedSlots) -> None:
     assert either.set(flags=0) == "ok"
 
 
+@contextmanager
+def as_descriptor_0(file: RestrictedMem) -> Iterator[None]:
+    """What is not copied counts as 0: a file that would do is what that descriptor must be."""
+    saved = os.dup(0)
+    os.dup2(file.fileno(), 0)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 0)
+        os.close(saved)
+
+
 @rule("v9.slot.copy.recheck")
 @pytest.mark.parametrize(
     ("first", "late", "expected"),
@@ -166,9 +179,12 @@ def test_bad_pointers(either: RestrictedSlots) -> None:
         (0, UNKNOWN, "EINVAL"),
     ],
 )
-def test_flags_that_change(slots: RestrictedSlots, first: int, late: int, expected: str) -> None:
+def test_flags_that_change(
+    slots: RestrictedSlots, file: RestrictedMem, first: int, late: int, expected: str
+) -> None:
     """PRIVATE in the copy must be as at the first look, else EINVAL; all else is the copy's."""
-    assert set_with_late_flags(slots, late, flags=first) == expected
+    with as_descriptor_0(file):
+        assert set_with_late_flags(slots, late, flags=first) == expected
     if expected == "ok":
         log = k.ffi.new("struct kvm_dirty_log *", {"slot": slots.good["slot"]})
         bits = k.ffi.new("__u64[1]")
@@ -183,12 +199,7 @@ def test_flags_that_change(slots: RestrictedSlots, first: int, late: int, expect
 
 @rule("v9.slot.copy.recheck.race", "v9.slot.copy.zero")
 def test_flags_under_attack(slots: RestrictedSlots, edge: Edge, file: RestrictedMem) -> None:
-    """A thread that flips PRIVATE gets no private slot out of 32 bytes, whatever its timing.
-
-    What is not copied counts as 0, and 0 is the restrictedmem file here.
-    """
-    saved = os.dup(0)
-    os.dup2(file.fileno(), 0)
+    """A thread that flips PRIVATE gets no private slot out of 32 bytes, whatever its timing."""
     over = threading.Event()
     address = edge.put(slots.struct(flags=UNKNOWN, userspace_addr=0), 32)
     at = address - edge.memory.userspace_addr + 4
@@ -204,14 +215,13 @@ def test_flags_under_attack(slots: RestrictedSlots, edge: Edge, file: Restricted
     said: dict[str, int] = {}
     thread.start()
     try:
-        for _ in range(4000):
-            what = slots.set_at(address)
-            said[what] = said.get(what, 0) + 1
+        with as_descriptor_0(file):
+            for _ in range(4000):
+                what = slots.set_at(address)
+                said[what] = said.get(what, 0) + 1
     finally:
         over.set()
         thread.join()
-        os.dup2(saved, 0)
-        os.close(saved)
     assert set(said) == {"EINVAL", "EFAULT"}, said
     assert sum(said.values()) == 4000
     assert slots.delete() == "EINVAL", "nothing was made"
