@@ -63,6 +63,8 @@ class Driver:
                     abi=self.abi,
                 )
             )
+            #: vCPU -> what is wrong instead of what its last exit says.
+            self._found: dict[int, MemoryFaultExit] = {}
             for number, cpu in enumerate(self.guest.cpus):
                 cpu.serve = self._server(number, cpu.serve)
             self.files: list[private.PrivateFile] = []
@@ -85,7 +87,9 @@ class Driver:
     ) -> Callable[[PuppetCpu, Any], bool]:
         """Serves raw slots, too, which kvmpriv does not know for private-capable.
 
-        That is what 6.12 forgets, where it remembers that there was no memory (serve_conversion).
+        That is what 6.12 forgets, where it remembers that there was no memory (serve_conversion):
+        then a fault says that the guest wants shared memory.  To map ahead makes KVM look again,
+        and what it finds wrong then, such as a file that is gone, is what counts.
         """
 
         def serve(cpu: PuppetCpu, exit_: Any) -> bool:
@@ -96,6 +100,9 @@ class Driver:
             try:
                 self.populate(number, exit_.gpa, exit_.size)
             except OSError:
+                found = cpu.vcpu.exit()
+                if isinstance(found, MemoryFaultExit) and found.private:
+                    self._found[number] = found
                 return False
             return True
 
@@ -108,7 +115,7 @@ class Driver:
                 outcome = getattr(self, name)(**arguments)
         except GuestExit as stopped:
             self._stop(name, arguments["cpu"], mmio=isinstance(stopped.exit, MmioExit))
-            return self._exit(stopped.exit)
+            return self._exit(self._found.pop(arguments["cpu"], stopped.exit))
         except GuestCrash as crash:
             return ("crash", str(crash))
         except Stuck as stuck:

@@ -83,7 +83,7 @@ def boots(request: pytest.FixtureRequest, folder: Path) -> Any:
         "echo line $line >/dev/ttyS1; cat /proc/interrupts\n"
         "echo exit 7 >/dev/ttyS1; poweroff -f",
         *("--cpus", "2", "--json", "--append", "quiet"),
-        *("--trace", str(folder / "two.trace"), "--watch"),
+        *("--trace", str(folder / "two.trace")),
         stdin="from outside\n",
     )
     jobs.add("vmlinux", "echo here; reboot -f", "--append", "quiet", vmlinux=True)
@@ -116,7 +116,6 @@ def test_two_vcpus_a_console_and_a_status(boots: dict[str, Boot]) -> None:
     cost = boot.report["cost"]
     assert all(seconds > 0.05 for seconds in cost["cpu"])
     assert cost["rss"] > cost["shared"] > 0
-    assert " exits/s, " in boot.stderr
     assert "got from outside" in boot.stderr  # with --json that is where the console goes
     timer = next(line for line in boot.stderr.splitlines() if line.startswith("LOC:"))
     assert all(int(count) > 0 for count in timer.split()[1:3])
