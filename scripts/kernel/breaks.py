@@ -960,7 +960,7 @@ _add(
 )  # fmt: skip
 _add(
     "hypercall.empty", "KVM_HC_MAP_GPA_RANGE: 0 pages are -EINVAL",
-    X86, "!npages ||\n\t\t    «gpa_to_gfn(gpa) + npages <= gpa_to_gfn(gpa)») {",
+    X86, "«!npages ||\n\t\t    gpa_to_gfn(gpa) + npages <= gpa_to_gfn(gpa)») {",
     "gpa_to_gfn(gpa) + npages < gpa_to_gfn(gpa)",
     f"{VEHICLE}::test_the_errors_of_an_enabled_hypercall",
 )  # fmt: skip
