@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -142,7 +143,7 @@ class Queue:
         return not _U16.unpack_from(self._available, 0)[0] & _NO_INTERRUPT
 
 
-class VirtioDevice:
+class VirtioDevice(ABC):
     """What a device is behind its registers; for each kind a class of its own."""
 
     #: The number of its kind, how it is called, its own feature bits, how many queues it has.
@@ -153,18 +154,18 @@ class VirtioDevice:
     #: The configuration space, as it is now.
     config = b""
 
+    @abstractmethod
     def serve(self, number: int, queue: Queue) -> bool:
         """Do what waits in a queue; True if something was given back.  RingError stops it."""
-        raise NotImplementedError
 
     def host_fd(self) -> int:
         """A descriptor of the host's: when it can be read, queue 0 is to be served.  -1: none."""
         return -1
 
-    def reset(self) -> None:
+    def reset(self) -> None:  # noqa: B027  # most have nothing to forget
         """The driver starts anew."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  # nor to give back
         """The machine is over."""
 
 
