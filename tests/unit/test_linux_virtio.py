@@ -6,7 +6,9 @@ import fcntl
 import os
 import socket
 import struct
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,13 @@ from kvmpriv import HostMemory
 from kvmpriv.guest.linux.disk import Block, Entropy
 from kvmpriv.guest.linux.layout import GuestMemory, Range
 from kvmpriv.guest.linux.net import Net
-from kvmpriv.guest.linux.virtio import ACCESS_PLATFORM, Transport, VirtioDevice
+from kvmpriv.guest.linux.virtio import (
+    ACCESS_PLATFORM,
+    Chain,
+    Queue,
+    Transport,
+    VirtioDevice,
+)
 
 SIZE = 1 << 20
 BASE = 0x10000  # of the memory that the guest shares; beyond it is none of its own
@@ -469,3 +477,40 @@ def test_only_one_holds_the_lock(disk: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_SH)
         with pytest.raises(OSError, match="in use"):
             Block(disk)
+
+
+def test_nobody_sees_an_index_that_is_none(tmp_path: Path) -> None:
+    """The driver looks at any moment: it finds the index from before, or the one from behind."""
+    path = tmp_path / "memory"
+    path.write_bytes(bytes(SIZE))
+    with path.open("r+b") as file:
+        host = HostMemory(SIZE, fd=file.fileno())
+    queue = Queue(GuestMemory([(Range(BASE, SIZE, "shared", ""), host)]))
+    queue.size, queue.addresses = 8, [BASE, BASE + 0x400, BASE + 0x800]
+    queue.activate()
+    queue._used_index = 0x4FE
+    queue.push(Chain(7, [], []), 1)
+
+    index = host.view()[0x802:0x804].cast("H")
+    stop, looks = host.view()[0x1000:0x1002].cast("H"), host.view()[0x1008:0x1010].cast("Q")
+    driver = os.fork()
+    if driver == 0:
+        status = 1
+        with suppress(BaseException):
+            while (seen := index[0]) in (0x4FF, 0x500) and not stop[0]:
+                looks[0] += 1
+            status = 0 if seen in (0x4FF, 0x500) else 3
+        os._exit(status)
+    pushes, until = 0, time.monotonic() + 1
+    while time.monotonic() < until or looks[0] < 1000:  # the two must have run at the same time
+        for _ in range(100):
+            queue.push(Chain(7, [], []), 1)
+            queue._used_index = 0x4FE
+            queue.push(Chain(7, [], []), 1)
+            pushes += 2
+        if os.waitid(os.P_PID, driver, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            break
+    stop[0] = 1
+    _, ended = os.waitpid(driver, 0)
+    assert os.waitstatus_to_exitcode(ended) == 0, f"seen after {looks[0]} looks, {pushes} pushes"
+    assert pushes > 1000

@@ -197,3 +197,31 @@ def test_a_marker_in_private_memory(name: str, tmp_path: Path) -> None:
     everything = shared["size"] + hidden["size"]
     assert result["filled"] > 0.6 * everything
     assert result["private"] > 0.9 * result["movable"]
+
+
+NETWORK = """\
+ifconfig eth0 10.88.0.2 netmask 255.255.255.0 up
+ping -c 2 10.88.0.1 >/dev/null && echo pong >/dev/ttyS1
+nc 10.88.0.1 7000 </dev/null >/tmp/f
+nc 10.88.0.1 7000 </tmp/f
+echo exit 5 >/dev/ttyS1
+poweroff -f"""
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("restrictedmem", "private"), ("guest_memfd", "private"), ("guest_memfd", "")],
+)
+def test_a_network(name: str, kind: str, tmp_path: Path) -> None:
+    """Ping, and TCP both ways without a byte that is lost or another."""
+    program = shutil.which("busybox")
+    if program is None:
+        missing("busybox", "there is no busybox to make a guest's programs of")
+    (tmp_path / "net.cpio").write_bytes(initrd.busybox(Path(program).read_bytes(), NETWORK))
+    done = in_vm(name, tmp_path, ROOT / "tests/vm/boot_net.py", tmp_path, image(name), kind)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "net.json").read_text())
+    assert result["said"] == ["pong"]
+    assert (result["outcome"]["how"], result["outcome"]["status"]) == ("off", 5)
+    assert (result["size"], result["same"]) == (4 << 20, True)
+    assert result["words"] == []

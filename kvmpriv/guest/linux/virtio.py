@@ -36,8 +36,6 @@ _QUEUE_SIZE_MAX = 256
 _NEXT, _WRITE, _INDIRECT = 1, 2, 4
 _NO_INTERRUPT = 1
 _DESCRIPTOR = struct.Struct("<QIHH")
-_U16 = struct.Struct("<H")
-_USED = struct.Struct("<II")
 # Status bits.
 _FEATURES_OK, _DRIVER_OK, _NEEDS_RESET = 8, 4, 64
 #: The register to which a driver writes the number of a queue that has something new.
@@ -85,12 +83,17 @@ class Queue:
             if address % alignment:
                 raise RingError(f"a ring at {address:#x}, which is not a multiple of {alignment}")
         try:
-            self._descriptors, self._available, self._used = (
+            self._descriptors, available, used = (
                 self._memory.view(address, length)
                 for address, length in zip(self.addresses, sizes, strict=True)
             )
         except GuestAddressError as error:
             raise RingError(f"a ring that is no shared memory: {error}") from None
+        # In units of what is written at once: struct.pack_into puts zeros there first, and a
+        # driver that looks at that moment finds an index that is none.
+        self._available = available.cast("H")
+        self._used_head = used[:4].cast("H")
+        self._used_ring = used[4:-2].cast("I")
         self._taken = self._used_index = 0
         self.ready = True
 
@@ -98,13 +101,13 @@ class Queue:
         """The next request; None when there is none, or the queue is not ready."""
         if not self.ready:
             return None
-        (index,) = _U16.unpack_from(self._available, 2)
+        index = self._available[1]
         waiting = (index - self._taken) & 0xFFFF
         if not waiting:
             return None
         if waiting > self.size:
             raise RingError(f"{waiting} requests in a ring of {self.size}")
-        (head,) = _U16.unpack_from(self._available, 4 + 2 * (self._taken % self.size))
+        head = self._available[2 + self._taken % self.size]
         self._taken = (self._taken + 1) & 0xFFFF
         return self._walk(head)
 
@@ -134,13 +137,14 @@ class Queue:
 
     def push(self, chain: Chain, written: int) -> None:
         """Give a request back, with so many bytes written to it."""
-        _USED.pack_into(self._used, 4 + 8 * (self._used_index % self.size), chain.head, written)
+        at = 2 * (self._used_index % self.size)
+        self._used_ring[at], self._used_ring[at + 1] = chain.head, min(written, 0xFFFFFFFF)
         self._used_index = (self._used_index + 1) & 0xFFFF
-        _U16.pack_into(self._used, 2, self._used_index)
+        self._used_head[1] = self._used_index  # behind the entry: x86 keeps the order of stores
 
     def wants_interrupt(self) -> bool:
         """Whether the driver wants to be told of what was given back."""
-        return not _U16.unpack_from(self._available, 0)[0] & _NO_INTERRUPT
+        return not self._available[0] & _NO_INTERRUPT
 
 
 class VirtioDevice(ABC):
@@ -211,8 +215,8 @@ class Transport:
                 return
             queue = self.queues[number]
             try:
-                if queue.ready and self.device.serve(number, queue) and queue.wants_interrupt():
-                    self._raise(_USED_BUFFER)
+                if queue.ready and self.device.serve(number, queue):
+                    self._tell(queue)
             except RingError as error:
                 self._stop(str(error))
 
@@ -221,6 +225,16 @@ class Transport:
         self._status |= _NEEDS_RESET
         self._complain(f"{self.device.name} has stopped: the guest has {why}")
         self._raise(_CONFIG_CHANGED)
+
+    def _tell(self, queue: Queue) -> None:
+        """Say that something was given back, if the driver wants to know it."""
+        # Taking the lock is a full barrier: the index is to be seen before the driver's flag is
+        # read, as the driver looks for more after it has set the flag (VIRTIO 2.7.13.4.1).
+        with self._status_lock:
+            if not queue.wants_interrupt():
+                return
+            self._interrupt_status |= _USED_BUFFER
+        self._interrupt()
 
     def _raise(self, why: int) -> None:
         with self._status_lock:
