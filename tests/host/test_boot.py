@@ -137,6 +137,20 @@ def test_a_recorded_run(image: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("kvm")
+def test_words_of_ours_begin_a_line(tmp_path: Path) -> None:
+    """Where the console goes to the same place, and has not ended its line."""
+    path = tmp_path / "prompt"
+    path.write_bytes(kernel(bytes.fromhex("66baf803 b03e ee f4 ebfd")))
+    done = boot("--kernel", path, "--memory", "32M", "--timeout", "2.5", "--watch", "--json")
+    assert done.returncode == 124
+    prompt, *ours = [line for line in done.stderr.split("\n") if "exits/s" not in line]
+    assert [prompt, *ours] == [">", "kvmpriv boot: the guest was ended: its time is up", ""]
+    assert re.search(r"^kvmpriv boot: \d+ s: vCPUs", done.stderr, re.M)
+    done = boot("--kernel", path, "--memory", "32M", "--timeout", "1")
+    assert (done.stdout, done.stderr[:13]) == (">", "kvmpriv boot:"), "each on its own stream"
+
+
+@pytest.mark.usefixtures("kvm")
 def test_a_recording_on_a_full_disk(image: Path) -> None:
     """The guest goes on all the same, and the user is told."""
     done = boot("--kernel", image, "--memory", "32M", "--timeout", "1", "--trace", "/dev/full")

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -143,7 +143,7 @@ def _load(options: argparse.Namespace) -> tuple[LinuxImage, bytes]:
     return image, initrd
 
 
-def _devices(options: argparse.Namespace) -> list[VirtioDevice]:
+def _devices(options: argparse.Namespace, complain: Callable[[str], object]) -> list[VirtioDevice]:
     """What the command line asks for; OSError and ValueError say what can't be had."""
     kind, _, bridge = options.net.partition("=")
     if kind not in ("tap", "none") or (kind == "none" and bridge):
@@ -152,20 +152,37 @@ def _devices(options: argparse.Namespace) -> list[VirtioDevice]:
         devices: list[VirtioDevice] = [Entropy()]
         if options.disk is not None:
             try:
-                disk = Block(options.disk, _say)
+                disk = Block(options.disk, complain)
             except (OSError, ValueError) as error:
                 reason = error.strerror if isinstance(error, OSError) else error
                 raise ValueError(f"{options.disk}: {reason}") from None
             devices.append(disk)
             stack.callback(disk.close)
         if kind == "tap":
-            devices.append(Net(Tap(bridge or None), _say))
+            devices.append(Net(Tap(bridge or None), complain))
         stack.pop_all()
     return devices
 
 
-def _say(text: str) -> None:
-    print(f"kvmpriv boot: {text}", file=sys.stderr, flush=True)
+class _Screen:
+    """Where the console goes, and our words: theirs begin lines of their own."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._together = stream is sys.stderr or (stream.isatty() and sys.stderr.isatty())
+        self._in_line = False
+
+    def write(self, data: bytes) -> None:
+        """The console's."""
+        self._stream.buffer.write(data)
+        self._stream.flush()
+        self._in_line = not data.endswith(b"\n")
+
+    def say(self, text: str) -> None:
+        """Ours."""
+        start = "\n" if self._together and self._in_line else ""
+        self._in_line = False
+        print(f"{start}kvmpriv boot: {text}", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -197,7 +214,9 @@ def main(options: argparse.Namespace) -> int:
         kvm = Kvm()
     except OSError as error:
         return _fail(f"{error.filename}: {error.strerror}", EXIT_NO_KVM)
-    with kvm:
+    screen = _Screen(sys.stderr if options.json else sys.stdout)
+    with ExitStack() as stack:
+        stack.enter_context(kvm)
         abi = None
         if options.private is not None:
             try:
@@ -217,8 +236,9 @@ def main(options: argparse.Namespace) -> int:
                 return _fail(f"{options.trace}: {error.strerror}", EXIT_USAGE)
             what = f"Linux {image.version}"
             recorder = recording.start(file, what, ranges, cpus=options.cpus, abi=abi)
+            stack.callback(recorder.close)
         try:
-            devices = _devices(options)
+            devices = _devices(options, screen.say)
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             return _fail(str(reason), EXIT_USAGE)
@@ -232,8 +252,8 @@ def main(options: argparse.Namespace) -> int:
                 cpus=options.cpus,
                 abi=abi,
                 devices=devices,
-                complain=_say,
-                output=_print_to(sys.stderr if options.json else sys.stdout),
+                complain=screen.say,
+                output=screen.write,
                 record=recorder.event if recorder else None,
                 pin=options.pin,
             )
@@ -244,28 +264,30 @@ def main(options: argparse.Namespace) -> int:
         del image, initrd  # the guest has them: they need not be here twice
         with machine:
             if abi is not None:
-                _show_layout(machine, abi)
-            looks = _Looks(machine, recorder, watch=options.watch)
+                _show_layout(machine, abi, screen.say)
+            looks = _Looks(machine, recorder, screen.say if options.watch else None)
             try:
                 outcome = _run(machine, options.timeout, looks)
             except OSError as error:
                 if error.filename is not None or isinstance(error, BrokenPipeError):
                     raise  # the output's, not KVM's
-                return _fail(f"the guest can't go on: {error.strerror}", EXIT_NO_KVM)
+                outcome = Outcome("error", EXIT_NO_KVM, str(error.strerror))
             if recorder is not None:
                 recording.end(recorder, outcome)
                 if recorder.error is not None:
-                    _say(f"{options.trace}: {recorder.error.strerror}; the recording is cut off")
+                    why = recorder.error.strerror
+                    screen.say(f"{options.trace}: {why}; the recording is cut off")
             if options.json:
                 seconds = time.monotonic() - started
                 print(json.dumps(_report(machine, outcome, seconds, abi), indent=2))
     sys.stdout.flush()
-    if outcome.how in EXIT_STATUSES:
-        return _fail(f"{_WORDS[outcome.how]}: {outcome.why}", outcome.status)
+    if outcome.how in _WORDS:
+        screen.say(f"{_WORDS[outcome.how]}: {outcome.why}")
     return outcome.status
 
 
 _WORDS = {
+    "error": "the guest can't go on",
     "crash": "the guest crashed",
     "panic": "the guest's kernel panicked",
     "timeout": "the guest was ended",
@@ -278,11 +300,16 @@ _LOOK_EVERY, _WATCH_EVERY = 0.25, 1.0  # seconds
 class _Looks:
     """What is looked at while a guest runs, for --trace and --watch."""
 
-    def __init__(self, machine: LinuxMachine, recorder: Recorder | None, *, watch: bool) -> None:
+    def __init__(
+        self,
+        machine: LinuxMachine,
+        recorder: Recorder | None,
+        say: Callable[[str], object] | None,
+    ) -> None:
         self._machine = machine
         self._recorder = recorder
-        self._watch = watch
-        self.wanted = watch or recorder is not None
+        self._say = say
+        self.wanted = recorder is not None or say is not None
         self._started = self._said_at = time.monotonic()
         self._said = Cost(0, 0, (), 0.0, ())
 
@@ -291,7 +318,7 @@ class _Looks:
             recording.sample(self._recorder, self._machine)
         now = time.monotonic()
         passed = now - self._said_at
-        if self._watch and passed >= _WATCH_EVERY:
+        if self._say is not None and passed >= _WATCH_EVERY:
             cost = self._machine.cost()
             before = self._said.cpu or (0.0,) * len(cost.cpu)
             busy = " ".join(
@@ -300,7 +327,7 @@ class _Looks:
             )
             exits = (sum(cost.exits) - sum(self._said.exits)) / passed
             private = sum(use.private for use in _usage(self._machine))
-            _say(
+            self._say(
                 f"{now - self._started:.0f} s: vCPUs {busy}, {exits:.0f} exits/s,"
                 f" {cost.rss // _MIB} MiB resident ({cost.shared // _MIB} MiB shared with others)"
                 + (f", at least {private // _MIB} MiB private" if private else "")
@@ -321,22 +348,14 @@ def _run(machine: LinuxMachine, timeout: float | None, looks: _Looks) -> Outcome
         return Outcome("signal", 128 + signalled.number, signal.Signals(signalled.number).name)
 
 
-def _show_layout(machine: LinuxMachine, abi: PrivateAbi) -> None:
+def _show_layout(machine: LinuxMachine, abi: PrivateAbi, say: Callable[[str], object]) -> None:
     everything = sum(part.size for part in machine.ranges)
     for part in machine.ranges:
         kind = f"private by {abi.NAME}" if part.kind == "private" else part.kind
-        _say(
+        say(
             f"{part.gpa:#x}…{part.end:#x}: {part.size >> 20}M,"
             f" {100 * part.size / everything:.0f} %, {kind}: {part.purpose}"
         )
-
-
-def _print_to(stream: Any) -> Any:
-    def write(data: bytes) -> None:
-        stream.buffer.write(data)
-        stream.flush()
-
-    return write
 
 
 def _usage(machine: LinuxMachine) -> list[RangeUse]:
