@@ -332,7 +332,8 @@ class Bench:
     def conversions(self) -> Iterator[Result]:
         """In each built kernel that has private memory, run under scripts/vm."""
         for name in private.ABIS:
-            found = self._in_kernel(name)
+            built(name)
+            found = self._in_kernel(name, "conversions.py", self._library)
             pairs = [(ours, theirs) for ours, theirs in found["convert_1gib"]["pairs"]]
             costs = [f"{name}: a conversion costs, in ns a page:"]
             for page in ("4 KiB", "2 MiB"):
@@ -347,12 +348,40 @@ class Bench:
             limit = Limit("ratio", 1.05)
             yield Result(f"convert_1gib {name}", "ms", unit_pairs, limit, "\n".join(costs))
 
-    def _in_kernel(self, name: str) -> dict[str, Any]:
+    def linux(self) -> Iterator[Result]:
+        """A stock kernel brought up beside QEMU's microvm, in each built kernel."""
+        for name in private.ABIS:
+            found = self._in_kernel(name, "linux.py", built(name))
+            ours, theirs = (
+                [dict(zip(("start", "init", "serial", "memory"), one, strict=True)) for one in side]
+                for side in zip(*found["qemu"], strict=True)
+            )
+            start = median(one["start"] for one in ours)
+            note = f"{name}: start of our interpreter and imports, not counted: {start:.2f} s"
+            for what, field, unit, scale, limit in (
+                ("boot_to_init", "init", "s", 1, 1.0),
+                ("vmm_memory", "memory", "MiB", 1 << 20, 0.8),
+                ("serial", "serial", "s", 1, 3.0),
+            ):
+                pairs = [
+                    (mine[field] / scale, other[field] / scale)
+                    for mine, other in zip(ours, theirs, strict=True)
+                ]
+                yield Result(f"{what} {name}", unit, pairs, Limit("ratio", limit), note)
+                note = ""
+            pairs = [(mine[1], other[1]) for mine, other in found["private"]]
+            note = f"{name}: the network, MiB/s down and up: " + "; ".join(
+                f"{'QEMU' if kind == 'qemu' else kind} {rate['down']:.1f}, {rate['up']:.1f}"
+                for kind, rate in found["network"].items()
+            )
+            if not all(rate["same"] for rate in found["network"].values()):
+                raise Skipped(f"in kernel {name}: what the network brought is not what was sent")
+            yield Result(f"boot_private {name}", "s", pairs, Limit("ratio", 1.3), note)
+
+    def _in_kernel(self, name: str, script: str, *arguments: object) -> dict[str, Any]:
         quick = ("--quick",) if self._quick else ()
-        script = (sys.executable, HERE / "conversions.py", self._library, *quick)
-        if not [*cache_root().glob(f"{name}.*/bzImage")]:
-            raise Skipped(f"no kernel {name} is built: make kernels")
-        command = (ROOT / "scripts" / "vm", name, "-q", "--timeout", "900", "--", *script)
+        command = (ROOT / "scripts" / "vm", name, "-q", "--timeout", "1500", "--")
+        command += (sys.executable, HERE / script, *map(str, arguments), *quick)
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise Skipped(f"in kernel {name}: status {done.returncode}: {done.stderr.strip()}")
@@ -423,6 +452,15 @@ def spawn(twin: Twin, command: tuple[str, ...]) -> Spawned:
     if code != 0 and not (command == PROBE and code == 1 and first):
         raise Skipped(f"`{' '.join(command[1:])}` ended with status {code}")
     return Spawned(first / MS, end / MS, cpu / MS, resident / 1024)
+
+
+def built(name: str) -> Path:
+    """The image of a kernel that is built."""
+    if not [*cache_root().glob(f"{name}.*/bzImage")]:
+        raise Skipped(f"no kernel {name} is built: make kernels")
+    build = (ROOT / "scripts" / "kernel" / "build", name)
+    done = subprocess.run(build, check=True, capture_output=True, text=True)
+    return Path(done.stdout.splitlines()[-1])
 
 
 def need_probe() -> None:
@@ -517,7 +555,7 @@ def missing() -> str | None:
 def main() -> int:
     names = (
         *("checked_ioctl", "exit_loop", "probe_process", "import", "first_exit", "probe_memory"),
-        *("slot_cycle", "puppet", "conversions"),
+        *("slot_cycle", "puppet", "conversions", "linux"),
     )
     about = "kvmpriv's benchmarks, on this host's /dev/kvm and in the kernels built here"
     parser = argparse.ArgumentParser(description=about)

@@ -18,7 +18,7 @@ import pytest
 from conftest import missing
 from kvmpriv import Kvm, private, trace
 from kvmpriv.guest.linux import Cost, LinuxMachine, load_linux, plan
-from kvmpriv.guest.linux.net import Tap
+from kvmpriv.guest.linux.tap import HOST_ADDRESS, Tap
 from unit.test_linux_image import bzimage
 
 #: Long mode: print "up", then wait for an interrupt that never comes.
@@ -287,7 +287,7 @@ def test_a_tap_and_its_namespace_come_and_go() -> None:
 def test_what_a_killed_process_leaves_is_removed() -> None:
     tap_or_skip().close()
     code = (
-        "from kvmpriv.guest.linux.net import Tap\n"
+        "from kvmpriv.guest.linux.tap import Tap\n"
         "tap = Tap(); print(tap.namespace, flush=True); input()"
     )
     with subprocess.Popen(
@@ -303,6 +303,95 @@ def test_what_a_killed_process_leaves_is_removed() -> None:
     while Path("/run/netns", name).exists() and time.monotonic() < deadline:
         Tap().close()
     assert not Path("/run/netns", name).exists()
+
+
+WITHOUT_CAPABILITIES = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--ambient-caps=-all"]
+USER = 65534
+OWN = """
+from kvmpriv.guest.linux.tap import Tap
+with Tap() as tap:
+    print(tap.holder, tap.namespace, tap.name, flush=True)
+    input()
+print("over", flush=True)
+input()
+"""
+
+
+def as_a_user(folder: Path) -> list[str]:
+    """A command's beginning: a user who may read everything, and use /dev/net/tun as on Debian."""
+    node = folder / "tun"
+    script = f'mknod -m 666 {node} c 10 200 && mount --bind {node} /dev/net/tun && exec "$@"'
+    rights = "=-all,+dac_read_search"
+    user = ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups"]
+    user += [f"--inh-caps{rights}", f"--ambient-caps{rights}"]
+    return ["unshare", "--mount", "sh", "-c", script, "-", *user]
+
+
+def test_a_tap_for_who_may_not_make_networks(tmp_path: Path) -> None:
+    """In a user namespace, for as long as the tap is: with the host's address, and a way in."""
+    tap_or_skip().close()
+    child = subprocess.Popen(
+        [*as_a_user(tmp_path), sys.executable, "-c", OWN],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with child:
+        assert child.stdin
+        assert child.stdout
+        holder, namespace, name = child.stdout.readline().split()
+        assert (namespace, name) == ("None", "kvmpriv0")
+        inside = ["nsenter", "-t", holder, "-U", "-n", "--preserve-credentials"]
+        command = (
+            f"import socket; print(socket.create_server(({HOST_ADDRESS!r}, 7007)).getsockname())"
+        )
+        done = subprocess.run(
+            [*inside, sys.executable, "-c", command], capture_output=True, text=True
+        )
+        assert done.stdout == f"('{HOST_ADDRESS}', 7007)\n", done.stderr
+        for which in ("user", "net"):
+            ours, theirs = (os.readlink(f"/proc/{pid}/ns/{which}") for pid in ("self", holder))
+            assert ours != theirs
+        child.stdin.write("\n")
+        child.stdin.flush()
+        assert child.stdout.readline() == "over\n"
+        assert not Path("/proc", holder).exists()
+        child.stdin.write("\n")
+    assert child.returncode == 0
+
+
+def test_the_network_of_a_killed_process_goes_with_it(tmp_path: Path) -> None:
+    """Of one that had it in a user namespace: nothing has a name that could stay."""
+    tap_or_skip().close()
+    command = [*as_a_user(tmp_path), sys.executable, "-c", OWN]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout
+        holder = Path("/proc", child.stdout.readline().split()[0])
+        assert holder.exists()
+        child.kill()
+    deadline = time.monotonic() + 10
+    while holder.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not holder.exists()
+
+
+def test_no_network_without_user_namespaces_either() -> None:
+    """Who has none to give away is told what is missing; twin: the test before."""
+    tap_or_skip().close()
+    code = (
+        "from kvmpriv.guest.linux.tap import Tap\n"
+        "try:\n    Tap()\nexcept OSError as error:\n    print(repr(error))"
+    )
+    limit = 'echo 0 >/proc/sys/user/max_user_namespaces && exec "$@"'
+    command = ["unshare", "-Ur", "sh", "-c", limit, "-", *WITHOUT_CAPABILITIES]
+    done = subprocess.run([*command, sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == (
+        "PermissionError(28, 'a network needs CAP_NET_ADMIN and CAP_SYS_ADMIN (root has them), or a"
+        " user namespace, and that did not work: unshare(CLONE_NEWUSER | CLONE_NEWNET): No space"
+        " left on device')\n"
+    ), done.stderr
 
 
 def test_no_such_bridge() -> None:

@@ -14,7 +14,8 @@ from pyroute2 import netns
 
 from kvmpriv import Kvm, private
 from kvmpriv.guest.linux import LinuxMachine, load_linux, plan
-from kvmpriv.guest.linux.net import HOST_ADDRESS, Net, Tap
+from kvmpriv.guest.linux.net import Net
+from kvmpriv.guest.linux.tap import HOST_ADDRESS, Tap
 
 SIZE = 4 << 20
 

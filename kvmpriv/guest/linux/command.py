@@ -33,7 +33,8 @@ from .machine import (
     RangeUse,
     check_pin,
 )
-from .net import HOST_ADDRESS, PREFIX_LENGTH, Net, Tap
+from .net import Net
+from .tap import HOST_ADDRESS, PREFIX_LENGTH, Tap
 from .virtio import VirtioDevice
 
 __all__ = ["add_arguments", "main"]
@@ -102,7 +103,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="none",
         metavar="WHERE",
         help="tap: a card, virtio-net, in a network of its own, where the host is"
-        f" {HOST_ADDRESS}/{PREFIX_LENGTH} (`ip netns` lists it, and it ends with the guest);"
+        f" {HOST_ADDRESS}/{PREFIX_LENGTH} (`ip netns` lists it, and it ends with the guest; who may"
+        " not make such has it in a user namespace, and is told the process to `nsenter`);"
         " tap=BRIDGE: on that bridge; none, if not given",
     )
     add("--timeout", type=parse_seconds, metavar="SECONDS", help="end the guest after so long")
@@ -159,7 +161,10 @@ def _devices(options: argparse.Namespace, complain: Callable[[str], object]) -> 
             devices.append(disk)
             stack.callback(disk.close)
         if kind == "tap":
-            devices.append(Net(Tap(bridge or None), complain))
+            tap = Tap(bridge or None)
+            if tap.holder is not None:
+                complain(f"the network is process {tap.holder}'s: nsenter -t {tap.holder} -U -n")
+            devices.append(Net(tap, complain))
         stack.pop_all()
     return devices
 

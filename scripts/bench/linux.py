@@ -1,0 +1,239 @@
+"""Linux brought up by kvmpriv and by QEMU, run inside a kernel of ours; prints JSON for run.py.
+
+Usage: linux.py KERNEL [--quick]
+
+Each side is a process that is given the same kernel, root file system and memory, and whose
+standard output is the guest's console: QEMU, and this file with --guest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pyroute2 import netns
+
+from kvmpriv import Kvm, private
+from kvmpriv.guest.linux import LinuxMachine, initrd, load_linux, plan
+from kvmpriv.guest.linux.net import Net
+from kvmpriv.guest.linux.tap import GUEST_ADDRESS, HOST_ADDRESS, Tap
+from run import alternate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+MIB = 1 << 20
+MEMORY = 256 * MIB
+OUTPUT = 32 << 10  # bytes that the guest prints
+SENT = 16 * MIB  # bytes through the network, each way
+PORT = 7000
+QUIET = "console=ttyS0 panic=-1 quiet"
+# printf and not what is printed: an echo of the command is no sign.
+INIT = f"""
+printf 'at%s\\n' -init >/dev/console
+cat /output >/dev/console
+printf 'the%s\\n' -end >/dev/console
+if grep -q bench.net /proc/cmdline; then
+    ifconfig eth0 {GUEST_ADDRESS} netmask 255.255.255.0 up
+    nc {HOST_ADDRESS} {PORT} </dev/null >/tmp/file
+    nc {HOST_ADDRESS} {PORT} </tmp/file
+    printf 'over%s\\n' -net >/dev/console
+fi
+sleep 10000"""
+
+
+class Booted(NamedTuple):
+    """Seconds, and bytes of memory that are not the guest's."""
+
+    start: float  # of the interpreter, before there is a VM
+    init: float
+    serial: float
+    memory: int
+
+
+class Bench:
+    """What the sides share."""
+
+    def __init__(self, kernel: Path, folder: Path) -> None:
+        self.kernel, self.initrd = kernel, folder / "initrd"
+        busybox = Path(shutil.which("busybox") or "/bin/busybox").read_bytes()
+        files = {"output": b"x" * (OUTPUT - 1) + b"\n"}
+        self.initrd.write_bytes(initrd.busybox(busybox, INIT, files))
+
+    def _ours(self, words: str, kind: str, tap: Tap | None) -> list[str]:
+        arguments = [self.kernel, self.initrd, words, kind, tap.fileno() if tap else -1]
+        script = Path(__file__).resolve()
+        return [sys.executable, str(script), "--guest", *map(str, arguments)]
+
+    def _qemu(self, words: str, tap: Tap | None) -> list[str]:
+        command = ["qemu-system-x86_64", "-M", "microvm,accel=kvm", "-cpu", "host"]
+        command += ["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio"]
+        command += ["-m", f"{MEMORY // MIB}M", "-kernel", str(self.kernel)]
+        command += ["-initrd", str(self.initrd), "-append", f"{QUIET} {words}"]
+        if tap:
+            command += ["-netdev", f"tap,id=net,fd={tap.fileno()}"]
+            command += ["-device", "virtio-net-device,netdev=net"]
+        return command
+
+    @contextmanager
+    def _started(self, kind: str, words: str, tap: Tap | None = None) -> Iterator[Console]:
+        """A guest; kind: "qemu", "shared" or "private"."""
+        command = self._qemu(words, tap) if kind == "qemu" else self._ours(words, kind, tap)
+        began = time.monotonic()
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            pass_fds=[tap.fileno()] if tap else [],
+        )
+        try:
+            yield Console(process, began)
+        finally:
+            process.kill()
+            process.wait()
+
+    def boot(self, kind: str) -> Booted:
+        with self._started(kind, "") as console:
+            start = 0.0 if kind == "qemu" else float(console.wait(b"created ", b"\n")[0])
+            _, init = console.wait(b"at-init", b"\n")
+            _, end = console.wait(b"the-end", b"\n")
+            beyond = memory_beyond_ram(console.process.pid)
+        began = console.began if kind == "qemu" else start
+        return Booted(began - console.began, init - began, end - init, beyond)
+
+    def network(self, kind: str) -> dict[str, Any]:
+        """SENT bytes there and back."""
+        data = random.Random(7).randbytes(SENT)  # noqa: S311  # no secret
+        found: dict[str, Any] = {}
+        with Tap() as tap:
+            assert tap.namespace is not None
+            ready = threading.Event()
+            arguments = (tap.namespace, data, found, ready)
+            server = threading.Thread(target=serve, args=arguments, daemon=True)
+            server.start()
+            ready.wait()
+            with self._started(kind, "bench.net", tap) as console:
+                console.wait(b"over-net", b"\n")
+                server.join(30)
+        return found
+
+
+class Console:
+    """What a guest prints, and when it came."""
+
+    def __init__(self, process: subprocess.Popen[bytes], began: float) -> None:
+        self.process, self.began = process, began
+        self._heard = b""
+
+    def wait(self, sign: bytes, end: bytes) -> tuple[str, float]:
+        """Until `sign` and then `end`; what is between them, and the time."""
+        assert self.process.stdout is not None
+        while True:
+            at = self._heard.find(sign)
+            until = self._heard.find(end, at) if at >= 0 else -1
+            if until >= 0:
+                between = self._heard[at + len(sign) : until]
+                self._heard = self._heard[until:]
+                return between.decode(), self.at
+            data = os.read(self.process.stdout.fileno(), 1 << 16)
+            self.at = time.monotonic()
+            if not data:
+                raise SystemExit(f"a guest has ended early: {self._heard.decode(errors='replace')}")
+            self._heard += data
+
+
+def memory_beyond_ram(pid: int) -> int:
+    """Resident bytes of all mappings but the guest's RAM."""
+    total, size = 0, 0
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == "Size":
+            size = int(value.split()[0]) << 10
+        elif name == "Rss" and size < MEMORY // 2:
+            total += int(value.split()[0]) << 10
+    return total
+
+
+def serve(namespace: str, data: bytes, found: dict[str, Any], ready: threading.Event) -> None:
+    """Send `data` to who comes first, and take what the second one sends."""
+    netns.setns(namespace)  # of this thread
+    with socket.create_server((HOST_ADDRESS, PORT)) as server:
+        ready.set()
+        peer, _ = server.accept()
+        with peer:
+            began = time.monotonic()
+            peer.sendall(data)
+            peer.shutdown(socket.SHUT_WR)
+        peer, _ = server.accept()  # it has all, and has gone
+        found["down"] = len(data) / MIB / (time.monotonic() - began)
+        with peer:
+            began = time.monotonic()
+            back = b"".join(iter(lambda: peer.recv(1 << 16), b""))
+            found["up"] = len(back) / MIB / (time.monotonic() - began)
+        found["same"] = back == data
+
+
+def guest(kernel: str, root: str, words: str, kind: str, tap: str) -> None:
+    """Our side: a guest whose console is standard output."""
+    created = time.monotonic()
+
+    def output(data: bytes) -> None:
+        os.write(1, data)
+
+    class Passed(Tap):
+        """A tap that somebody else has made."""
+
+        def __init__(self) -> None:
+            self._fd = int(tap)
+
+        def close(self) -> None:
+            pass
+
+    with Kvm() as kvm:
+        abi = private.choose(kvm) if kind == "private" else None
+        with LinuxMachine(
+            kvm,
+            load_linux(Path(kernel).read_bytes()),
+            plan(MEMORY, private=abi is not None),
+            initrd=Path(root).read_bytes(),
+            cmdline=f"quiet {words}",
+            abi=abi,
+            devices=[Net(Passed())] if int(tap) >= 0 else [],
+            output=output,
+        ) as machine:
+            output(b"created %f\n" % created)
+            machine.run()
+
+
+def main(kernel: str, *, quick: bool) -> None:
+    count = 2 if quick else 7
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(kernel), Path(folder))
+
+        def boot(kind: str) -> Callable[[], Booted]:
+            return lambda: bench.boot(kind)
+
+        found = {
+            "qemu": alternate(boot("shared"), boot("qemu"), count),
+            "private": alternate(boot("private"), boot("shared"), count),
+            "network": {kind: bench.network(kind) for kind in ("shared", "private", "qemu")},
+        }
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--guest":
+        guest(*sys.argv[2:])
+    else:
+        main(sys.argv[1], quick="--quick" in sys.argv)
