@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
@@ -15,9 +16,17 @@ import pytest
 from conftest import ROOT, missing
 from kvmpriv import trace
 from kvmpriv.guest.linux import initrd
+from unit.test_linux_image import bzimage
 from vm.test_kernels import SCRIPTS, image
 
-SAY = "echo $* >/dev/ttyS1"
+HIGH = 4 << 30
+#: A kernel that asks KVM_HC_MAP_GPA_RANGE for 16 shared pages at 4 GiB, then at 1 MiB; it ends with
+#: the sum of the answers.
+ASKS = bytes.fromhex(
+    "b80c000000 48bb0000000001000000 b910000000 31d2 0f01d9"  # vmmcall(12, 4 GiB, 16, 0)
+    "4989c0 b80c000000 bb00001000 0f01d9"  # and 1 MiB
+    "4c01c0 66baf400 ee f4"
+)
 
 
 @dataclass
@@ -46,11 +55,20 @@ class Jobs:
         self._jobs: dict[str, Any] = {}
 
     def add(
-        self, name: str, script: str, *options: str, vmlinux: bool = False, stdin: str = ""
+        self,
+        name: str,
+        script: str,
+        *options: str,
+        vmlinux: bool = False,
+        code: bytes = b"",
+        stdin: str = "",
     ) -> None:
         path = self._folder / f"{name}.cpio"
         path.write_bytes(initrd.busybox(self._busybox, script))
         kernel = self._kernel.with_name("vmlinux") if vmlinux else self._kernel
+        if code:
+            kernel = self._folder / name
+            kernel.write_bytes(bzimage(bytes(0x200) + code))
         more = ["--initrd", str(path), "--timeout", "240", "--memory", "256M", *options]
         self._jobs[name] = {"arguments": ["--kernel", str(kernel), *more], "stdin": stdin}
 
@@ -90,6 +108,8 @@ def boots(request: pytest.FixtureRequest, folder: Path) -> Any:
     jobs.add("panic", "exit 3", "--append", "quiet")
     jobs.add("triple", "reboot -f", "--append", "quiet reboot=t")
     jobs.add("hang", "echo hanging; sleep 1000", "--append", "quiet", "--timeout", "25")
+    trace_to = ("--trace", str(folder / "asks.trace"))
+    jobs.add("asks", "", "--private", "--json", *trace_to, code=ASKS)
     return jobs.run(request.param)
 
 
@@ -145,6 +165,26 @@ def test_a_vmlinux_that_resets(boots: dict[str, Boot]) -> None:
     assert boot.stderr == ""
 
 
+def test_a_guest_that_converts(boots: dict[str, Boot], folder: Path) -> None:
+    """Private memory becomes shared at its word; what never was private is refused it."""
+    boot = boots["asks"]
+    assert boot.status == -errno.EINVAL & 0xFF, boot.stderr
+    recording = trace.read(folder / "asks.trace")
+    found = trace.summarize(recording)
+    assert found.exits["KVM_EXIT_HYPERCALL"] == 2
+    (converted,) = found.conversions
+    assert {**converted, "t": 0} == {
+        "t": 0,
+        "cpu": 0,
+        "convert": "shared",
+        "gpa": HIGH,
+        "size": 16 * 4096,
+        "by": "hypercall",
+    }
+    assert "to shared, by hypercall: 0.1 MiB" in "\n".join(trace.text(recording))
+    assert "".join(trace.page(recording)).count("<svg") == 3
+
+
 def test_a_panic(boots: dict[str, Boot]) -> None:
     boot = boots["panic"]
     assert boot.status == 126
@@ -192,7 +232,7 @@ def test_a_marker_in_private_memory(name: str, tmp_path: Path) -> None:
     assert result["found"]["secret"] == []
     shared, hidden = result["ranges"]
     assert (shared["kind"], hidden["kind"]) == ("shared", "private")
-    assert hidden["gpa"] == 4 << 30
+    assert hidden["gpa"] == HIGH
     assert hidden["resident"] < 1 << 20
     everything = shared["size"] + hidden["size"]
     assert result["filled"] > 0.6 * everything
