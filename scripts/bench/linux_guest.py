@@ -1,0 +1,52 @@
+"""Our side of linux.py: a guest whose console is standard output.
+
+Usage: linux_guest.py KERNEL INITRD WORDS shared|private TAP-FD MEMORY
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from kvmpriv import Kvm, private
+from kvmpriv.guest.linux import LinuxMachine, load_linux, plan
+from kvmpriv.guest.linux.net import Net
+from kvmpriv.guest.linux.tap import Tap
+
+
+class Passed(Tap):
+    """A tap that somebody else has made."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def close(self) -> None:
+        pass
+
+
+def output(data: bytes) -> None:
+    os.write(1, data)
+
+
+def main(kernel: str, root: str, words: str, kind: str, tap: str, memory: str) -> None:
+    created = time.monotonic()
+    with Kvm() as kvm:
+        abi = private.choose(kvm) if kind == "private" else None
+        with LinuxMachine(
+            kvm,
+            load_linux(Path(kernel).read_bytes()),
+            plan(int(memory), private=abi is not None),
+            initrd=Path(root).read_bytes(),
+            cmdline=f"quiet {words}",
+            abi=abi,
+            devices=[Net(Passed(int(tap)))] if int(tap) >= 0 else [],
+            output=output,
+        ) as machine:
+            output(b"created %f\n" % created)
+            machine.run()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
