@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pyroute2 import netns
 
 from kvmpriv.guest.linux import initrd
+from kvmpriv.guest.linux.machine import DEFAULT_CMDLINE
 from kvmpriv.guest.linux.tap import GUEST_ADDRESS, HOST_ADDRESS, Tap
 from run import alternate
 
@@ -37,7 +38,6 @@ MEMORY = 256 * MIB
 OUTPUT = 32 << 10  # bytes that the guest prints
 SENT = 16 * MIB  # bytes through the network, each way
 PORT = 7000
-QUIET = "console=ttyS0 panic=-1 quiet"
 # printf and not what is printed: an echo of the command is no sign.
 INIT = f"""
 printf 'at%s\\n' -init >/dev/console
@@ -80,7 +80,7 @@ class Bench:
         command = ["qemu-system-x86_64", "-M", "microvm,accel=kvm,acpi=off", "-cpu", "host"]
         command += ["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio"]
         command += ["-m", f"{MEMORY // MIB}M", "-kernel", str(self.kernel)]
-        command += ["-initrd", str(self.initrd), "-append", f"{QUIET} {words}"]
+        command += ["-initrd", str(self.initrd), "-append", f"{DEFAULT_CMDLINE} quiet {words}"]
         if tap:
             command += ["-netdev", f"tap,id=net,fd={tap.fileno()}"]
             command += ["-device", "virtio-net-device,netdev=net"]

@@ -34,6 +34,7 @@ PRIVATE = "virt/kvm/private_mem.c"
 KVM = "virt/kvm/kvm_main.c"
 HOST = "include/linux/kvm_host.h"
 MMU = "arch/x86/kvm/mmu/mmu.c"
+TDP = "arch/x86/kvm/mmu/tdp_mmu.c"
 X86 = "arch/x86/kvm/x86.c"
 
 FILE = "test_restrictedmem_file.py"
@@ -741,6 +742,16 @@ _add(
     KVM, "«kvm_unlisten_memslots(kvm);\n\tkvm_arch_destroy_vm(kvm);»",
     "kvm_arch_destroy_vm(kvm); msleep(20); kvm_unlisten_memslots(kvm);",
     f"{DEFECTS}::test_known_defect[vm-closed-during-hole]",
+    pauses=(
+        # Where the walk may give mmu_lock away: it holds the root that the VM's end has to free.
+        Edit(
+            TDP, "«flush = tdp_mmu_zap_leafs(kvm, root, range->start, range->end,\n"
+            "\t\t\t\t\t  range->may_block, flush);»",
+            "tdp_mmu_zap_leafs(kvm, root, range->start, range->end, true, flush); "
+            "kvm_flush_remote_tlbs(kvm); flush = false; "
+            "write_unlock(&kvm->mmu_lock); msleep(5); write_lock(&kvm->mmu_lock);",
+        ),
+    ),
 )  # fmt: skip
 
 # -- where in the file ----------------------------------------------------------------------------
