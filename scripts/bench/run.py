@@ -3,7 +3,7 @@
 Prints a table and writes bench.json: name -> ratio (ours by theirs, over the pairs: median, min,
 max, quartiles), ours, theirs (medians), over (median of the differences), unit, n, and the limit
 with what it is held against (`ratio`, `over` or `ours`).  Exit status: 0 all limits met, 1 not (or
-skipped), 2 could not run.
+skipped or failed), 2 could not run.
 
 The two sides of a pair follow each other at once, so that what else the machine does hits both;
 only ratios and differences within pairs mean something, and of those the medians.  Min and max are
@@ -54,6 +54,10 @@ EXIT_RATIO = 1.15
 
 class Skipped(Exception):  # noqa: N818  # no error
     """A benchmark that can't be run, and why."""
+
+
+class Failed(Exception):  # noqa: N818
+    """A side that did not do what it should have, and what it did."""
 
 
 class Limit(NamedTuple):
@@ -240,7 +244,7 @@ class Bench:
                 def theirs() -> float:
                     answer = twin.ask(str(exits))
                     if not answer:
-                        raise Skipped("the C loop failed")
+                        raise Failed("the C loop failed")
                     sums["C"] = sums.get("C", 0) + answer[1]
                     return answer[0] / exits
 
@@ -261,7 +265,7 @@ class Bench:
                     sums: dict[str, int] = {}
                     pairs = alternate(ours(loop), theirs, self.count(n))
                     if sums["C"] != sums["Python"]:
-                        raise Skipped("C and Python saw different data")  # one lost an exit
+                        raise Failed("C and Python saw different data")  # one lost an exit
                     result = Result(name, "ns", pairs)
                     if name == "exit_loop":
                         result = judge_exits(result)
@@ -294,7 +298,7 @@ class Bench:
                 (set_, delete), (first, second) = requests, addresses
                 took = self._calls.timed_cycle(vm.fileno(), set_, first, delete, second, cycles)
                 if took < 0:
-                    raise Skipped("C's ioctl failed")
+                    raise Failed("C's ioctl failed")
                 return float(took) / cycles
 
             pairs = alternate(ours, theirs, self.count(300))
@@ -316,14 +320,14 @@ class Bench:
                     start = perf_counter_ns()
                     for _ in range(commands):
                         if guest_.load(gpa, 8) != 0x1234:
-                            raise Skipped("the puppet read something else")
+                            raise Failed("the puppet read something else")
                     return (perf_counter_ns() - start) / commands
 
                 def theirs() -> float:
                     start = perf_counter_ns()
                     for _ in range(commands):
                         if vcpu.run() != reason or io.port != done:
-                            raise Skipped(f"unexpected exit {vcpu.exit()}")
+                            raise Failed(f"unexpected exit {vcpu.exit()}")
                     return (perf_counter_ns() - start) / commands
 
                 pairs = alternate(ours, theirs, self.count(500))
@@ -375,7 +379,7 @@ class Bench:
                 for kind, rate in found["network"].items()
             )
             if not all(rate["same"] for rate in found["network"].values()):
-                raise Skipped(f"in kernel {name}: what the network brought is not what was sent")
+                raise Failed(f"in kernel {name}: what the network brought is not what was sent")
             yield Result(f"boot_private {name}", "s", pairs, Limit("ratio", 1.3), note)
 
     def _in_kernel(self, name: str, script: str, *arguments: object) -> dict[str, Any]:
@@ -384,7 +388,7 @@ class Bench:
         command += (sys.executable, HERE / script, *map(str, arguments), *quick)
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            raise Skipped(f"in kernel {name}: status {done.returncode}: {done.stderr.strip()}")
+            raise Failed(f"in kernel {name}: status {done.returncode}: {done.stderr.strip()}")
         answer: dict[str, Any] = json.loads(done.stdout)
         return answer
 
@@ -445,12 +449,12 @@ def spawn(twin: Twin, command: tuple[str, ...]) -> Spawned:
     """Run a command to its end.  A probe may say 1: no usable private memory."""
     answer = twin.ask("\t".join(command))
     if not answer:
-        raise Skipped(f"could not start {command[0]}")
+        raise Failed(f"could not start {command[0]}")
     first, end, cpu, resident, status = answer
     code = os.waitstatus_to_exitcode(status)
     # Python ends with 1 as well when it fails, but then nothing has been printed.
     if code != 0 and not (command == PROBE and code == 1 and first):
-        raise Skipped(f"`{' '.join(command[1:])}` ended with status {code}")
+        raise Failed(f"`{' '.join(command[1:])}` ended with status {code}")
     return Spawned(first / MS, end / MS, cpu / MS, resident / 1024)
 
 
@@ -477,7 +481,7 @@ def handle_in_place(vcpu: Vcpu, exits: int) -> int:
     total = 0
     for _ in range(exits):
         if vcpu.run() != reason or io.port != port:
-            raise Skipped(f"unexpected exit {vcpu.exit()}")
+            raise Failed(f"unexpected exit {vcpu.exit()}")
         total += data[io.data_offset]
     return total
 
@@ -571,7 +575,7 @@ def main() -> int:
     with suppress(PermissionError):
         os.setpriority(os.PRIO_PROCESS, 0, -10)  # both sides alike; what else runs disturbs less
     results: list[Result] = []
-    skipped: list[str] = []
+    without: list[str] = []  # a figure
     with tempfile.TemporaryDirectory() as folder:
         # The programs started find the package that is measured here, and after the warm-up its
         # byte code, whatever the environment and the permissions say.
@@ -585,15 +589,17 @@ def main() -> int:
             try:
                 results += getattr(bench, "import_" if name == "import" else name)()
             except Skipped as why:
-                skipped.append(f"[ SKIP ] {name}: {why}")
+                without.append(f"[ SKIP ] {name}: {why}")
+            except Failed as why:
+                without.append(f"[ FAIL ] {name}: {why}")
     rows = [HEADINGS, *(result.as_row() for result in results)]
     notes = [f"{result.name}: {result.note}" for result in results if result.note]
     if (load := os.getloadavg()[0]) > len(os.sched_getaffinity(0)) + 1:
         notes.append(f"The machine is busy (load {load:.1f}): times and differences are inflated.")
-    print("\n".join([table(rows), *notes, *skipped]))
+    print("\n".join([table(rows), *notes, *without]))
     document = {result.name: result.as_json() for result in results}
     Path(options.output).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    return 0 if not skipped and all(result.met for result in results) else 1
+    return 0 if not without and all(result.met for result in results) else 1
 
 
 if __name__ == "__main__":

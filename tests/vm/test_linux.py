@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -27,6 +29,19 @@ ASKS = bytes.fromhex(
     "4989c0 b80c000000 bb00001000 0f01d9"  # and 1 MiB
     "4c01c0 66baf400 ee f4"
 )
+#: Reads its disk and writes into it, to and beyond its end, and looks for entropy.
+DISK_SIZE = (4 << 20) + 3 * 512
+WRITTEN_AT, WRITTEN = (4 << 20) - 5, b"by the guest"
+DISK = f"""\
+echo read $(md5sum </dev/vda) >/dev/ttyS1
+printf '{WRITTEN.decode()}' | dd of=/dev/vda bs=1 seek={WRITTEN_AT} && sync
+yes | dd of=/dev/vda bs=512 seek={DISK_SIZE // 512 - 1} 2>&1 | grep -o 'No space.*' >/dev/ttyS1
+sync
+cat /sys/class/misc/hw_random/rng_current >/dev/ttyS1
+for turn in 1 2; do dd if=/dev/hwrng bs=64 count=1 | md5sum >/dev/ttyS1; done
+poweroff -f"""
+
+DISKS = {"disk": ["--cpus", "2"], "private-disk": ["--private"]}
 
 
 @dataclass
@@ -104,6 +119,10 @@ def boots(request: pytest.FixtureRequest, folder: Path) -> Any:
         *("--trace", str(folder / "two.trace")),
         stdin="from outside\n",
     )
+    for kind, options in DISKS.items():
+        disk = folder / f"{kind}.disk"
+        disk.write_bytes(random.Random(5).randbytes(DISK_SIZE))
+        jobs.add(kind, DISK, "--json", "--append", "quiet", "--disk", str(disk), *options)
     jobs.add("vmlinux", "echo here; reboot -f", "--append", "quiet", vmlinux=True)
     jobs.add("panic", "exit 3", "--append", "quiet")
     jobs.add("triple", "reboot -f", "--append", "quiet reboot=t")
@@ -156,6 +175,24 @@ def test_a_recording(boots: dict[str, Boot], folder: Path) -> None:
     assert found.end is not None
     assert (found.end["end"], found.end["status"]) == ("off", 7)
     assert "".join(trace.page(recording)).count("<svg") == 2  # no conversions
+
+
+@pytest.mark.parametrize("kind", DISKS)
+def test_a_disk_and_entropy(boots: dict[str, Boot], folder: Path, kind: str) -> None:
+    boot = boots[kind]
+    assert boot.status == 0, boot.stderr
+    before = bytearray(random.Random(5).randbytes(DISK_SIZE))
+    read, full, source, *random_sums = boot.report["said"]
+    assert read.split() == ["read", hashlib.md5(before).hexdigest(), "-"]
+    assert full == "No space left on device"
+    before[WRITTEN_AT : WRITTEN_AT + len(WRITTEN)] = WRITTEN
+    before[-512:] = b"y\n" * 256
+    assert (folder / f"{kind}.disk").read_bytes() == before
+    assert source == "virtio_rng.0"
+    assert len(set(random_sums)) == 2
+    assert hashlib.md5(b"").hexdigest() not in "".join(random_sums)
+    kinds = [part["kind"] for part in boot.report["memory"]]
+    assert kinds == (["shared", "private"] if kind == "private-disk" else ["shared"])
 
 
 def test_a_vmlinux_that_resets(boots: dict[str, Boot]) -> None:
