@@ -237,7 +237,11 @@ def test_ranges_with_a_private_part() -> None:
     low, high = plan(512 * MIB, private=True)
     assert (low.gpa, low.size, low.kind) == (0, 128 * MIB, "shared")
     assert (high.gpa, high.size, high.kind) == (4 << 30, 384 * MIB, "private")
-    assert private_cmdline([low, high]) == "nokaslr kernelcore=64M swiotlb=4096,force"
+    told = "nokaslr kernelcore=64M swiotlb="
+    for bounced, pool in ((0, "noforce"), (1, "512,force"), (MIB, "512,force")):
+        assert private_cmdline([low, high], bounced) == told + pool
+    assert private_cmdline([low, high], MIB + 1) == told + "1024,force"
+    assert private_cmdline([low, high], 6 * MIB) == told + "4096,force"
     assert private_cmdline(plan(512 * MIB)) == ""
     low, high = plan((4 << 30) + 4096, private=True)
     assert (low.size, high.size) == (1 << 30, (3 << 30) + 4096)

@@ -36,6 +36,7 @@ class Block(VirtioDevice):
 
     device_id = 2
     name = "virtio-blk"
+    bounced = 4 << 20  # a few of the largest requests, of 1280 KiB
 
     def __init__(
         self, path: str | os.PathLike[str], complain: Callable[[str], object] = lambda text: None
@@ -148,6 +149,7 @@ class Entropy(VirtioDevice):
     device_id = 4
     name = "virtio-rng"
     _MOST = 1 << 16  # bytes a request: a guest must not have us make gigabytes
+    bounced = _MOST
 
     def serve(self, number: int, queue: Queue) -> bool:
         done = False

@@ -27,6 +27,9 @@ LOW_MAX, HIGH = 3 * _GIB, 4 * _GIB
 #: How much of a guest with private memory is shared, at least.
 PRIVATE_LOW_MIN = 128 << 20
 _ALIGNMENT = 4 << 20
+#: In what pieces the kernel gives bounce buffers out, and how much it has of them at least; it
+#: rounds up to a power of two (kernel/dma/swiotlb.c).
+_BOUNCE_SLOT, _BOUNCE_MIN = 2048, 1 << 20
 #: The virtio devices' registers, a page each.
 MMIO = 0xD0000000
 #: RAM that the first megabyte has for whoever wants it; from there to 1 MiB are tables.
@@ -75,17 +78,22 @@ def plan(memory_size: int, *, private: bool = False) -> list[Range]:
     return ranges
 
 
-def private_cmdline(ranges: Sequence[Range]) -> str:
+def private_cmdline(ranges: Sequence[Range], bounced: int = 0) -> str:
     """What a kernel has to be told of such ranges; "" where all is shared.
+
+    `bounced`: bytes that its drivers may have under way to devices, and from them.
 
     kernelcore: how much RAM it keeps for itself.  It counts from below and, whatever the number,
     takes all there is below the highest zone, which begins at 4 GiB: half of the lower part is
-    surely not too much.  swiotlb: bounce buffers for all devices, of 2 KiB each, 8 MiB in all.
+    surely not too much.  swiotlb: the bounce buffers of all devices; the kernel clears them as it
+    starts, and would have 64 MiB for itself, were it not told.
     nokaslr: a kernel that chooses its own place may choose a private one.
     """
     if all(part.kind == "shared" for part in ranges):
         return ""
-    return f"nokaslr kernelcore={ranges[0].size >> 21}M swiotlb=4096,force"
+    pool = max(_BOUNCE_MIN, 1 << (bounced - 1).bit_length())
+    bounce = f"{pool // _BOUNCE_SLOT},force" if bounced else "noforce"
+    return f"nokaslr kernelcore={ranges[0].size >> 21}M swiotlb={bounce}"
 
 
 class GuestAddressError(ValueError):

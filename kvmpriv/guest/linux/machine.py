@@ -228,7 +228,8 @@ class LinuxMachine:
         #: The kernel, without its bytes.
         self.image = image._replace(segments=())
         self.ranges = list(ranges)
-        words = (DEFAULT_CMDLINE, private_cmdline(ranges), cmdline)
+        bounced = sum(device.bounced for device in devices)
+        words = (DEFAULT_CMDLINE, private_cmdline(ranges, bounced), cmdline)
         self.cmdline = " ".join(filter(None, words))
         self._abi = abi
         #: What the guest has said on COM2, line by line, but for ``exit N``.

@@ -27,6 +27,7 @@ class Net(VirtioDevice):
     name = "virtio-net"
     features = _F_MAC
     queue_count = 2
+    bounced = 2 << 20  # a page for each entry of both rings
     config = _MAC.ljust(64, b"\0")
     _RECEIVE = 0
 

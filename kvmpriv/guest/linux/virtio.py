@@ -155,6 +155,8 @@ class VirtioDevice(ABC):
     name = "virtio"
     features = 0
     queue_count = 1
+    #: Bytes that its driver may have under way, where these go through bounce buffers.
+    bounced = 0
     #: The configuration space, as it is now.
     config = b""
 
