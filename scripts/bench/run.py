@@ -373,7 +373,7 @@ class Bench:
                 ]
                 yield Result(f"{what} {name}", unit, pairs, Limit("ratio", limit), note)
                 note = ""
-            pairs = [(mine[1], other[1]) for mine, other in found["private"]]
+            pairs = [(private, shared) for private, shared in found["private"]]
             note = f"{name}: the network, MiB/s down and up: " + "; ".join(
                 f"{'QEMU' if kind == 'qemu' else kind} {rate['down']:.1f}, {rate['up']:.1f}"
                 for kind, rate in found["network"].items()
