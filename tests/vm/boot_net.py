@@ -36,6 +36,9 @@ def serve(namespace: str, data: bytes, result: dict[str, object]) -> None:
             started = time.monotonic()
             back = b"".join(iter(lambda: peer.recv(1 << 16), b""))
             result["up_seconds"] = time.monotonic() - started
+    cards = Path("/proc/thread-self/net/dev").read_text()
+    (counts,) = (line.split() for line in cards.splitlines() if "kvmpriv" in line)
+    result["bytes_up"], result["packets_up"] = int(counts[1]), int(counts[2])
     result["size"] = len(back)
     result["same"] = back == data
 
