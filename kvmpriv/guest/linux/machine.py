@@ -70,7 +70,7 @@ _MMIO = struct.Struct("<Q8sIB")  # phys_addr, data, len, is_write
 
 _PANIC = b"Kernel panic - not syncing: "
 _PANIC_GRACE = 5.0  # seconds that a kernel which does not reset after a panic is listened to
-_TICK = 0.005
+_TICK = 0.02  # seconds from one look at a stream of output to the next
 _OUTPUT_MAX = 64 << 10
 _SAID_MAX, _SAID_LINE_MAX = 1000, 4096
 # A processor that runs the guest has emulated what exits, and no more.  Looked at this often, in
@@ -380,10 +380,12 @@ class LinuxMachine:
             exits[number] += 1
             if reason == k.KVM_EXIT_IO:
                 direction, size, port, count, at = io_of(raw, _UNION)
+                if direction and size == count == 1:  # most of all, a console being written to
+                    write_port(port, 1, raw[at])
+                    return self._outcome
                 for _ in range(count):
                     if direction:
-                        value = raw[at] if size == 1 else _int(raw[at : at + size], "little")
-                        write_port(port, size, value)
+                        write_port(port, size, _int(raw[at : at + size], "little"))
                     else:
                         value = read_port(port, size) & (1 << 8 * size) - 1
                         raw[at : at + size] = value.to_bytes(size, "little")

@@ -99,7 +99,8 @@ class Serial:
                         self._received.append(value)
                 return
             self._output(value)
-            if self._enable & _ENABLE_EMPTY:
+            # What is pending will be seen after this byte: it need not be made so once more.
+            if self._enable & _ENABLE_EMPTY and not self._empty_pending:
                 with self._lock:
                     self._empty_pending = True
                     self._update()
