@@ -45,6 +45,7 @@ MAPS = "test_restrictedmem_mappings.py"
 DEFECTS = "test_defects.py"
 VEHICLE = "test_restrictedmem_vehicle.py"
 GUESTS = "test_guests.py"
+RACES = "test_races.py"
 
 #: The other MMU, with its reverse maps.
 SHADOW = "kvm.tdp_mmu=0"
@@ -741,7 +742,7 @@ _add(
     "slot.stops-late", "mend/0020: the VM's end stops listening before its MMU goes",
     KVM, "«kvm_unlisten_memslots(kvm);\n\tkvm_arch_destroy_vm(kvm);»",
     "kvm_arch_destroy_vm(kvm); msleep(20); kvm_unlisten_memslots(kvm);",
-    f"{DEFECTS}::test_known_defect[vm-closed-during-hole]",
+    f"{RACES}::test_vms_closed_during_holes[restrictedmem]",
     pauses=(
         # Where the walk may give mmu_lock away: it holds the root that the VM's end has to free.
         Edit(
