@@ -370,13 +370,10 @@ def test_a_write_to_read_only_private_memory(v9_guest: RestrictedGuest) -> None:
 
 
 @pytest.mark.rule("gm.fault.exit")
-def test_private_memory_without_a_slot_for_it(
-    make: MakeGuest, request: pytest.FixtureRequest
-) -> None:
-    """guest_memfd: a private gfn in a plain slot is exit 39, and KVM_RUN fails with EFAULT."""
+@pytest.mark.parametrize("make", ["guest_memfd"], indirect=True)
+def test_private_memory_without_a_slot_for_it(make: MakeGuest) -> None:
+    """A private gfn in a plain slot is exit 39, and KVM_RUN fails with EFAULT."""
     private = make()
-    if private.abi != "guest_memfd":
-        pytest.skip("v9 has its own: a plain slot ignores the state")
     with HostMemory(MIB) as memory:
         private.vm.map(memory, 0, slot=5)
         memory.write(PAGE, b"plain")
