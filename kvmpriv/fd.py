@@ -20,6 +20,9 @@ REQUEST_NAMES: dict[int, str] = {
 }
 
 _ffi = kvm.ffi  # any FFI can cast any pointer
+_UINTPTR = _ffi.typeof("uintptr_t")
+#: What a pointer's type points to, in bytes.
+_sizes: dict[Any, int] = {}
 _Self = TypeVar("_Self", bound="Fd")
 
 
@@ -116,16 +119,18 @@ class Fd:
             return argument & 0xFFFFFFFFFFFFFFFF
         kind = _ffi.typeof(argument)
         size = request >> 16 & 0x3FFF  # _IOC_SIZE
-        if kind.kind == "pointer" and kind.item.kind != "void":
-            given = _ffi.sizeof(kind.item)
-        elif kind.kind == "array":
-            given = _ffi.sizeof(argument)
-        else:
-            given = size
+        given = _sizes.get(kind)
+        if given is None:
+            if kind.kind == "pointer" and kind.item.kind != "void":
+                given = _sizes[kind] = _ffi.sizeof(kind.item)
+            elif kind.kind == "array":
+                given = _ffi.sizeof(argument)
+            else:
+                given = size
         if given < size:
             name = REQUEST_NAMES.get(request, hex(request))
             raise ValueError(f"{name} takes {size} bytes, {kind.cname} has {given}")
-        return int(_ffi.cast("uintptr_t", argument))
+        return int(_ffi.cast(_UINTPTR, argument))
 
     def _error(self, request: int, argument: Any = 0) -> OSError | ValueError:
         """The exception for the ioctl that has just failed."""

@@ -93,13 +93,15 @@ class HostMemory:
 
     def hold(self) -> None:
         """A slot begins to use the mapping."""
-        self._checked()
+        if not self._open:
+            self._checked()
         self._slots += 1
 
     def release(self) -> None:
         """A slot has ended."""
         self._slots -= 1
-        self._unmap_if_unused()
+        if not self._open:
+            self._unmap_if_unused()
 
     def close(self) -> None:
         self._open = False

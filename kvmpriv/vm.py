@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["Held", "Lifeline", "Slot", "Vm"]
 
 _ffi = kvm.ffi
+_REGION = _ffi.typeof("struct kvm_userspace_memory_region *")
+_UINTPTR = _ffi.typeof("uintptr_t")
 
 
 class Held(Protocol):
@@ -39,8 +41,9 @@ class Lifeline:
     def __init__(self) -> None:
         #: Re-entrant: a signal handler may come in the middle and use the VM itself.
         self.lock = threading.RLock()
+        #: slot number -> the slot, which has been told to hold what it uses
+        self.slots: dict[int, Slot] = {}
         self._users = 1
-        self._held: dict[int, tuple[Held, ...]] = {}
 
     def join(self) -> None:
         with self.lock:
@@ -50,25 +53,10 @@ class Lifeline:
         with self.lock:
             self._users -= 1
             if self._users == 0:
-                for slot in list(self._held):
-                    self.drop(slot)
-
-    def keep(self, slot: int, held: tuple[Held, ...]) -> None:
-        """Slot number `slot` uses `held` from now on, and no longer what it used before."""
-        with self.lock:
-            before = self._held.get(slot, ())
-            for thing in held:
-                if not any(thing is one for one in before):
-                    thing.hold()
-            self._held[slot] = held
-            for thing in before:
-                if not any(thing is one for one in held):
-                    thing.release()
-
-    def drop(self, slot: int) -> None:
-        with self.lock:
-            for thing in self._held.pop(slot, ()):
-                thing.release()
+                for slot in self.slots.values():
+                    held, slot.held = slot.held, ()
+                    for thing in held:
+                        thing.release()
 
 
 class Slot:
@@ -103,7 +91,7 @@ class Slot:
         """Take the slot away from the guest.  Nothing happens when it is gone already."""
         if self.vm.slots.get(self.slot) is self:
             try:
-                self.vm.set_user_memory_region(self.slot, self.guest_phys_addr, 0, 0)
+                self.vm.delete_slot(self)
             except OSError as error:
                 # EINVAL: the kernel has no such slot; an interrupted call may have deleted it.
                 if error.errno != _errno.EINVAL:
@@ -126,8 +114,10 @@ class Vm(Fd):
         self._vcpu_mmap_size = vcpu_mmap_size
         self._lifeline = Lifeline()
         self._pid = os.getpid()
+        #: Held while slots are set; whoever relies on `slots` for more than one look holds it.
+        self.slots_lock = self._lifeline.lock
         #: slot number -> the slot; those set through the raw layer are not here
-        self.slots: dict[int, Slot] = {}
+        self.slots = self._lifeline.slots
         super().__init__(fd)
 
     def close(self) -> None:
@@ -142,11 +132,6 @@ class Vm(Fd):
         if isinstance(error, OSError) and error.errno == _errno.EIO and os.getpid() != self._pid:
             return OSError(error.errno, f"{error.strerror} (the VM belongs to process {self._pid})")
         return error
-
-    @property
-    def slots_lock(self) -> threading.RLock:
-        """Held while slots are set; whoever relies on `slots` for more than one look holds it."""
-        return self._lifeline.lock
 
     def check_extension(self, cap: int) -> int:
         """What this VM can do, as an int: 0 no, 1 yes, or more than that says the capability."""
@@ -232,32 +217,56 @@ class Vm(Fd):
         midst of it), what either slot uses is kept.
         """
         number = slot.slot
-        with self._lifeline.lock:
+        own = new = slot.held
+        left: tuple[Held, ...] = ()
+        with self.slots_lock:
             old = self.slots.get(number)
-            before = old.held if old else ()
-            both = (*before, *(one for one in slot.held if not any(one is b for b in before)))
-            self._lifeline.keep(number, both)
-            if slot.memory_size:
-                self.slots[number] = slot
-            if _ioctl(self._fd, request, self._address(request, region)) < 0:
-                error = self._region_error(request, region, slot)
-                self._set_slot(number, old)
-                raise error
-            self._set_slot(number, slot if slot.memory_size else None)
-
-    def _set_slot(self, number: int, slot: Slot | None) -> None:
-        if slot is None:
-            self.slots.pop(number, None)
-            self._lifeline.drop(number)
-        else:
+            if not slot.memory_size:
+                if _ioctl(self._fd, request, self._address(request, region)) < 0:
+                    raise self._region_error(request, region, slot)
+                if old is not None:
+                    self.forget_slot(old)
+                return
+            if old is not None:
+                new = tuple(thing for thing in own if thing not in old.held)
+                left = tuple(thing for thing in old.held if thing not in own)
+                slot.held = (*own, *left)
+            for thing in new:
+                thing.hold()
             self.slots[number] = slot
-            self._lifeline.keep(number, slot.held)
+            if _ioctl(self._fd, request, int(_ffi.cast(_UINTPTR, region))) < 0:
+                error = self._region_error(request, region, slot)
+                slot.held = own
+                if old is None:
+                    del self.slots[number]
+                else:
+                    self.slots[number] = old
+                for thing in new:
+                    thing.release()
+                raise error
+            if left:
+                slot.held = own
+                for thing in left:
+                    thing.release()
+
+    def delete_slot(self, slot: Slot) -> None:
+        """KVM_SET_USER_MEMORY_REGION of 0 bytes, for a slot of `slots`."""
+        request, number = kvm.KVM_SET_USER_MEMORY_REGION, slot.slot
+        region = _ffi.new(_REGION, (number, 0, slot.guest_phys_addr))
+        with self.slots_lock:
+            if _ioctl(self._fd, request, int(_ffi.cast(_UINTPTR, region))) < 0:
+                raise self._region_error(request, region, slot)
+            if self.slots.pop(number, None) is slot:
+                for thing in slot.held:
+                    thing.release()
 
     def forget_slot(self, slot: Slot) -> None:
         """The kernel does not have `slot` (any more): give up what it holds."""
-        with self._lifeline.lock:
+        with self.slots_lock:
             if self.slots.get(slot.slot) is slot:
-                self._set_slot(slot.slot, None)
+                del self.slots[slot.slot]
+                for thing in slot.held:
+                    thing.release()
 
     def free_slot(self, address_space: int = 0) -> int:
         """The lowest slot number that is not in use.  OSError (ENOSPC) when there is none."""
@@ -277,7 +286,7 @@ class Vm(Fd):
         slot: int, guest_phys_addr: int, memory_size: int, userspace_addr: int, flags: int
     ) -> Any:
         return _ffi.new(
-            "struct kvm_userspace_memory_region *",
+            _REGION,
             (slot, flags, guest_phys_addr, memory_size, userspace_addr),
         )
 

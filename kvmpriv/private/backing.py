@@ -6,7 +6,7 @@ userspace_addr (its shared side).  A kernel that converts it frees neither.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..memory import HostMemory
     from ..vm import Held, Vm
 
-__all__ = ["PrivateFile", "PrivateSlot", "bind_slot", "conversions", "converted"]
+__all__ = ["PrivateFile", "PrivateSlot", "conversions", "converted"]
 
 #: VM -> how many conversions it has had by `convert`.
 conversions: WeakKeyDictionary[Vm, int] = WeakKeyDictionary()
@@ -45,19 +45,21 @@ class PrivateFile(Fd):
         return not self._wanted or super().closed
 
     def fileno(self) -> int:
-        if not self._wanted:
+        if not self._wanted or self._fd < 0:
             raise self._closed_error()
-        return super().fileno()
+        return self._fd
 
     def hold(self) -> None:
         """A slot begins to use the file."""
-        self.fileno()
+        if not self._wanted or self._fd < 0:
+            raise self._closed_error()
         self._slots += 1
 
     def release(self) -> None:
         """A slot has ended."""
         self._slots -= 1
-        self._close_if_unused()
+        if not self._wanted:
+            self._close_if_unused()
 
     def close(self) -> None:
         """End the use through this object; the fd goes with the last slot that has it."""
@@ -91,8 +93,9 @@ class PrivateFile(Fd):
 class PrivateSlot(Slot):
     """A slot with a private side (`file` from `offset` on) and a shared one (`memory`).
 
-    It holds both.  `memory` is None where the slot has no shared side (userspace_addr 0).
-    Addresses are guest physical, bytes, page aligned; ValueError when not inside the slot.
+    It holds both.  `memory` is None where the slot has no shared side (userspace_addr 0);
+    ValueError when the slot's shared side is not inside it.  Addresses are guest physical, bytes,
+    page aligned; ValueError when not inside the slot.
     """
 
     def __init__(
@@ -107,7 +110,15 @@ class PrivateSlot(Slot):
         memory: HostMemory | None,
         memory_offset: int,
     ) -> None:
-        held: tuple[Held, ...] = (memory, file) if memory else (file,)
+        held: tuple[Held, ...] = (file,)
+        self.userspace_addr = 0
+        if memory is not None:
+            if not 0 <= memory_offset <= memory.size - memory_size:
+                raise ValueError(
+                    f"{memory_size:#x} bytes at {memory_offset:#x} are not inside {memory!r}"
+                )
+            held = (memory, file)
+            self.userspace_addr = memory.userspace_addr + memory_offset
         super().__init__(vm, slot, guest_phys_addr, memory_size, flags, held)
         self.file = file
         self.offset = offset
@@ -126,31 +137,6 @@ class PrivateSlot(Slot):
         if not (self.guest_phys_addr <= gpa and 0 < size <= self.end - gpa):
             raise ValueError(f"{size:#x} bytes at {gpa:#x} are not inside {self!r}")
         return self.offset + gpa - self.guest_phys_addr, size
-
-
-def bind_slot(
-    vm: Vm,
-    guest_phys_addr: int,
-    memory_size: int,
-    file: PrivateFile,
-    offset: int,
-    memory: HostMemory | None,
-    memory_offset: int,
-    slot: int | None,
-    flags: int,
-    set_region: Callable[[Slot, int, int, int], None],
-) -> PrivateSlot:
-    """Make a slot of `memory` and `file` by an ABI's (slot, userspace_addr, fd, offset)."""
-    if memory is not None and not 0 <= memory_offset <= memory.size - memory_size:
-        raise ValueError(f"{memory_size:#x} bytes at {memory_offset:#x} are not inside {memory!r}")
-    with vm.slots_lock:
-        number = vm.free_slot() if slot is None else slot
-        new = PrivateSlot(
-            vm, number, guest_phys_addr, memory_size, flags, file, offset, memory, memory_offset
-        )
-        userspace_addr = memory.userspace_addr + memory_offset if memory else 0
-        set_region(new, userspace_addr, file.fileno(), offset)
-    return new
 
 
 def converted(vm: Vm, gpa: int, size: int, *, private: bool, keep: bool) -> None:

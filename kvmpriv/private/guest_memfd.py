@@ -14,7 +14,7 @@ from ..cdefs import guest_memfd
 from ..faults import FaultLayout, register_fault_layout
 from ..vm import Slot
 from ..wakeup import uninterrupted
-from .backing import PrivateFile, PrivateSlot, bind_slot, converted
+from .backing import PrivateFile, PrivateSlot, converted
 
 if TYPE_CHECKING:
     from ..kvm import Kvm
@@ -37,6 +37,8 @@ __all__ = [
     "set_memory_attributes",
     "set_user_memory_region2",
 ]
+
+_REGION = guest_memfd.ffi.typeof("struct kvm_userspace_memory_region2 *")
 
 NAME = "guest_memfd"
 
@@ -109,20 +111,10 @@ def set_user_memory_region2(
     held = tuple(thing for thing in (memory, file) if thing and not isinstance(thing, int))
     new = Slot(vm, slot, guest_phys_addr, memory_size, flags, held)
     userspace_addr = memory.userspace_addr + memory_offset if memory else 0
-    _set_region(new, userspace_addr, fd, guest_memfd_offset)
+    fields = (slot, flags, guest_phys_addr, memory_size, userspace_addr, guest_memfd_offset)
+    region = guest_memfd.ffi.new(_REGION, (*fields, fd & 0xFFFFFFFF))
+    vm.set_region(guest_memfd.KVM_SET_USER_MEMORY_REGION2, region, new)
     return new
-
-
-def _set_region(slot: Slot, userspace_addr: int, fd: int, guest_memfd_offset: int) -> None:
-    region = guest_memfd.ffi.new("struct kvm_userspace_memory_region2 *")
-    region.slot = slot.slot
-    region.flags = slot.flags
-    region.guest_phys_addr = slot.guest_phys_addr
-    region.memory_size = slot.memory_size
-    region.userspace_addr = userspace_addr
-    region.guest_memfd_offset = guest_memfd_offset
-    region.guest_memfd = fd & 0xFFFFFFFF
-    slot.vm.set_region(guest_memfd.KVM_SET_USER_MEMORY_REGION2, region, slot)
 
 
 def set_memory_attributes(vm: Vm, address: int, size: int, attributes: int) -> None:
@@ -174,19 +166,29 @@ def bind(
 
     OSError: EINVAL, EBADF, EEXIST as :func:`set_user_memory_region2` has them.
     """
+    if slot is None:
+        with vm.slots_lock:
+            return bind(
+                vm,
+                guest_phys_addr,
+                memory_size,
+                file,
+                offset,
+                memory=memory,
+                memory_offset=memory_offset,
+                slot=vm.free_slot(),
+                flags=flags,
+            )
     flags |= guest_memfd.KVM_MEM_GUEST_MEMFD
-    return bind_slot(
-        vm,
-        guest_phys_addr,
-        memory_size,
-        file,
-        offset,
-        memory,
-        memory_offset,
-        slot,
-        flags,
-        _set_region,
+    new = PrivateSlot(
+        vm, slot, guest_phys_addr, memory_size, flags, file, offset, memory, memory_offset
     )
+    region = guest_memfd.ffi.new(
+        _REGION,
+        (slot, flags, guest_phys_addr, memory_size, new.userspace_addr, offset, file.fileno()),
+    )
+    vm.set_region(guest_memfd.KVM_SET_USER_MEMORY_REGION2, region, new)
+    return new
 
 
 def convert(vm: Vm, gpa: int, size: int, *, private: bool, keep: bool = False) -> None:

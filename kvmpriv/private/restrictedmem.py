@@ -14,7 +14,7 @@ from ..cdefs import kvm, restrictedmem
 from ..faults import FaultLayout, register_fault_layout
 from ..vm import Slot
 from ..wakeup import uninterrupted
-from .backing import PrivateFile, PrivateSlot, bind_slot, converted
+from .backing import PrivateFile, PrivateSlot, converted
 
 if TYPE_CHECKING:
     from ..kvm import Kvm
@@ -38,6 +38,8 @@ __all__ = [
     "populate",
     "set_user_memory_region_ext",
 ]
+
+_REGION = restrictedmem.ffi.typeof("struct kvm_userspace_memory_region_ext *")
 
 NAME = "restrictedmem"
 
@@ -136,20 +138,10 @@ def set_user_memory_region_ext(
     held = (memory,) if memory else ()  # not the file: the kernel's slot counts it itself
     new = Slot(vm, slot, guest_phys_addr, memory_size, flags, held)
     userspace_addr = memory.userspace_addr + memory_offset if memory else 0
-    _set_region(new, userspace_addr, fd, restricted_offset)
+    ordinary = (slot, flags, guest_phys_addr, memory_size, userspace_addr)
+    fields = (ordinary, restricted_offset, fd & 0xFFFFFFFF)
+    vm.set_region(kvm.KVM_SET_USER_MEMORY_REGION, restrictedmem.ffi.new(_REGION, fields), new)
     return new
-
-
-def _set_region(slot: Slot, userspace_addr: int, fd: int, restricted_offset: int) -> None:
-    region = restrictedmem.ffi.new("struct kvm_userspace_memory_region_ext *")
-    region.region.slot = slot.slot
-    region.region.flags = slot.flags
-    region.region.guest_phys_addr = slot.guest_phys_addr
-    region.region.memory_size = slot.memory_size
-    region.region.userspace_addr = userspace_addr
-    region.restricted_offset = restricted_offset
-    region.restricted_fd = fd & 0xFFFFFFFF
-    slot.vm.set_region(kvm.KVM_SET_USER_MEMORY_REGION, region, slot)
 
 
 def memory_encrypt_reg_region(vm: Vm, gpa: int, size: int) -> None:
@@ -204,19 +196,27 @@ def bind(
     A slot may have a range of the file that another has; the kernel leaves undefined what that
     means.  OSError: EINVAL, EEXIST as :func:`set_user_memory_region_ext` has them.
     """
+    if slot is None:
+        with vm.slots_lock:
+            return bind(
+                vm,
+                guest_phys_addr,
+                memory_size,
+                file,
+                offset,
+                memory=memory,
+                memory_offset=memory_offset,
+                slot=vm.free_slot(),
+                flags=flags,
+            )
     flags |= restrictedmem.KVM_MEM_PRIVATE
-    return bind_slot(
-        vm,
-        guest_phys_addr,
-        memory_size,
-        file,
-        offset,
-        memory,
-        memory_offset,
-        slot,
-        flags,
-        _set_region,
+    new = PrivateSlot(
+        vm, slot, guest_phys_addr, memory_size, flags, file, offset, memory, memory_offset
     )
+    ordinary = (slot, flags, guest_phys_addr, memory_size, new.userspace_addr)
+    region = restrictedmem.ffi.new(_REGION, (ordinary, offset, file.fileno()))
+    vm.set_region(kvm.KVM_SET_USER_MEMORY_REGION, region, new)
+    return new
 
 
 def convert(vm: Vm, gpa: int, size: int, *, private: bool, keep: bool = False) -> None:
