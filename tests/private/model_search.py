@@ -28,6 +28,8 @@ SLOTS = 4
 
 #: Of a round, which has a VM of its own.
 EXAMPLES = 10
+#: Of a search, whatever time it takes.
+EXAMPLES_MIN, STEPS_MIN = 3, 100
 FEWEST_SECONDS = 300
 
 Step = tuple[str, dict[str, Any]]
@@ -466,18 +468,20 @@ def search(
 ) -> Report:
     """Look for a mismatch until so many steps are taken, or so much time has passed.
 
-    Rounds, each with a VM and a seed of its own: what round N does, `seed` + N does alone.
+    Rounds, each with a VM and a seed of its own: what round N does, `seed` + N does alone.  Time
+    ends a round, too, but not before EXAMPLES_MIN and STEPS_MIN.
     """
     report = Report(seed)
     started = time.monotonic()
+    ends = float("inf") if seconds is None else started + seconds
     number = 0
     while not report.failure:
         report.seconds = time.monotonic() - started
         if steps is not None and report.steps >= steps:
             break
-        if seconds is not None and report.seconds >= seconds:
+        if number and started + report.seconds >= ends:
             break
-        failed = _round(abi, seed + number, report, model_class, shrink_seconds)
+        failed = _round(abi, seed + number, report, model_class, shrink_seconds, ends)
         if failed:
             report.shrunk_from = len(failed)
             report.script = write_script(artifacts, abi, failed, seed + number)
@@ -495,7 +499,12 @@ def search(
 
 
 def _round(
-    abi: str, seed: int, report: Report, model_class: type[Model], shrink_seconds: float
+    abi: str,
+    seed: int,
+    report: Report,
+    model_class: type[Model],
+    shrink_seconds: float,
+    ends: float,
 ) -> Steps:
     """Some examples in one VM; the shrunk steps of one that failed."""
     machine: Machine | None = None
@@ -519,6 +528,9 @@ def _round(
         nonlocal machine, deadline, whole
         if time.monotonic() > deadline and repr(some) not in known:
             return  # enough of shrinking: whatever has not been tried is not smaller
+        enough = report.examples >= EXAMPLES_MIN and report.steps >= STEPS_MIN
+        if enough and not whole and time.monotonic() > ends:
+            return
         if machine is None:
             machine = Machine(abi, model_class)
         else:
