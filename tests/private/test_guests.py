@@ -436,6 +436,7 @@ def test_holes_against_faults(make: MakeGuest) -> None:
 
 
 @pytest.mark.rule("race.conversion-against-fault")
+@pytest.mark.spoiled_by("notified-in-bytes", "pages-not-zeroed")
 def test_conversions_against_faults(make: MakeGuest) -> None:
     """Every write lands in one of the two memories, whatever the moment of the conversion."""
     private = make(cpus=2)

@@ -110,6 +110,8 @@ def finds(cpu: PuppetCpu, gpa: int, byte: int, size: int) -> bool:
     return cpu.span(gpa, byte, size) == size
 
 
+#: Tests that go by what is in a page that the guest has not had before.
+fresh = pytest.mark.spoiled_by("notified-in-bytes", "pages-not-zeroed")
 MACHINES = [(1, 1), (2, 1), (2, 2)]
 machines = pytest.mark.parametrize(
     ("cpus", "slots"), MACHINES, ids=[f"{cpus} vCPUs {slots} slots" for cpus, slots in MACHINES]
@@ -119,6 +121,7 @@ machines = pytest.mark.parametrize(
 @rule("convert.explicit", "convert.odd-pages", "convert.vcpus-and-slots")
 @machines
 @pytest.mark.parametrize("allocate", [False, True], ids=["on demand", "fallocate"])
+@fresh
 def test_explicit_conversion(make_rig: MakeRig, cpus: int, slots: int, allocate: bool) -> None:
     """Each range there and back, its odd pages first, by each vCPU; what is around it stays."""
     ground = Ground(make_rig(cpus=cpus), slots, allocate=allocate)
@@ -166,6 +169,7 @@ def test_explicit_conversion(make_rig: MakeRig, cpus: int, slots: int, allocate:
 @rule("invalidation.ranges", "invalidation.vcpus-and-slots")
 @machines
 @pytest.mark.parametrize("precise", [True, False], ids=["only the hole faulted in", "all of it"])
+@fresh
 def test_holes(make_rig: MakeRig, cpus: int, slots: int, precise: bool) -> None:
     """A hole of each range in what the guest has just written: it finds zeros, and only there."""
     ground = Ground(make_rig(cpus=cpus), slots)
@@ -268,6 +272,7 @@ ways = pytest.mark.parametrize(("make_rig", "how"), WAYS, indirect=["make_rig"])
 
 @rule("convert.hole-then-both-directions")
 @ways
+@fresh
 def test_a_hole_then_both_directions(window: Window) -> None:
     """Written private, punched, made shared and private again: nothing old comes back."""
     at, gpa, guest = 5 * PAGE, GPA + 5 * PAGE, window.guest
@@ -305,6 +310,7 @@ def test_private_then_a_hole_then_a_shared_write(window: Window) -> None:
 
 @rule("convert.shared-allocate-private-write", "pages.allocation-keeps-what-is-there")
 @ways
+@fresh
 def test_shared_then_allocated_then_a_private_write(window: Window) -> None:
     """Allocating shows nobody anything; what is then written private the host does not see."""
     at, gpa, guest = 3 * PAGE, GPA + 3 * PAGE, window.guest
@@ -336,6 +342,7 @@ def found(state: list[bool], private_side: list[int], shared_side: list[int]) ->
 
 @rule("convert.window-in-parts")
 @ways
+@fresh
 def test_a_window_in_parts(window: Window) -> None:
     """2 MiB and a page in parts, back and forth: both sides see all of it after each stage."""
     pages = Window.SIZE // PAGE
