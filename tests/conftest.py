@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -16,6 +17,10 @@ from private.base import REQUIRED, kvm, missing, no_leak, open_fds, vm
 __all__ = ["REQUIRED", "ROOT", "kvm", "missing", "no_leak", "open_fds", "vm"]
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# A shell's job in the background has Ctrl-C ignored, and so would have all that it starts.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
