@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno as _errno
 import os
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from .cdefs import guest_memfd, kvm, restrictedmem_v10
 from .libc import ioctl as _ioctl
 from .libc import last_errno, os_error, set_errno
 
-__all__ = ["REQUEST_NAMES", "Fd", "describe"]
+__all__ = ["REQUEST_NAMES", "Fd", "Struct", "Structs", "describe"]
 
 #: Names for messages.  Where generations use a number twice, mainline's name wins.
 REQUEST_NAMES: dict[int, str] = {
@@ -51,6 +51,33 @@ def describe(argument: Any) -> str:
         elif isinstance(value, _ffi.CData) and _ffi.typeof(value).kind == "struct":
             shown.append(f"{name}=({describe(_ffi.addressof(value))})")
     return ", ".join(shown) or "all 0"
+
+
+class Struct(NamedTuple):
+    """A struct for an ioctl, to be filled by ``fields[0] = …``, and its address."""
+
+    fields: Any
+    address: int
+
+
+class Structs:
+    """Structs of one type that are used again: making one takes longer than filling it.
+
+    Who takes one has it alone, among threads and signal handlers too, and gives it back; one that
+    never comes back is made anew.  Padding is 0 as long as nobody sets it.
+    """
+
+    def __init__(self, pointer: Any) -> None:
+        self._pointer = pointer
+        self._free: list[Struct] = []
+        self.give_back = self._free.append
+
+    def take(self) -> Struct:
+        try:
+            return self._free.pop()
+        except IndexError:
+            fields = _ffi.new(self._pointer)
+            return Struct(fields, int(_ffi.cast(_UINTPTR, fields)))
 
 
 class Fd:

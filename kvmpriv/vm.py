@@ -8,7 +8,7 @@ import threading
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .cdefs import kvm
-from .fd import Fd
+from .fd import Fd, Struct, Structs
 from .libc import ioctl as _ioctl
 from .memory import PAGE_SIZE, HostMemory
 from .vcpu import Vcpu, enable_cap
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["Held", "Lifeline", "Slot", "Vm"]
 
 _ffi = kvm.ffi
-_REGION = _ffi.typeof("struct kvm_userspace_memory_region *")
-_UINTPTR = _ffi.typeof("uintptr_t")
+_REGIONS = Structs(_ffi.typeof("struct kvm_userspace_memory_region *"))
 
 
 class Held(Protocol):
@@ -29,6 +28,10 @@ class Held(Protocol):
 
     def hold(self) -> None: ...
     def release(self) -> None: ...
+
+
+def _without(things: tuple[Held, ...], others: tuple[Held, ...]) -> tuple[Held, ...]:
+    return tuple(thing for thing in things if thing not in others)
 
 
 class Lifeline:
@@ -184,10 +187,7 @@ class Vm(Fd):
             flags,
             (memory,),
         )
-        region = self._region(
-            new.slot, guest_phys_addr, size, memory.userspace_addr + offset, flags
-        )
-        self.set_region(kvm.KVM_SET_USER_MEMORY_REGION, region, new)
+        self._set_region(new, memory.userspace_addr + offset)
         return new
 
     def set_user_memory_region(
@@ -203,13 +203,19 @@ class Vm(Fd):
         All in bytes, page aligned; memory_size 0 deletes the slot.  OSError: EINVAL (alignment,
         flags, slot number, a change that is not allowed), EEXIST (overlaps another slot).
         """
-        region = self._region(slot, guest_phys_addr, memory_size, userspace_addr, flags)
         old = self.slots.get(slot)  # one that is only changed goes on using what it has
         held = old.held if old and memory_size else ()
         new = Slot(self, slot, guest_phys_addr, memory_size, flags, held)
-        self.set_region(kvm.KVM_SET_USER_MEMORY_REGION, region, new)
+        self._set_region(new, userspace_addr)
 
-    def set_region(self, request: int, region: Any, slot: Slot) -> None:
+    def _set_region(self, slot: Slot, userspace_addr: int) -> None:
+        region = _REGIONS.take()
+        where = (slot.guest_phys_addr, slot.memory_size, userspace_addr)
+        region.fields[0] = (slot.slot, slot.flags, *where)
+        self.set_region(kvm.KVM_SET_USER_MEMORY_REGION, region, slot)
+        _REGIONS.give_back(region)
+
+    def set_region(self, request: int, region: Struct, slot: Slot) -> None:
         """Set or delete a slot by any generation's request and struct.
 
         `slot` describes what `region` says; once the kernel has agreed it is the VM's, and keeps
@@ -222,19 +228,18 @@ class Vm(Fd):
         with self.slots_lock:
             old = self.slots.get(number)
             if not slot.memory_size:
-                if _ioctl(self._fd, request, self._address(request, region)) < 0:
+                if _ioctl(self._fd, request, region.address) < 0:
                     raise self._region_error(request, region, slot)
                 if old is not None:
                     self.forget_slot(old)
                 return
             if old is not None:
-                new = tuple(thing for thing in own if thing not in old.held)
-                left = tuple(thing for thing in old.held if thing not in own)
+                new, left = _without(own, old.held), _without(old.held, own)
                 slot.held = (*own, *left)
             for thing in new:
                 thing.hold()
             self.slots[number] = slot
-            if _ioctl(self._fd, request, int(_ffi.cast(_UINTPTR, region))) < 0:
+            if _ioctl(self._fd, request, region.address) < 0:
                 error = self._region_error(request, region, slot)
                 slot.held = own
                 if old is None:
@@ -252,10 +257,12 @@ class Vm(Fd):
     def delete_slot(self, slot: Slot) -> None:
         """KVM_SET_USER_MEMORY_REGION of 0 bytes, for a slot of `slots`."""
         request, number = kvm.KVM_SET_USER_MEMORY_REGION, slot.slot
-        region = _ffi.new(_REGION, (number, 0, slot.guest_phys_addr))
+        region = _REGIONS.take()
+        region.fields[0] = (number, 0, 0, 0, 0)
         with self.slots_lock:
-            if _ioctl(self._fd, request, int(_ffi.cast(_UINTPTR, region))) < 0:
+            if _ioctl(self._fd, request, region.address) < 0:
                 raise self._region_error(request, region, slot)
+            _REGIONS.give_back(region)
             if self.slots.pop(number, None) is slot:
                 for thing in slot.held:
                     thing.release()
@@ -281,17 +288,8 @@ class Vm(Fd):
             )
         return number
 
-    @staticmethod
-    def _region(
-        slot: int, guest_phys_addr: int, memory_size: int, userspace_addr: int, flags: int
-    ) -> Any:
-        return _ffi.new(
-            _REGION,
-            (slot, flags, guest_phys_addr, memory_size, userspace_addr),
-        )
-
-    def _region_error(self, request: int, region: Any, slot: Slot) -> OSError | ValueError:
-        error = self._error(request, region)
+    def _region_error(self, request: int, region: Struct, slot: Slot) -> OSError | ValueError:
+        error = self._error(request, region.fields)
         if not isinstance(error, OSError):
             return error
         hint = ""

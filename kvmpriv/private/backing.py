@@ -110,16 +110,18 @@ class PrivateSlot(Slot):
         memory: HostMemory | None,
         memory_offset: int,
     ) -> None:
-        held: tuple[Held, ...] = (file,)
-        self.userspace_addr = 0
-        if memory is not None:
+        held: tuple[Held, ...]
+        if memory is None:
+            held = (file,)
+            self.userspace_addr = 0
+        else:
             if not 0 <= memory_offset <= memory.size - memory_size:
                 raise ValueError(
                     f"{memory_size:#x} bytes at {memory_offset:#x} are not inside {memory!r}"
                 )
             held = (memory, file)
             self.userspace_addr = memory.userspace_addr + memory_offset
-        super().__init__(vm, slot, guest_phys_addr, memory_size, flags, held)
+        Slot.__init__(self, vm, slot, guest_phys_addr, memory_size, flags, held)
         self.file = file
         self.offset = offset
         self.memory = memory

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..cdefs import guest_memfd
 from ..faults import FaultLayout, register_fault_layout
+from ..fd import Structs
 from ..vm import Slot
 from ..wakeup import uninterrupted
 from .backing import PrivateFile, PrivateSlot, converted
@@ -38,7 +39,7 @@ __all__ = [
     "set_user_memory_region2",
 ]
 
-_REGION = guest_memfd.ffi.typeof("struct kvm_userspace_memory_region2 *")
+_REGIONS = Structs(guest_memfd.ffi.typeof("struct kvm_userspace_memory_region2 *"))
 
 NAME = "guest_memfd"
 
@@ -112,8 +113,10 @@ def set_user_memory_region2(
     new = Slot(vm, slot, guest_phys_addr, memory_size, flags, held)
     userspace_addr = memory.userspace_addr + memory_offset if memory else 0
     fields = (slot, flags, guest_phys_addr, memory_size, userspace_addr, guest_memfd_offset)
-    region = guest_memfd.ffi.new(_REGION, (*fields, fd & 0xFFFFFFFF))
+    region = _REGIONS.take()
+    region.fields[0] = (*fields, fd & 0xFFFFFFFF)
     vm.set_region(guest_memfd.KVM_SET_USER_MEMORY_REGION2, region, new)
+    _REGIONS.give_back(region)
     return new
 
 
@@ -183,11 +186,12 @@ def bind(
     new = PrivateSlot(
         vm, slot, guest_phys_addr, memory_size, flags, file, offset, memory, memory_offset
     )
-    region = guest_memfd.ffi.new(
-        _REGION,
-        (slot, flags, guest_phys_addr, memory_size, new.userspace_addr, offset, file.fileno()),
-    )
+    fd = file.fileno()
+    region = _REGIONS.take()
+    fields = (slot, flags, guest_phys_addr, memory_size, new.userspace_addr, offset, fd)
+    region.fields[0] = fields
     vm.set_region(guest_memfd.KVM_SET_USER_MEMORY_REGION2, region, new)
+    _REGIONS.give_back(region)
     return new
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from .. import libc
 from ..cdefs import kvm, restrictedmem
 from ..faults import FaultLayout, register_fault_layout
+from ..fd import Structs
 from ..vm import Slot
 from ..wakeup import uninterrupted
 from .backing import PrivateFile, PrivateSlot, converted
@@ -39,7 +40,7 @@ __all__ = [
     "set_user_memory_region_ext",
 ]
 
-_REGION = restrictedmem.ffi.typeof("struct kvm_userspace_memory_region_ext *")
+_REGIONS = Structs(restrictedmem.ffi.typeof("struct kvm_userspace_memory_region_ext *"))
 
 NAME = "restrictedmem"
 
@@ -139,8 +140,10 @@ def set_user_memory_region_ext(
     new = Slot(vm, slot, guest_phys_addr, memory_size, flags, held)
     userspace_addr = memory.userspace_addr + memory_offset if memory else 0
     ordinary = (slot, flags, guest_phys_addr, memory_size, userspace_addr)
-    fields = (ordinary, restricted_offset, fd & 0xFFFFFFFF)
-    vm.set_region(kvm.KVM_SET_USER_MEMORY_REGION, restrictedmem.ffi.new(_REGION, fields), new)
+    region = _REGIONS.take()
+    region.fields[0] = (ordinary, restricted_offset, fd & 0xFFFFFFFF)
+    vm.set_region(kvm.KVM_SET_USER_MEMORY_REGION, region, new)
+    _REGIONS.give_back(region)
     return new
 
 
@@ -214,8 +217,11 @@ def bind(
         vm, slot, guest_phys_addr, memory_size, flags, file, offset, memory, memory_offset
     )
     ordinary = (slot, flags, guest_phys_addr, memory_size, new.userspace_addr)
-    region = restrictedmem.ffi.new(_REGION, (ordinary, offset, file.fileno()))
+    fd = file.fileno()
+    region = _REGIONS.take()
+    region.fields[0] = (ordinary, offset, fd)
     vm.set_region(kvm.KVM_SET_USER_MEMORY_REGION, region, new)
+    _REGIONS.give_back(region)
     return new
 
 

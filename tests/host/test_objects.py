@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -645,6 +646,45 @@ def test_ctrl_c_anywhere_leaves_no_fd_and_no_slot(kvm: Kvm) -> None:
     assert interrupted > 20
     gc.collect()
     assert open_fds() == fds
+
+
+def test_slots_set_amid_the_setting_of_another(kvm: Kvm) -> None:
+    """By a signal handler, by a thread for its own VM: each slot is where it was asked for."""
+    turns = [0, 0, 0]
+
+    def turn(vm: Vm, number: int) -> None:
+        at = number * MIB
+        vm.map(memory, at, slot=number)
+        refused(errno.EEXIST, lambda: vm.set_user_memory_region(number + 9, at, 4096, address))
+        vm.set_user_memory_region(number, at, 0, address)
+        vm.set_user_memory_region(number + 9, at, 4096, address)
+        vm.set_user_memory_region(number + 9, at, 0, address)
+        turns[number] += 1
+
+    def run(vm: Vm, number: int) -> None:
+        while time.monotonic() < deadline:
+            turn(vm, number)
+
+    def interrupt(*_: object) -> None:
+        turn(vm, 2)
+        signal.setitimer(signal.ITIMER_REAL, 1.1e-3)  # not before: handlers nest
+
+    with kvm.create_vm() as vm, kvm.create_vm() as other, HostMemory(4096) as memory:
+        address = memory.userspace_addr
+        before = signal.signal(signal.SIGALRM, interrupt)
+        deadline = time.monotonic() + 2
+        try:
+            with ThreadPoolExecutor(1) as pool:
+                signal.setitimer(signal.ITIMER_REAL, 1e-4)
+                thread = pool.submit(run, other, 1)
+                run(vm, 0)
+                thread.result()
+        finally:
+            signal.signal(signal.SIGALRM, signal.SIG_IGN)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        assert (vm.slots, other.slots) == ({}, {})
+    assert min(turns) > 100
 
 
 def test_fork_while_a_vm_is_open(make_guest: MakeGuest) -> None:
