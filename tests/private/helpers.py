@@ -671,7 +671,7 @@ def meminfo(name: str) -> int:
 
 
 #: What is allocated to be seen in /proc/meminfo, and how far the counters may be off.
-BIG, SLACK = 32 * MIB, 8 * MIB
+BIG, SLACK = 16 * MIB, 4 * MIB
 
 
 class Unevictable:
