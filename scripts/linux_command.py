@@ -8,7 +8,6 @@ The command has busybox's tools, in a root file system that is made here; root's
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from kvmpriv.guest.linux import LinuxMachine, initrd, load_linux, plan
 
 
 def run(kernel: str, command: str) -> int:
-    busybox = Path(shutil.which("busybox") or "/bin/busybox").read_bytes()
     script = f"({command})\necho exit $? >/dev/ttyS1\npoweroff -f"
     with (
         Kvm() as kvm,
@@ -25,7 +23,7 @@ def run(kernel: str, command: str) -> int:
             kvm,
             load_linux(Path(kernel).read_bytes()),
             plan(256 << 20),
-            initrd=initrd.busybox(busybox, script),
+            initrd=initrd.busybox(script),
             cmdline="quiet",
             output=sys.stdout.buffer.write,
         ) as guest,
@@ -34,4 +32,9 @@ def run(kernel: str, command: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(*sys.argv[1:3]))
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    try:
+        sys.exit(run(*sys.argv[1:]))
+    except (OSError, ValueError) as error:
+        sys.exit(f"linux_command.py: {error}")

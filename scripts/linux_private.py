@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -50,12 +49,12 @@ def main(
     kernel: str, name: str | None = None, mebibytes: str = "512", trace: str = os.devnull
 ) -> int:
     try:
+        files = initrd.busybox(PROGRAM)
         kvm = Kvm()
         abi = private.choose(kvm, name)
     except OSError as error:
         print(error.strerror, file=sys.stderr)
         return SKIP
-    busybox = Path(shutil.which("busybox") or "/bin/busybox").read_bytes()
     ranges = plan(int(mebibytes) * MIB, private=True)
     with (
         kvm,
@@ -64,7 +63,7 @@ def main(
             kvm,
             load_linux(Path(kernel).read_bytes()),
             ranges,
-            initrd=initrd.busybox(busybox, PROGRAM),
+            initrd=files,
             cmdline=f"quiet {OPEN.decode()}",
             abi=abi,
             output=sys.stderr.buffer.write,
@@ -97,4 +96,9 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:5]))
+    if not 2 <= len(sys.argv) <= 5:
+        sys.exit(__doc__)
+    try:
+        sys.exit(main(*sys.argv[1:]))
+    except (OSError, ValueError) as error:  # no such kernel, not a number, an ABI of no name
+        sys.exit(f"linux_private.py: {error}")

@@ -14,6 +14,7 @@ __all__ = [
     "ImageError",
     "Mode",
     "Segment",
+    "is_static",
     "load_elf",
     "load_flat",
     "load_image",
@@ -134,6 +135,17 @@ def load_elf(data: bytes, *, entry: int | None = None) -> Image:
     if start is None:
         raise ImageError(f"entry {e_entry:#x} is in no segment")
     return Image(Mode.LONG, start, tuple(segments))
+
+
+def is_static(data: bytes) -> bool:
+    """Whether an ELF-64 executable needs nothing else to run: no program header is PT_INTERP."""
+    if data[:6] != b"\x7fELF\x02\x01" or len(data) < _EHDR.size:
+        raise ImageError("not a 64-bit ELF file")
+    _, _, _, _, _, phoff, _, _, _, phentsize, phnum, *_ = _EHDR.unpack_from(data)
+    if phentsize != _PHDR.size or phoff + phnum * phentsize > len(data):
+        raise ImageError("damaged or truncated: no program headers")
+    headers = _PHDR.iter_unpack(data[phoff : phoff + phnum * phentsize])
+    return all(header[0] != _PT_INTERP for header in headers)
 
 
 def read_file(path: str | os.PathLike[str], limit: int) -> bytes:

@@ -289,3 +289,33 @@ def test_an_initrd_is_what_cpio_reads(tmp_path: Path) -> None:
     for path in ("", "/", "../x", "a/../b", "a//b", "."):
         with pytest.raises(ValueError, match="is not a path in an archive"):
             initrd.pack({path: b""})
+
+
+def test_a_busybox_is_static(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest's file system has no library: who has only another busybox hears it at once."""
+    held = initrd.busybox("echo hi", {"etc/more": b"more"})
+    assert b"echo hi\n" in held
+    assert b"etc/more" in held
+    program = tmp_path / "busybox"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(initrd, "_ELSEWHERE", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="there is no busybox here"):
+        initrd.busybox("")
+    elf = struct.pack(
+        "<16sHHIQQQIHHHHHH", b"\x7fELF\2\1\1", 2, 62, 1, *(0, 64, 0), 0, *(64, 56, 1), *[0] * 3
+    )
+    load, interpreter = (struct.pack("<IIQQQQQQ", kind, *[0] * 7) for kind in (1, 3))
+    for content, why in (
+        (elf + interpreter, "busybox is linked dynamically"),
+        (elf + load[:-1], "no program headers"),
+        (elf[:-1], "not a 64-bit ELF file"),
+        (b"#!/bin/sh\n", "not a 64-bit ELF file"),
+    ):
+        program.write_bytes(content)
+        program.chmod(0o755)
+        with pytest.raises(ImageError, match=why):
+            initrd.busybox("")
+        with pytest.raises(ImageError, match=why):
+            initrd.busybox("", program=content)
+    program.write_bytes(elf + load)
+    assert initrd.busybox("") == initrd.busybox("", program=elf + load)

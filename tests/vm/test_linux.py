@@ -6,7 +6,6 @@ import errno
 import hashlib
 import json
 import random
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from conftest import ROOT, missing
+from conftest import ROOT
 from kvmpriv import trace
 from kvmpriv.guest.linux import initrd
 from unit.test_linux_image import bzimage
@@ -61,10 +60,6 @@ class Jobs:
     """Guests to be brought up, all in one VM."""
 
     def __init__(self, folder: Path, kernel: Path) -> None:
-        found = shutil.which("busybox")
-        if found is None:
-            missing("busybox", "there is no busybox to make a guest's programs of")
-        self._busybox = Path(found).read_bytes()
         self._folder = folder
         self._kernel = kernel
         self._jobs: dict[str, Any] = {}
@@ -79,7 +74,7 @@ class Jobs:
         stdin: str = "",
     ) -> None:
         path = self._folder / f"{name}.cpio"
-        path.write_bytes(initrd.busybox(self._busybox, script))
+        path.write_bytes(initrd.busybox(script))
         kernel = self._kernel.with_name("vmlinux") if vmlinux else self._kernel
         if code:
             kernel = self._folder / name
@@ -296,10 +291,7 @@ poweroff -f"""
 )
 def test_a_network(name: str, kind: str, tmp_path: Path) -> None:
     """Ping, and TCP both ways without a byte that is lost or another."""
-    program = shutil.which("busybox")
-    if program is None:
-        missing("busybox", "there is no busybox to make a guest's programs of")
-    (tmp_path / "net.cpio").write_bytes(initrd.busybox(Path(program).read_bytes(), NETWORK))
+    (tmp_path / "net.cpio").write_bytes(initrd.busybox(NETWORK))
     done = in_vm(name, tmp_path, ROOT / "tests/vm/boot_net.py", tmp_path, image(name), kind)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "net.json").read_text())

@@ -6,11 +6,18 @@ kernel has it.
 
 from __future__ import annotations
 
+import errno
+import shutil
 import stat
 from collections.abc import Mapping
+from pathlib import Path
+
+from ..image import ImageError, is_static
 
 __all__ = ["busybox", "pack"]
 
+#: Where systems keep it that an ordinary user's PATH may lack.
+_ELSEWHERE = "/bin:/sbin:/usr/sbin"
 _BUSYBOX_INIT = """\
 #!/bin/busybox sh
 /bin/busybox --install -s /bin
@@ -49,8 +56,25 @@ def pack(files: Mapping[str, bytes | str], *, executable: int = 0o111) -> bytes:
     return bytes(archive)
 
 
-def busybox(program: bytes, script: str, files: Mapping[str, bytes | str] | None = None) -> bytes:
-    """A root file system whose init runs `script`, lines for sh; `program` is a static busybox."""
+def busybox(
+    script: str, files: Mapping[str, bytes | str] | None = None, *, program: bytes | None = None
+) -> bytes:
+    """A root file system whose init runs `script`, lines for sh, with `files` beside it.
+
+    `program` is a static busybox; this host's, unless it is given.  FileNotFoundError if this
+    host has none; ImageError for one that needs a library.
+    """
+    program = _busybox() if program is None else program
+    if not is_static(program):
+        raise ImageError("busybox is linked dynamically: a guest wants a static one")
     folders = {f"{name}/.keep": b"" for name in ("proc", "sys", "dev", "tmp", "root")}
     init = _BUSYBOX_INIT.format(script=script).encode()
     return pack({**folders, "bin/busybox": program, "init": init, **(files or {})})
+
+
+def _busybox() -> bytes:
+    path = shutil.which("busybox") or shutil.which("busybox", path=_ELSEWHERE)
+    if path is None:
+        what = "there is no busybox here to make the guest's programs of; Debian: busybox-static"
+        raise FileNotFoundError(errno.ENOENT, what)
+    return Path(path).read_bytes()
