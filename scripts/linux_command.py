@@ -28,7 +28,10 @@ def run(kernel: str, command: str) -> int:
             output=sys.stdout.buffer.write,
         ) as guest,
     ):
-        return guest.run(timeout=120).status
+        outcome = guest.run(timeout=120)
+    if outcome.how != "off":
+        print(f"linux_command.py: {outcome.how}: {outcome.why}", file=sys.stderr)
+    return outcome.status
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import missing
+from conftest import ROOT, missing
 from kvmpriv import Kvm, private, trace
 from kvmpriv.guest.linux import Cost, LinuxMachine, load_linux, plan
 from kvmpriv.guest.linux.tap import HOST_ADDRESS, Tap
@@ -76,6 +76,27 @@ def test_usage(image: Path, tmp_path: Path) -> None:
     ):
         done = boot(*arguments)
         assert (done.returncode, done.stdout) == (2, ""), (arguments, done.stderr)
+        assert words in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.usefixtures("kvm")
+def test_the_scripts(tmp_path: Path) -> None:
+    """What a script is told wrongly, and what becomes of a guest, in words and a status."""
+    ends = tmp_path / "ends"
+    ends.write_bytes(kernel(bytes.fromhex("b02a e6f4")))  # mov $42, %al; out %al, $0xf4
+    for script, arguments, status, words in (
+        ("linux_command.py", (), 1, "    scripts/linux_command.py /boot/vmlinuz"),
+        ("linux_command.py", (ends,), 1, "    scripts/linux_command.py /boot/vmlinuz"),
+        ("linux_command.py", (tmp_path / "none", ""), 1, "No such file or directory: '"),
+        ("linux_command.py", (os.devnull, ""), 1, "linux_command.py: the file is empty"),
+        ("linux_command.py", (ends, ""), 42, "linux_command.py: exit: by its exit port"),
+        ("linux_private.py", (), 1, "    scripts/linux_private.py KERNEL [ABI"),
+        ("linux_private.py", (ends, "v8"), 1, "linux_private.py: no private memory ABI is called"),
+    ):
+        command = [sys.executable, ROOT / "scripts" / script, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stdout) == (status, ""), (script, arguments, done.stderr)
         assert words in done.stderr
         assert "Traceback" not in done.stderr
 
