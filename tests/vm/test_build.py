@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts" / "kernel"
 sys.path.insert(0, str(SCRIPTS))
 
-from packages import DEB_TOOLS, TOOLS, Refused, absent  # noqa: E402
+from packages import DEB_TOOLS, TOOLS, Refused, absent, ensure  # noqa: E402
 from recipe import Plan, lost, options  # noqa: E402
 
 Build = Callable[..., subprocess.CompletedProcess[str]]
@@ -190,8 +190,10 @@ def test_option_that_did_not_survive_is_an_error(build: Build, scripts: Path) ->
 def test_config_of_ones_own_is_completed_and_packaged(
     build: Build, scripts: Path, tmp_path: Path
 ) -> None:
-    if missing := absent(DEB_TOOLS):
-        pytest.skip(f"no {', '.join(missing)}")
+    try:
+        ensure(DEB_TOOLS)
+    except Refused as refused:
+        pytest.skip(str(refused))
     own = tmp_path / "own.config"
     own.write_text(
         'CONFIG_OWN=m\n# CONFIG_RESTRICTEDMEM is not set\nCONFIG_SYSTEM_TRUSTED_KEYS="a"\n'
