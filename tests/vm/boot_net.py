@@ -20,6 +20,13 @@ from kvmpriv.guest.linux.tap import HOST_ADDRESS, Tap
 SIZE = 4 << 20
 
 
+def received() -> tuple[int, int]:
+    """What the tap of this network namespace has had from the guest: bytes, packets."""
+    cards = Path("/proc/thread-self/net/dev").read_text()
+    (counts,) = (line.split() for line in cards.splitlines() if "kvmpriv" in line)
+    return int(counts[1]), int(counts[2])
+
+
 def serve(namespace: str, data: bytes, result: dict[str, object]) -> None:
     """Send `data` to who comes first, and take what the second one sends."""
     netns.setns(namespace)  # of this thread
@@ -31,14 +38,16 @@ def serve(namespace: str, data: bytes, result: dict[str, object]) -> None:
             peer.shutdown(socket.SHUT_WR)
             peer.recv(1)  # until it has all and goes
             result["down_seconds"] = time.monotonic() - started
+        before = received()
         peer, _ = server.accept()
         with peer:
             started = time.monotonic()
             back = b"".join(iter(lambda: peer.recv(1 << 16), b""))
             result["up_seconds"] = time.monotonic() - started
-    cards = Path("/proc/thread-self/net/dev").read_text()
-    (counts,) = (line.split() for line in cards.splitlines() if "kvmpriv" in line)
-    result["bytes_up"], result["packets_up"] = int(counts[1]), int(counts[2])
+    after = received()
+    result["bytes_up"], result["packets_up"] = (
+        end - at for at, end in zip(before, after, strict=True)
+    )
     result["size"] = len(back)
     result["same"] = back == data
 

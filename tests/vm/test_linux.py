@@ -308,6 +308,7 @@ def test_a_network(name: str, kind: str, tmp_path: Path) -> None:
     assert (result["outcome"]["how"], result["outcome"]["status"]) == ("off", 5)
     assert (result["size"], result["same"]) == (4 << 20, True)
     assert result["words"] == []
-    # Cut into packets by the host's kernel, not by the guest's, whose card's are of 1514 bytes.
+    # Cut into packets by the host's kernel, not by the guest's, whose card's are of 1514 bytes; how
+    # long the guest makes them goes by how fast it finds the way.
     assert result["bytes_up"] > 4 << 20
-    assert result["bytes_up"] / result["packets_up"] > 4096
+    assert result["bytes_up"] / result["packets_up"] > 1514
