@@ -168,6 +168,8 @@ def test_conversions_against_each_other(rig: Rig) -> None:
         file = rig.file(SIZE)
         slot = rig.bind(GPA, SIZE, file, memory=memory)
         rig.guest.fill(GPA, 0x22, SIZE)
+        if rig.abi.NAME == "guest_memfd":  # 6.12 may tell of a conversion after the access
+            rig.guest.cpus[0].serve = _again
         with (
             beside(lambda: rig.convert(GPA, SIZE // 2 + 7 * PAGE, private=False)) as to_shared,
             beside(lambda: file.punch_hole(SIZE - PAGE, PAGE)) as holes,
