@@ -66,7 +66,7 @@ def busybox(
     """
     program = _busybox() if program is None else program
     if not is_static(program):
-        raise ImageError("busybox is linked dynamically: a guest wants a static one")
+        raise ImageError("busybox is linked dynamically; Debian: install busybox-static")
     folders = {f"{name}/.keep": b"" for name in ("proc", "sys", "dev", "tmp", "root")}
     init = _BUSYBOX_INIT.format(script=script).encode()
     return pack({**folders, "bin/busybox": program, "init": init, **(files or {})})
