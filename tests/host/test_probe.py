@@ -206,7 +206,8 @@ def could_not_probe(process: subprocess.CompletedProcess[str], *words: str) -> R
 
 
 def test_no_device_node(tmp_path: Path) -> None:
-    could_not_probe(run("--json", "--device", str(tmp_path / "kvm")), "ENOENT")
+    found = could_not_probe(run("--json", "--device", str(tmp_path / "kvm")), "ENOENT")
+    assert status_of(found)["kvm/device"] == FAIL
 
 
 def test_no_stderr(tmp_path: Path) -> None:
@@ -223,7 +224,8 @@ def test_device_that_is_not_kvm(path: str, tmp_path: Path) -> None:
 
 
 def test_device_that_is_a_folder(tmp_path: Path) -> None:
-    could_not_probe(run("--json", "--device", str(tmp_path)), "EISDIR", "not KVM")
+    found = could_not_probe(run("--json", "--device", str(tmp_path)), "EISDIR", "not KVM")
+    assert status_of(found)["kvm/device"] == FAIL
 
 
 def test_not_permitted() -> None:
@@ -232,7 +234,8 @@ def test_not_permitted() -> None:
     open_to_us = os.geteuid() != 0 and os.access(node, os.R_OK | os.W_OK)
     if open_to_us or not node.exists() or node.stat().st_mode & stat.S_IWOTH:
         node = Path("/etc/shadow")  # any that this user may not open
-    could_not_probe(run_as_nobody("--json", "--device", str(node)), "EACCES", "usermod -aG")
+    process = run_as_nobody("--json", "--device", str(node))
+    assert status_of(could_not_probe(process, "EACCES", "usermod -aG"))["kvm/device"] == FAIL
 
 
 # -- seccomp -----------------------------------------------------------------------------------

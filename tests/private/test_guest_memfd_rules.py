@@ -152,7 +152,11 @@ def test_reserved(any_vm: Vm) -> None:
     argument = gm.ffi.new("struct kvm_create_guest_memfd *", {"size": PAGE})
     for at in range(6):
         argument.reserved[at] = TOP - 1
-    os.close(any_vm.ioctl(gm.KVM_CREATE_GUEST_MEMFD, argument))
+    fd = any_vm.ioctl(gm.KVM_CREATE_GUEST_MEMFD, argument)
+    try:
+        assert os.fstat(fd).st_size == PAGE
+    finally:
+        os.close(fd)
 
 
 @rule("gm.create.pointer")
