@@ -14,14 +14,18 @@ from ctypes import c_int, c_long, c_ulong, c_void_p
 __all__ = [
     "FALLOC_FL_KEEP_SIZE",
     "FALLOC_FL_PUNCH_HOLE",
+    "block_signals",
     "fallocate",
     "fstatfs_type",
     "ioctl",
     "last_errno",
     "os_error",
     "pthread_sigmask_unblock",
+    "run_signal_handlers",
     "set_errno",
+    "set_signal_mask",
     "signal_ignored_in_c",
+    "signal_mask",
     "syscall",
     "tgkill",
 ]
@@ -124,6 +128,38 @@ def signal_ignored_in_c(signum: int) -> None:
     action = _Sigaction(handler=ctypes.cast(_libc.getpid, c_void_p).value)
     if _sigaction(signum, ctypes.byref(action), None) != 0:
         raise os_error(last_errno(), f"sigaction({signum})")
+
+
+# signal.pthread_sigmask makes a set of enum members each time, which takes longer than making a VM;
+# and who keeps the GIL need not wait for another thread to give it back.
+_SignalMask = c_ulong * 16  # sigset_t of glibc and musl on x86-64
+_held = ctypes.PyDLL(None)
+_pthread_sigmask = _held.pthread_sigmask
+_pthread_sigmask.argtypes = (c_int, c_void_p, c_void_p)
+_pthread_sigmask.restype = c_int
+_ALL_SIGNALS = _SignalMask()
+_held.sigfillset(ctypes.byref(_ALL_SIGNALS))  # but those that the C library keeps for itself
+
+#: Runs the Python handlers of signals that have come, in the main thread; they may raise.
+run_signal_handlers = ctypes.pythonapi.PyErr_CheckSignals
+run_signal_handlers.argtypes = ()
+
+
+def signal_mask() -> ctypes.Array[c_ulong]:
+    """Which signals the calling thread has blocked."""
+    mask = _SignalMask()
+    _pthread_sigmask(signal.SIG_BLOCK, None, mask)
+    return mask
+
+
+def block_signals() -> None:
+    """Block all signals in the calling thread."""
+    _pthread_sigmask(signal.SIG_BLOCK, _ALL_SIGNALS, None)
+
+
+def set_signal_mask(mask: ctypes.Array[c_ulong]) -> None:
+    """Block these signals in the calling thread, and no others."""
+    _pthread_sigmask(signal.SIG_SETMASK, mask, None)
 
 
 def pthread_sigmask_unblock(signum: int) -> None:

@@ -59,16 +59,16 @@ class uninterrupted:  # used as a statement
     """
 
     def __enter__(self) -> None:
-        self._before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        self._before = libc.signal_mask()
         try:
-            # Runs the handlers of what has come already, when all is blocked: they may raise.
-            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+            libc.block_signals()
+            libc.run_signal_handlers()  # of what has come until then
         except BaseException:
-            signal.pthread_sigmask(signal.SIG_SETMASK, self._before)
+            libc.set_signal_mask(self._before)
             raise
 
     def __exit__(self, *_: object) -> None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, self._before)
+        libc.set_signal_mask(self._before)
 
 
 # Re-entrant: a signal handler may come in the middle and run, kick or close a vCPU itself.
