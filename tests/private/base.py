@@ -47,14 +47,18 @@ def vm(kvm: kvmpriv.Kvm) -> Iterator[kvmpriv.Vm]:
 
 def open_fds() -> dict[int, str]:
     """This process's descriptors and what they are, without following any of them."""
-    folder = Path("/proc/self/fd")
     found = {}
-    for name in os.listdir(folder):
+    for name in os.listdir("/proc/self/fd"):
         try:
-            found[int(name)] = os.readlink(folder / name)
+            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
         except FileNotFoundError:  # the one that lists the folder
             continue
     return found
+
+
+def kvm_mappings() -> int:
+    """How many of this process's mappings are of a file of KVM's."""
+    return Path("/proc/self/maps").read_bytes().count(b"anon_inode:kvm")
 
 
 @pytest.fixture
@@ -64,20 +68,19 @@ def no_leak() -> Iterator[Callable[[], None]]:
     Garbage is collected only where something seems to be left: in an emulated machine that takes
     longer than most tests.
     """
-
-    def kvm_mappings() -> int:
-        return Path("/proc/self/maps").read_text().count("anon_inode:kvm")
-
     fds, maps = open_fds(), kvm_mappings()
 
-    def left() -> dict[int, str]:
-        return {number: what for number, what in open_fds().items() if number not in fds}
+    def left() -> tuple[dict[int, str], int]:
+        opened = {number: what for number, what in open_fds().items() if number not in fds}
+        return opened, max(kvm_mappings() - maps, 0)
 
     def check() -> None:
-        if left() or kvm_mappings() > maps:
+        opened, mapped = left()
+        if opened or mapped:
             gc.collect()
-        assert not left(), f"descriptors left open: {left()}"
-        assert kvm_mappings() <= maps, "mappings of KVM's files left"
+            opened, mapped = left()
+        assert not opened, f"descriptors left open: {opened}"
+        assert not mapped, "mappings of KVM's files left"
 
     yield check
     check()

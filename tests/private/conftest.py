@@ -81,9 +81,9 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
 def untainted() -> Iterator[None]:
     """Fails the test during which the kernel had to warn: a WARN, a BUG, a sanitizer's report."""
     taint = Path("/proc/sys/kernel/tainted")
-    before = taint.read_text()
+    before = taint.read_bytes()
     yield
-    assert taint.read_text() == before, "the kernel complained: see its log"
+    assert taint.read_bytes() == before, "the kernel complained: see its log"
 
 
 # -- v9 ------------------------------------------------------------------------------------------
