@@ -1,7 +1,7 @@
 """The C library's calls that kvmpriv needs, prototyped once; the only user of ctypes.
 
 Each function returns what C returns, -1 for failure; :func:`last_errno` then says why.  ctypes
-keeps errno per thread and lets go of the GIL during a call.
+keeps errno per thread and lets go of the GIL during a call, but for the signal mask's.
 """
 
 from __future__ import annotations

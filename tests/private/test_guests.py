@@ -31,6 +31,7 @@ from .guests import (
     RestrictedGuest,
     fault_of,
 )
+from .rigs import run_again
 
 MakeGuest = Callable[..., PrivateGuest]
 
@@ -449,10 +450,7 @@ def test_conversions_against_faults(make: MakeGuest) -> None:
             done[0] += 100
             private.guest.increment(GPA, 100)
 
-    def run_again(_: object, exit_: object) -> bool:
-        return isinstance(exit_, MemoryFaultExit) and private.protocol.ACCESS_FOLLOWS_STATE
-
-    private.guest.serve = run_again
+    private.guest.serve = run_again(private.protocol)
     thread = _in_thread(errors, count)
     for round_ in range(100):
         private.convert(GPA, PAGE, private=bool(round_ % 2))
@@ -461,8 +459,6 @@ def test_conversions_against_faults(make: MakeGuest) -> None:
     assert not thread.is_alive(), "stuck"
     assert not errors
     assert done[0] > 0
-    # 6.12 tells of a conversion that came between what an access is and what the page is
-    # (arch/x86/kvm/mmu/mmu.c, kvm_faultin_pfn); v9's guests never see one.
     stale = private.guest.exits
     assert len(stale) <= (100 if private.protocol.ACCESS_FOLLOWS_STATE else 0)
     assert {fault_of(private, GuestExit(private.guest, exit_))[:2] for exit_ in stale} <= {

@@ -11,7 +11,7 @@ from kvmpriv.cdefs import kvm as k
 from kvmpriv.guest.puppet import PuppetCpu
 
 from .helpers import BIG, GIB, MIB, PAGE, ROUNDS, Unevictable, beside, rounds, rule
-from .rigs import MakeRig, Rig, make_rig, rig
+from .rigs import MakeRig, Rig, make_rig, rig, run_again
 
 __all__ = ["make_rig", "rig"]
 
@@ -108,7 +108,7 @@ def test_conversions_against_two_vcpus(make_rig: MakeRig) -> None:
     with HostMemory(SIZE) as memory:
         slot = rig.bind(GPA, SIZE, rig.file(SIZE), memory=memory)
         for cpu in rig.guest.cpus:
-            cpu.serve = _again
+            cpu.serve = run_again(rig.abi)
 
         def count(number: int) -> None:
             rig.guest.cpus[number].increment(GPA + 8 * number, 50)
@@ -126,11 +126,6 @@ def test_conversions_against_two_vcpus(make_rig: MakeRig) -> None:
         assert min(totals) > 0
         settles(rig)
         slot.delete()
-
-
-def _again(_cpu: PuppetCpu, exit_: object) -> bool:
-    """A fault exit of a page that is being converted: by now it may be what the guest wants."""
-    return getattr(exit_, "reason", 0) in (38, 39)
 
 
 @rule("race.conversion-against-slot")
@@ -168,8 +163,7 @@ def test_conversions_against_each_other(rig: Rig) -> None:
         file = rig.file(SIZE)
         slot = rig.bind(GPA, SIZE, file, memory=memory)
         rig.guest.fill(GPA, 0x22, SIZE)
-        if rig.abi.NAME == "guest_memfd":  # 6.12 may tell of a conversion after the access
-            rig.guest.cpus[0].serve = _again
+        rig.guest.cpus[0].serve = run_again(rig.abi)
         with (
             beside(lambda: rig.convert(GPA, SIZE // 2 + 7 * PAGE, private=False)) as to_shared,
             beside(lambda: file.punch_hole(SIZE - PAGE, PAGE)) as holes,
