@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import os
+import resource
 import socket
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -170,6 +172,28 @@ def test_create_bad_pointers(any_vm: Vm) -> None:
     edge.close()
 
 
+@rule("gm.create.order.efault", "gm.create.order.emfile")
+def test_order_of_creation(any_vm: Vm) -> None:
+    """EFAULT, then EINVAL of size and flags, then EMFILE where no descriptor is left."""
+    edge, most = Edge(), resource.getrlimit(resource.RLIMIT_NOFILE)
+    good, unaligned = ((PAGE, 0), (PAGE + 1, 0))
+    bad = ((0, 0), unaligned, (NOWHERE, 0), (PAGE, UNKNOWN), (PAGE + 1, UNKNOWN))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, most[1]))
+    try:
+        full = [create(any_vm, *one) for one in (*bad, good)]
+        struct = gm.ffi.new("struct kvm_create_guest_memfd *", unaligned)
+        cut, whole = (
+            errno_of(any_vm.ioctl_errno(gm.KVM_CREATE_GUEST_MEMFD, edge.put(struct, readable)))
+            for readable in (63, 64)
+        )
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, most)
+    assert full == ["EINVAL"] * 5 + ["EMFILE"]
+    assert (cut, whole) == ("EFAULT", "EINVAL")
+    assert [create(any_vm, *one) for one in (*bad, good)] == ["EINVAL"] * 5 + ["ok"]
+    edge.close()
+
+
 @rule("gm.file.identity", "gm.file.cloexec")
 def test_identity(any_vm: Vm) -> None:
     """The file is read-write and large, not close-on-exec, and calls itself guest_memfd."""
@@ -262,6 +286,28 @@ def test_beyond_the_end(gm_file: GuestMemfd) -> None:
         ]
         assert said == ["EINVAL", "ok"], (offset, length)
     assert answer(lambda: fallocate(gm_file, KEEP_SIZE, end - PAGE, PAGE)) == "ok"
+
+
+@rule("gm.file.fallocate.order")
+def test_order_of_fallocate(gm_file: GuestMemfd) -> None:
+    """EINVAL of length 0 and what is negative, EOPNOTSUPP of the mode, EINVAL of what is odd."""
+    modes = [0, PUNCH_HOLE, ZERO, ZERO | KEEP_SIZE, COLLAPSE, UNSHARE | KEEP_SIZE, 1 << 30]
+    rows = {
+        (0, 0): ["EINVAL", "EINVAL"],
+        (-PAGE, PAGE): ["EINVAL", "EINVAL"],
+        (0, -PAGE): ["EINVAL", "EINVAL"],
+        (1, PAGE): ["EOPNOTSUPP", "EINVAL"],
+        (0, 1): ["EOPNOTSUPP", "EINVAL"],
+        (256 * PAGE, PAGE): ["EOPNOTSUPP", "EINVAL"],
+        (0, PAGE): ["EOPNOTSUPP", "ok"],
+    }
+    for (offset, length), expected in rows.items():
+        for mode in modes:
+            said = [
+                answer(lambda m=one, a=offset, b=length: fallocate(gm_file, m, a, b))
+                for one in (mode, KEEP_SIZE)
+            ]
+            assert said == expected, (offset, length, mode)
 
 
 @rule("gm.pages.allocated", "gm.pages.freed")
@@ -567,6 +613,50 @@ def test_order_around_eexist(gm_slots: GuestMemfdSlots) -> None:
             assert gm_slots.set(slot=4, **wrong) == "EEXIST", wrong
 
 
+@rule("gm.slot.order.immutable")
+def test_immutable_comes_before_eexist(gm_slots: GuestMemfdSlots) -> None:
+    """A slot with a file set anew onto another's range is EINVAL, not EEXIST."""
+    there = {"guest_phys_addr": 5 * GIB, "guest_memfd_offset": 0}
+    for flags in (GUEST_MEMFD, 0):
+        with gm_slots.held(slot=4, flags=flags, **there):
+            assert gm_slots.set(**there) == "EEXIST"
+            with gm_slots.held():
+                assert gm_slots.set(**there) == "EINVAL"
+        gm_slots.accepts(**there)
+
+
+@rule("gm.slot.order.number")
+def test_the_number_comes_before_eexist(gm_slots: GuestMemfdSlots) -> None:
+    """A slot that overlaps another, and whose number is too large, is EINVAL, not EEXIST."""
+    limit = gm_slots.vm.check_extension(k.KVM_CAP_NR_MEMSLOTS)
+    with gm_slots.held():
+        for number in (limit, 0xFFFF):
+            for flags in (GUEST_MEMFD, 0):
+                assert gm_slots.set(slot=number, flags=flags) == "EINVAL"
+                assert gm_slots.set(slot=limit - 1, flags=flags) == "EEXIST"
+    gm_slots.accepts(slot=limit - 1)
+
+
+@rule("gm.slot.order.ebadf")
+def test_order_around_ebadf(gm_slots: GuestMemfdSlots) -> None:
+    """EINVAL of flags and alignment, then EBADF, then EINVAL of an offset beyond the file."""
+    bad = {"guest_memfd": 0xFFFFFFFF}
+    for wrong in (
+        {"flags": GUEST_MEMFD | UNKNOWN},
+        {"flags": GUEST_MEMFD | LOG},
+        {"flags": GUEST_MEMFD | READONLY},
+        {"memory_size": 16 * PAGE + 1},
+        {"guest_memfd_offset": 1},
+        {"guest_memfd_offset": TOP - PAGE},
+        {"userspace_addr": 1},
+    ):
+        gm_slots.refuses("EINVAL", **wrong, **bad)
+    for wrong in ({"guest_memfd_offset": 256 * PAGE}, {"guest_memfd_offset": 1 << 40}):
+        gm_slots.refuses("EBADF", **wrong, **bad)
+        gm_slots.refuses("EINVAL", **wrong)
+    gm_slots.refuses("EBADF", **bad)
+
+
 @rule("gm.slot.immutable")
 @pytest.mark.parametrize(
     "changes",
@@ -720,6 +810,23 @@ def test_attribute_pointers(attributes_vm: Vm) -> None:
     edge.close()
 
 
+@rule("gm.attr.order.efault")
+def test_attribute_efault_comes_first(attributes_vm: Vm) -> None:
+    """A struct that can't be copied is EFAULT, whatever else is wrong with it."""
+    edge, request = Edge(), gm.KVM_SET_MEMORY_ATTRIBUTES
+    for wrong, expected in (
+        ((1, PAGE, PRIVATE, 0), "EINVAL"),
+        ((0, 0, PRIVATE, 0), "EINVAL"),
+        ((0, PAGE, UNKNOWN, 0), "EINVAL"),
+        ((0, PAGE, PRIVATE, 0), "ok"),
+    ):
+        struct = gm.ffi.new("struct kvm_memory_attributes *", wrong)
+        for readable, said in ((31, "EFAULT"), (32, expected)):
+            number = attributes_vm.ioctl_errno(request, edge.put(struct, readable))
+            assert errno_of(number) == said, wrong
+    edge.close()
+
+
 # -- filling ahead -------------------------------------------------------------------------------
 
 
@@ -761,6 +868,24 @@ def test_pre_fault_without_a_slot(gm_slots: GuestMemfdSlots, gm_vcpu: Vcpu) -> N
         last = base + size - PAGE
         assert pre_fault(gm_vcpu, last, 3 * PAGE) == ("ok", base + size, 2 * PAGE)
     assert pre_fault(gm_vcpu, base, PAGE)[0] == "ENOENT"
+
+
+@rule("gm.prefault.order.enoent", "gm.prefault.order.efault")
+def test_pre_fault_order(gm_slots: GuestMemfdSlots, gm_vcpu: Vcpu) -> None:
+    """EFAULT, then EINVAL of flags, size and alignment, then ENOENT where no slot is."""
+    edge, base = Edge(), gm_slots.good["guest_phys_addr"]
+    bad = ({"flags": 1}, {"size": 0}, {"size": 1}, {"gpa": base + 1}, {"size": TOP - PAGE})
+    for there in (False, True):
+        with gm_slots.held() if there else nullcontext():
+            for changes in (*bad, {}):
+                good = "ok" if there else "ENOENT"
+                expected = "EINVAL" if changes else good
+                struct = {"gpa": base, "size": PAGE, **changes}
+                assert pre_fault(gm_vcpu, **struct)[0] == expected, (there, changes)
+                cut = edge.put(gm.ffi.new("struct kvm_pre_fault_memory *", struct), 63)
+                said = errno_of(gm_vcpu.ioctl_errno(gm.KVM_PRE_FAULT_MEMORY, cut))
+                assert said == "EFAULT", (there, changes)
+    edge.close()
 
 
 @rule("gm.prefault.pointer")
