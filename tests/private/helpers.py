@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno as _errno
 import faulthandler
+import itertools
 import os
 import pickle
 import signal
@@ -536,12 +537,24 @@ def in_cgroup() -> Iterator[Path]:
 ROUNDS = 12
 
 
-def rounds(most: int, seconds: float = 4, least: int = ROUNDS) -> Iterator[int]:
-    """0, 1, … below `most`, or until time is up and `least` rounds are over."""
-    end = time.monotonic() + seconds
-    for turn in range(most):
-        if turn >= least and time.monotonic() > end:
-            return
+#: How long a race goes on, in seconds, for what has to be seen of it.
+PATIENCE = 60
+
+
+def rounds(
+    most: int, seconds: float = 4, least: int = ROUNDS, until: Callable[[], object] = lambda: True
+) -> Iterator[int]:
+    """0, 1, … below `most`, or until time is up and `least` rounds are over.
+
+    And as many more as it takes for `until` to say that the race has been one: not for ever.
+    """
+    start = time.monotonic()
+    for turn in itertools.count():
+        late = time.monotonic() - start
+        if turn >= most or (turn >= least and late > seconds):
+            if until():
+                return
+            assert late < PATIENCE, f"not met in {turn} rounds"
         yield turn
 
 
