@@ -38,7 +38,8 @@ from .helpers import (
     vms_alive,
     within_cpu_time,
 )
-from .rigs import Rig, make_rig, rig
+from .looks import huge_pages, need_large_pages
+from .rigs import LARGE, Rig, make_rig, only, rig
 
 __all__ = ["make_rig", "rig"]
 
@@ -299,22 +300,54 @@ def test_converting_with_failing_allocations(rig: Rig) -> None:
 
 
 @rule("fail.injected.punch")
-@pytest.mark.spoiled_by("notified-in-bytes")
+@pytest.mark.spoiled_by("notified-in-bytes", "pages-not-zeroed", "split-loses-pages")
+@only("restrictedmem")
 def test_punching_with_failing_allocations(rig: Rig) -> None:
-    """A hole is made, or it is ENOMEM; pages outside of it stay."""
-    slot, answers = _filled(rig), []
+    """A hole in a large page is made, or it is ENOMEM; pages outside of it stay."""
+    with huge_pages():
+        memory, at = rig.large_memory(LARGE)
+        slot = rig.bind(GPA, LARGE, rig.file(LARGE), memory=memory, memory_offset=at)
 
-    def undo(said: str) -> None:
-        answers.append(said)
-        if said == "ok":
-            assert rig.guest.load(GPA + 8 * PAGE, 1) == 0
-        assert rig.guest.load(GPA + 7 * PAGE, 1) == 0x22
-        assert rig.guest.load(GPA + 16 * PAGE, 1) == 0x22
-        rig.guest.fill(GPA + 8 * PAGE, 0x22, 8 * PAGE)
+        def fill() -> None:
+            rig.guest.fill(GPA, 0x22, LARGE)
+            need_large_pages(rig.vm)
 
-    injected = each_failing(lambda: slot.punch_hole(GPA + 8 * PAGE, 8 * PAGE), undo)
+        def undo(said: str) -> None:
+            if said == "ok":
+                assert rig.guest.span(GPA + 8 * PAGE, 0, LARGE - 8 * PAGE) == 8 * PAGE
+            assert rig.guest.span(GPA, 0x22, 8 * PAGE) == 8 * PAGE
+            rest = LARGE - 16 * PAGE
+            assert rig.guest.span(GPA + 16 * PAGE, 0x22, rest) == rest
+            slot.punch_hole(GPA, LARGE)  # what is split stays so
+            fill()
+
+        fill()
+        # To split it takes memory: this is a hole that does.
+        answers = each_failing(lambda: slot.punch_hole(GPA + 8 * PAGE, 8 * PAGE), undo)
+    assert answers, "no allocation was made to fail"
     assert set(answers) <= {"ok", "ENOMEM"}
-    assert len(answers) == len(injected) + 1
+    works_beside(rig, slot)
+
+
+@rule("fail.punch.without-memory")
+@pytest.mark.spoiled_by("notified-in-bytes", "pages-not-zeroed")
+def test_punching_without_memory(rig: Rig) -> None:
+    """A hole in small pages takes no allocation: memory can be given back when there is none."""
+    slot, said = _filled(rig), []
+
+    def punch() -> None:
+        slot.punch_hole(GPA + 8 * PAGE, 8 * PAGE)
+
+    assert each_failing(punch, said.append) == []
+    assert said == ["ok"]
+    rig.guest.fill(GPA + 8 * PAGE, 0x22, 8 * PAGE)
+    with failing_allocations():
+        said = [answer(punch), answer(lambda: slot.allocate(GPA + MIB, 8 * PAGE))]
+    assert said == ["ok", "ENOMEM"]
+    assert rig.guest.span(GPA, 0x22, MIB) == 8 * PAGE
+    assert rig.guest.span(GPA + 8 * PAGE, 0, MIB) == 8 * PAGE
+    rest = MIB - 16 * PAGE
+    assert rig.guest.span(GPA + 16 * PAGE, 0x22, rest) == rest
     works_beside(rig, slot)
 
 
