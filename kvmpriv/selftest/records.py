@@ -149,38 +149,26 @@ class Run(NamedTuple):
     @classmethod
     def from_json(cls, document: Any) -> Run:
         """The run that a document was made from; ValueError says what is wrong with it."""
+        from .schema import check
+
         if not isinstance(document, dict) or "schema_version" not in document:
             raise ValueError("no document of `kvmpriv selftest --json`: no schema_version")
-        if document["schema_version"] != SCHEMA_VERSION:
-            raise ValueError(
-                f"schema version {document['schema_version']!r}; this kvmpriv reads "
-                f"{SCHEMA_VERSION}"
-            )
+        version = document["schema_version"]
+        if type(version) is not int or version != SCHEMA_VERSION:
+            raise ValueError(f"schema version {version!r}; this kvmpriv reads {SCHEMA_VERSION}")
         try:
-            host = {name: document["host"][name] for name in ("release", "machine", "verdict")}
-            results = tuple(
-                Result(
-                    test["test"], tuple(test["rules"]), test["about"], test["result"],
-                    test["message"], test["detail"], float(test["seconds"]),
-                )
-                for test in document["tests"]
-            )  # fmt: skip
-            run = cls(
-                {**document["host"], **host},
-                document["selection"],
-                int(document["planned"]),
-                results,
-                float(document["seconds"]),
-                document["stopped"],
-            )
-        except KeyError as error:
-            raise ValueError(f"no document of `kvmpriv selftest --json`: no {error}") from None
-        except (TypeError, ValueError) as error:
+            check(document)
+        except ValueError as error:
             raise ValueError(f"no document of `kvmpriv selftest --json`: {error}") from None
-        for result in results:
-            if result.result not in _RESULTS:
-                raise ValueError(f"{result.test!r} has ended in an unknown way: {result.result!r}")
-        return run
+        results = (Result(**{**test, "rules": tuple(test["rules"])}) for test in document["tests"])
+        return cls(
+            document["host"],
+            document["selection"],
+            document["planned"],
+            tuple(results),
+            document["seconds"],
+            document["stopped"],
+        )
 
 
 def _rule(name: str, results: list[Result]) -> Rule:

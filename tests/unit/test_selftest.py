@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,50 @@ def test_the_schema_refuses() -> None:
         change(bad)
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(bad, SCHEMA, cls=jsonschema.Draft202012Validator)
+
+
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Where something stands in a document: what holds it, its name or number there."""
+    if isinstance(value, (dict, list)):
+        for key in list(value) if isinstance(value, dict) else range(len(value)):
+            yield value, key
+            yield from places(value[key])
+
+
+def test_what_is_compared_is_what_the_schema_accepts() -> None:
+    """Each value in turn made another, left out, doubled, joined: the two agree, whatever it is."""
+    found = document(made(("a.b c.d", PASSED), ("a.b", SKIPPED)))
+    found["host"]["abis"], found["selection"]["rules"] = ["v9"], ["a.*"]
+    validator = jsonschema.Draft202012Validator(SCHEMA)
+    accepted = refused = 0
+
+    def agree() -> None:
+        nonlocal accepted, refused
+        if validator.is_valid(found):
+            Run.from_json(found)
+            accepted += 1
+        else:
+            with pytest.raises(ValueError, match=r"^(no document of|schema version) "):
+                Run.from_json(found)
+            refused += 1
+
+    for holder, key in list(places(found)):
+        before = copy.copy(holder)
+        for other in (None, True, 5, 0, -1, 0.5, "", "x", "a.b", [], ["v9"], [1, "a"], [["a"]], {}):
+            holder[key] = other
+            agree()
+        holder[key] = before[key]
+        if isinstance(holder, dict):
+            del holder[key]
+            agree()
+            holder.update(**before, more=5)
+        else:
+            holder.append(before[key])
+        agree()
+        holder.clear()
+        holder.update(before) if isinstance(before, dict) else holder.extend(before)
+    assert accepted > 100
+    assert refused > 500
 
 
 # -- KTAP ------------------------------------------------------------------------------------------
@@ -273,13 +318,21 @@ def test_compare_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         (b"[1]", "no schema_version"),
         (b'{"schema_version": 2}', "schema version 2; this kvmpriv reads 1"),
         (b'{"schema_version": 1}', "no 'host'"),
-        (lambda d: d.update(host=[]), "list"),
+        (b'{"schema_version": true}', "schema version True; this kvmpriv reads 1"),
+        (lambda d: d.update(host=[]), "host is [], not of type object"),
+        (lambda d: d["host"].pop("kvmpriv"), "no 'kvmpriv' in host"),
         (lambda d: d.pop("tests"), "no 'tests'"),
-        (lambda d: d.update(tests=[None]), "NoneType"),
-        (lambda d: d.update(planned="many"), "many"),
-        (lambda d: d["tests"][0].pop("message"), "no 'message'"),
-        (lambda d: d["tests"][0].update(result="odd"), "ended in an unknown way: 'odd'"),
-        (lambda d: d["tests"][0].update(rules=3), "int"),
+        (lambda d: d.update(tests=[None]), "tests[0] is null, not of type object"),
+        (lambda d: d.update(planned="many"), 'planned is "many", not of type integer'),
+        (lambda d: d.update(planned=math.inf), "planned is Infinity, not of type integer"),
+        (lambda d: d.update(seconds=math.inf), "seconds is Infinity, not finite"),
+        (lambda d: d.update(seconds=math.nan), "seconds is NaN, not finite"),
+        (lambda d: d.update(seconds=10**400), "not finite"),
+        (lambda d: d.update(stopped=["x" * 1000]), '["xxx'),
+        (lambda d: d["tests"][0].pop("message"), "no 'message' in tests[0]"),
+        (lambda d: d["tests"][0].update(result="odd"), 'tests[0].result is "odd", not "failed" or'),
+        (lambda d: d["tests"][0].update(rules="gm.x"), '"gm.x", not of type array'),
+        (lambda d: d["tests"][0].update(rules=["a.b", ["a"]]), 'tests[0].rules[1] is ["a"], not'),
     ],
 )
 def test_compare_what_is_no_document(
