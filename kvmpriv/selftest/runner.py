@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from .records import CRASHED, TIMEOUT, Planned, Result
+from .records import CRASHED, KNOWN_DEFECT, PASSED, SKIPPED, TIMEOUT, Planned, Result
 
 __all__ = ["BadSelection", "CannotRun", "Plan", "run", "suite"]
 
@@ -28,8 +28,9 @@ BETWEEN = 600.0
 _DYING = 5.0
 #: How much of its error output is kept of a process that died.
 _TAIL = 8192
-#: pytest's exit status for arguments that it can't use.
-_PYTEST_USAGE = 4
+#: pytest's exit statuses after all tests (passed, some failed, none collected), for a fault of its
+#: own, and for arguments that it can't use.
+_PYTEST_ENDED, _PYTEST_INTERNAL, _PYTEST_USAGE = (0, 1, 5), 3, 4
 
 
 class CannotRun(Exception):  # noqa: N818  # it is an outcome
@@ -62,7 +63,8 @@ def run(
     """The plan, then each result as its test ends; `collect` stops after the plan.
 
     A test that ends its process has its result too, as has one that hangs in spite of its timeout
-    and is killed; the rest run in a new process.
+    and is killed; the rest run in a new process.  A result is told when the next test starts: what
+    happens to the process before that is charged to the test that ended last.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, nobody learns how a child ended
     plan: Plan | None = None
@@ -70,6 +72,7 @@ def run(
     while plan is None or ended < len(plan.tests):
         before = ended
         running: Planned | None = None
+        last: Result | None = None
         started = 0.0
         with _Process(folder, selection, ended, collect=collect) as process:
             for event in process.events():
@@ -86,6 +89,9 @@ def run(
                         return
                     continue
                 assert plan is not None, "the plan comes first"
+                if last:
+                    yield last
+                    last = None
                 if "start" in event:
                     running, started = plan.tests[ended], time.monotonic()
                     if event["start"] != running.test:
@@ -93,19 +99,29 @@ def run(
                 else:
                     planned, running = plan.tests[ended], None
                     ended += 1
-                    yield Result(*planned, **event["end"])
+                    last = Result(*planned, **event["end"])
         if plan is None and process.status == _PYTEST_USAGE:
             raise BadSelection(process.said.removeprefix("ERROR: "))
-        if running is not None:
+        result = TIMEOUT if process.killed else CRASHED
+        culprit = running or last
+        if running:
             ended += 1
-            result = TIMEOUT if process.killed else CRASHED
             seconds = time.monotonic() - started
             yield Result(*running, result, process.how, process.said, seconds)
-            if not process.gone:
-                raise CannotRun(f"{running.test} hangs in the kernel and can't be killed")
+        elif last:
+            ordinary = not process.killed and process.status in _PYTEST_ENDED
+            if plan is None or ended < len(plan.tests) or not ordinary:
+                how = f"after the test: {process.how}"
+                detail = "\n".join(filter(None, [last.detail, how, process.said]))
+                last = last._replace(detail=detail)
+                if last.result in (PASSED, SKIPPED, KNOWN_DEFECT):  # else that came first
+                    last = last._replace(result=result, message=how)
+            yield last
         elif plan is None or ended == before:
             said = f": {process.said}" if process.said else ""
             raise CannotRun(f"pytest did not come as far as the tests, {process.how}{said}")
+        if culprit and not process.gone:
+            raise CannotRun(f"{culprit.test} hangs in the kernel and can't be killed")
 
 
 class _Process:
@@ -136,7 +152,7 @@ class _Process:
         return self
 
     def _be_pytest(self, pipe: int) -> NoReturn:
-        status = 1
+        status = _PYTEST_INTERNAL
         try:
             os.setsid()
             os.close(self._pipe)  # when we go, it must not write on

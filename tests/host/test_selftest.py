@@ -238,6 +238,54 @@ def test_ktap_and_text_of_the_same(folder: Path) -> None:
     )
 
 
+ABORTED = "the process was ended by signal 6 (Aborted)"
+STATUS = "the process ended with exit status"
+HUNG = "it did not end in time and was killed"
+
+
+@pytest.mark.parametrize(
+    ("select", "after", "death", "how", "ends"),
+    [
+        ("one or no", "", "pass", "", {"one": PASSED, "no": SKIPPED}),
+        ("one or no", "one", "os.abort()", ABORTED, {"one": CRASHED, "no": SKIPPED}),
+        ("one or no", "one", "os._exit(0)", f"{STATUS} 0", {"one": CRASHED, "no": SKIPPED}),
+        ("one or no", "", "os.abort()", ABORTED, {"one": PASSED, "no": CRASHED}),
+        ("one", "", "0 / 0", f"{STATUS} 3", {"one": CRASHED}),
+        ("one", "", "time.sleep(600)", HUNG, {"one": TIMEOUT}),
+        ("one or bad", "", "os.abort()", ABORTED, {"one": PASSED, "bad": FAILED}),
+    ],
+)
+def test_death_after_a_test(
+    folder: Path, select: str, after: str, death: str, how: str, ends: dict[str, str]
+) -> None:
+    """It is charged to the test that ended last; the others, before and after, keep their own."""
+    (folder / "conftest.py").write_text(
+        f"{CONFTEST}import os, time\n"
+        "@pytest.hookimpl(trylast=True)\n"
+        "def pytest_runtest_logfinish(nodeid):\n"
+        f"    if nodeid.endswith('_{after}'): {death}\n"
+        f"def pytest_sessionfinish():\n    if not {after!r}: {death}\n"
+    )
+    (folder / "test_it.py").write_text(PASSING + "def test_bad():\n    assert False, 'its own'\n")
+    done = selftest(folder, "--json", "-k", select, between=5)
+    assert (done.returncode, done.stderr) == (1 if how else 0, "")
+    tests = json.loads(done.stdout)["tests"]
+    assert {test["test"].partition("::test_")[2]: test["result"] for test in tests} == ends
+    charged = [test for test in tests if test["result"] not in (PASSED, SKIPPED)]
+    assert len(charged) == bool(how)
+    for test in charged:
+        own = test["result"] == FAILED
+        message = "AssertionError: its own" if own else f"after the test: {how}"
+        assert test["message"].startswith(message)
+        assert f"after the test: {how}" in test["detail"]
+    if death == "os.abort()":
+        text, ktap = (selftest(folder, *form, "-k", select) for form in ((), ("--ktap",)))
+        assert text.returncode == ktap.returncode == 1
+        assert f"after the test: {how}" in text.stdout
+        assert f"after the test: {how}" in ktap.stdout
+        assert [ok for ok, _ in parse(ktap.stdout).tests.values()].count(False) == 1
+
+
 PASSING = """
 import pytest
 @pytest.mark.rule("a.one", "b.one")
