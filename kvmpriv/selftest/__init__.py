@@ -20,8 +20,12 @@ if TYPE_CHECKING:
 __all__ = ["add_arguments", "main"]
 
 _EXIT_USAGE = 2
-#: What runs the suite: module -> the distribution that has it.
-_NEEDS = {"pytest": "pytest", "pytest_timeout": "pytest-timeout"}
+#: What the suite needs beside kvmpriv: module -> the distribution that has it.
+_NEEDS = {
+    "pytest": "pytest",
+    "pytest_timeout": "pytest-timeout",
+    "hypothesis": "hypothesis",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

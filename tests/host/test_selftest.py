@@ -375,13 +375,16 @@ def test_a_suite_that_can_not_run(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("lacking", "expected"),
-    [("pytest", "needs pytest and pytest-timeout"), ("pytest_timeout", "needs pytest-timeout")],
+    [
+        (["pytest", "pytest_timeout"], "needs pytest and pytest-timeout"),
+        (["pytest_timeout"], "needs pytest-timeout"),
+        (["hypothesis"], "needs hypothesis"),
+    ],
 )
-def test_without_pytest(lacking: str, expected: str) -> None:
-    both = ["pytest", "pytest_timeout"] if lacking == "pytest" else [lacking]
+def test_without_what_runs_it(lacking: list[str], expected: str) -> None:
     code = (
         "import sys; from kvmpriv.cli import main;"
-        f"sys.modules.update(dict.fromkeys({both!r}));"
+        f"sys.modules.update(dict.fromkeys({lacking!r}));"
         "sys.exit(main(['selftest', *sys.argv[1:]]))"
     )
     for form in ("--list", "--ktap"):
