@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import kvmpriv
-from private.base import REQUIRED, kvm, missing, no_leak, open_fds, vm
+from private.base import REQUIRED, check_required, kvm, missing, no_leak, open_fds, vm
 
 __all__ = ["REQUIRED", "ROOT", "kvm", "missing", "no_leak", "open_fds", "vm"]
 
@@ -46,6 +46,10 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pip = [sys.executable, "-m", "pip", "--python", place / "bin" / "python", "install"]
     subprocess.run([*pip, "--quiet", "--no-deps", wheel], check=True)
     return place
+
+
+def pytest_configure() -> None:
+    check_required()
 
 
 def pytest_report_header() -> str:

@@ -104,7 +104,7 @@ def main(arguments: argparse.Namespace) -> int:
             return _list(folder, _selection(arguments))
         return _run(folder, arguments)
     except runner.BadSelection as error:
-        return _fail(f"{error} (--list shows what there is)", _EXIT_USAGE)
+        return _fail(str(error), _EXIT_USAGE)
     except runner.CannotRun as error:
         return _fail(str(error), COULD_NOT_RUN)
 

@@ -38,7 +38,7 @@ class CannotRun(Exception):  # noqa: N818  # it is an outcome
 
 
 class BadSelection(ValueError):  # noqa: N818
-    """Nothing is selected, or nothing can be by that; the message says why."""
+    """Nothing is selected, or what was asked for means nothing; the message says why."""
 
 
 class Plan(NamedTuple):
@@ -77,7 +77,7 @@ def run(
         with _Process(folder, selection, ended, collect=collect) as process:
             for event in process.events():
                 if "nothing" in event:
-                    raise BadSelection(event["nothing"])
+                    raise BadSelection(f"{event['nothing']} (--list shows what there is)")
                 if "plan" in event:
                     tests = tuple(
                         Planned(test["test"], tuple(test["rules"]), test["about"])

@@ -551,6 +551,21 @@ def test_list_is_the_suite() -> None:
     }
 
 
+@pytest.mark.parametrize("form", ["--list", "--ktap"])
+def test_what_can_not_be_required(form: str) -> None:
+    environment = {**os.environ, "KVMPRIV_REQUIRE": "host, guest-memfd"}
+    wrong = "KVMPRIV_REQUIRE: nothing is called 'guest-memfd'; there are: "
+    selftest = [sys.executable, "-m", "kvmpriv", "selftest", form]
+    done = subprocess.run(selftest, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"kvmpriv selftest: {wrong}")
+    for tests in ("tests/private/test_rules.py", "tests/unit/test_bench.py"):
+        plain = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests]
+        done = subprocess.run(plain, env=environment, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == pytest.ExitCode.USAGE_ERROR
+        assert done.stderr.startswith(f"ERROR: {wrong}")
+
+
 # -- as a wheel ------------------------------------------------------------------------------------
 
 

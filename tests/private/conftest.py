@@ -17,7 +17,7 @@ from kvmpriv.private import restrictedmem
 from kvmpriv.private.guest_memfd import GuestMemfd
 from kvmpriv.private.restrictedmem import RestrictedMem
 
-from .base import kvm, missing, no_leak, open_kvm, vm
+from .base import check_required, kvm, missing, no_leak, open_kvm, vm
 from .defects import DEFECTS, known_defect
 from .helpers import HOOK, PAGE, GuestMemfdSlots, RestrictedSlots, errno_of, hook
 from .looks import look_for
@@ -45,6 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "dangerous(why): runs with --dangerous, or where KVMPRIV_KERNEL names a mended kernel",
     ):
         config.addinivalue_line("markers", line)
+    check_required()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -56,7 +57,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         require_guest_memfd()
     mark = item.get_closest_marker("dangerous")
     if mark and not MENDED and not item.config.getoption("dangerous", default=False):
-        pytest.skip(f"dangerous: {mark.args[0]} (--dangerous runs it)")
+        missing("dangerous", f"{mark.args[0]} (--dangerous runs it)")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -67,7 +68,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
     for name in names:
         if why := DEFECTS[name].dangerous:
             if not pyfuncitem.config.getoption("dangerous", default=False):
-                pytest.skip(f"dangerous: known defect {name}: {why} (--dangerous runs it)")
+                missing("dangerous", f"known defect {name}: {why} (--dangerous runs it)")
             continue
         try:
             seen = look_for(name)

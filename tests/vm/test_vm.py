@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from conftest import missing
+
 if TYPE_CHECKING:
     from types import ModuleType
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-REQUIRED = os.environ.get("KVMPRIV_REQUIRE", "").split(",")
 
 
 def load_vm() -> ModuleType:
@@ -49,10 +50,8 @@ def image() -> str:
     ]
     lacking = "" if found else "no built kernel (scripts/kernel/build guest_memfd)"
     lacking = lacking or ("" if shutil.which("qemu-system-x86_64") else "no qemu-system-x86_64")
-    if lacking and "guest_memfd" in REQUIRED:
-        pytest.fail(f"KVMPRIV_REQUIRE=guest_memfd, but {lacking}", pytrace=False)
     if lacking:
-        pytest.skip(f"guest_memfd: {lacking}")
+        missing("guest_memfd", lacking)
     return str(max(found, key=lambda path: path.stat().st_mtime))
 
 
@@ -337,7 +336,7 @@ def test_kvm_is_not_taken_where_it_cannot_nest(monkeypatch: pytest.MonkeyPatch) 
         return ioctl
 
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
-        pytest.skip("host: /dev/kvm cannot be opened")
+        missing("host", "/dev/kvm cannot be opened")
     for leaf, ecx, nests in [
         (1, 1 << 5, True),  # VMX
         (0x80000001, 1 << 2, True),  # SVM

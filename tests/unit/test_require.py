@@ -1,0 +1,73 @@
+"""KVMPRIV_REQUIRE: what may be missing has a name, and only that can be required."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from private import base, conftest
+
+#: One that is not expected would end the test here, too, and as no failure.
+OUTCOMES = (pytest.skip.Exception, pytest.fail.Exception)
+TESTS = Path(__file__).resolve().parents[1]
+
+
+def test_every_name_is_known_and_used() -> None:
+    words, names = set(), set()
+    for path in TESTS.rglob("*.py"):
+        if path in (TESTS / "private/base.py", Path(__file__)):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                words.add(node.value)
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("missing"):
+                name = node.args[0]
+                if isinstance(name, ast.Constant):
+                    names.add(name.value)
+    assert len(names) > 30
+    assert names <= base.NAMES
+    assert words >= base.NAMES, "or no test can lack it"
+
+
+@pytest.mark.parametrize(
+    ("text", "unknown"),
+    [
+        ("", ""),
+        ("host, restrictedmem", ""),
+        (" private memory,,dangerous ,", ""),
+        ("guest-memfd,host", "nothing is called 'guest-memfd'; there are: KVM_CAP_"),
+        ("b c,host, a", "nothing is called 'a' or 'b c'; "),
+    ],
+)
+def test_what_can_be_required(text: str, unknown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "REQUIRED", base.names_in(text))
+    if unknown:
+        with pytest.raises(pytest.UsageError, match=f"^KVMPRIV_REQUIRE: {unknown}"):
+            base.check_required()
+        return
+    base.check_required()
+    for name in filter(None, map(str.strip, text.split(","))):
+        with pytest.raises(OUTCOMES, match=f"^KVMPRIV_REQUIRE={name}, but it is"):
+            base.missing(name, "it is so")
+
+
+def test_a_skip_nobody_could_require() -> None:
+    with pytest.raises((AssertionError, *OUTCOMES), match=r"^'bogus' is not in NAMES"):
+        base.missing("bogus", "it is so")
+
+
+def test_danger_can_be_required(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conftest, "MENDED", False)
+    item: Any = SimpleNamespace(
+        get_closest_marker=lambda _: SimpleNamespace(args=["it wedges"]),
+        config=SimpleNamespace(getoption=lambda *_, **__: False),
+    )
+    with pytest.raises(OUTCOMES, match=r"^dangerous: it wedges \(--dangerous runs it"):
+        conftest.pytest_runtest_setup(item)
+    monkeypatch.setattr(base, "REQUIRED", {"dangerous"})
+    with pytest.raises(OUTCOMES, match=r"^KVMPRIV_REQUIRE=dangerous, but it wedges"):
+        conftest.pytest_runtest_setup(item)
