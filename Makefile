@@ -39,7 +39,7 @@ check: $(SETUP)  ## lint, format, types, unit tests: under a minute
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	MYPYPATH=scripts/kernel $(BIN)/mypy --config-file= --strict scripts/vm
+	MYPYPATH=scripts/kernel:kvmpriv/selftest $(BIN)/mypy --config-file= --strict scripts/vm
 	MYPYPATH=scripts/kernel $(BIN)/mypy --config-file= --strict scripts/kernel/build
 	MYPYPATH=scripts/kernel $(BIN)/mypy --config-file= --strict scripts/kernel/calibrate
 	MYPYPATH=scripts/kernel $(BIN)/mypy --config-file= --strict scripts/kernel/mutate scripts/kernel/trial.py

@@ -152,7 +152,9 @@ def _list(folder: Path, selection: dict[str, Any]) -> int:
 def _run(folder: Path, arguments: argparse.Namespace) -> int:
     from ..probe.report import colour_wanted
     from . import report, runner
+    from .kernel_log import KernelLog
 
+    unseen = KernelLog().unseen()
     selection = _selection(arguments)
     plan: Plan | None = None
     results: list[Result] = []
@@ -171,7 +173,7 @@ def _run(folder: Path, arguments: argparse.Namespace) -> int:
                 else:
                     plan = event
                     if arguments.ktap:
-                        sys.stdout.write(report.ktap_head(plan))
+                        sys.stdout.write(report.ktap_head(plan, unseen))
                 if arguments.ktap:
                     sys.stdout.flush()
                 elif plan:
@@ -196,7 +198,7 @@ def _run(folder: Path, arguments: argparse.Namespace) -> int:
         json.dump(run.to_json(), sys.stdout, indent=2)
         sys.stdout.write("\n")
     else:
-        sys.stdout.write(report.text(run, colour=colour_wanted()))
+        sys.stdout.write(report.text(run, unseen, colour=colour_wanted()))
     sys.stdout.flush()
     if ending is None:
         return run.exit_status

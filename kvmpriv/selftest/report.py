@@ -50,10 +50,10 @@ _DIRECTIVES = {
 }
 
 
-def ktap_head(plan: Plan) -> str:
-    """The version, the plan, and what is tested."""
-    host = _host(plan.host)
-    return f"KTAP version 1\n1..{len(plan.tests)}\n# {host}\n"
+def ktap_head(plan: Plan, note: str = "") -> str:
+    """The version, the plan, what is tested, and a note on that."""
+    about = "".join(f"# {line}\n" for line in (_host(plan.host), note) if line)
+    return f"KTAP version 1\n1..{len(plan.tests)}\n{about}"
 
 
 def ktap_result(number: int, result: Result) -> str:
@@ -88,10 +88,10 @@ def _name(words: str) -> str:
 # -- a table ---------------------------------------------------------------------------------------
 
 
-def text(run: Run, *, colour: bool = False) -> str:
-    """What failed and why, rule x result, what is missing, the sums."""
+def text(run: Run, note: str = "", *, colour: bool = False) -> str:
+    """On what, with a note on that; what failed and why, rule x result, what is missing, sums."""
     paint = _painter(colour)
-    lines = [paint(_BOLD, _host(run.host)), ""]
+    lines = [paint(_BOLD, _host(run.host)), *filter(None, [note]), ""]
     for result in run.results:
         if result.result in FAILURES:
             lines.append(f"{paint(_COLOURS[result.result], result.result.upper())} {result.test}")

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import cache
-from pathlib import Path
 
 import pytest
 
@@ -16,6 +15,7 @@ from kvmpriv.cdefs import guest_memfd as gm
 from kvmpriv.private import restrictedmem
 from kvmpriv.private.guest_memfd import GuestMemfd
 from kvmpriv.private.restrictedmem import RestrictedMem
+from kvmpriv.selftest.kernel_log import TAINT, KernelLog
 
 from .base import check_required, kvm, missing, no_leak, open_kvm, vm
 from .defects import DEFECTS, known_defect
@@ -26,6 +26,8 @@ __all__ = ["kvm", "no_leak", "vm"]  # fixtures for all tests here
 
 #: The kernel that runs, by its name in scripts/kernel: known by it to be mended.
 MENDED = os.environ.get("KVMPRIV_KERNEL") in ("restrictedmem", "restrictedmem-debug")
+
+KERNEL_LOG = KernelLog()
 
 VM_TYPES = {"default": gm.KVM_X86_DEFAULT_VM, "sw_protected": gm.KVM_X86_SW_PROTECTED_VM}
 
@@ -46,6 +48,10 @@ def pytest_configure(config: pytest.Config) -> None:
     ):
         config.addinivalue_line("markers", line)
     check_required()
+
+
+def pytest_report_header() -> list[str]:
+    return [note] if (note := KERNEL_LOG.unseen()) else []
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -80,11 +86,16 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
 
 @pytest.fixture(autouse=True)
 def untainted() -> Iterator[None]:
-    """Fails the test during which the kernel had to warn: a WARN, a BUG, a sanitizer's report."""
-    taint = Path("/proc/sys/kernel/tainted")
-    before = taint.read_bytes()
+    """Fails the test during which the kernel had to warn: a WARN, a BUG, a sanitizer's report.
+
+    A taint stays, so that it tells of the first of a kind alone; the log tells of each.
+    """
+    before = TAINT.read_bytes()
+    KERNEL_LOG.mark()
     yield
-    assert taint.read_bytes() == before, "the kernel complained: see its log"
+    complaints = KERNEL_LOG.complaints()
+    assert not complaints, f"the kernel complained: {complaints[0]}"
+    assert TAINT.read_bytes() == before, "the kernel complained: see its log"
 
 
 # -- v9 ------------------------------------------------------------------------------------------

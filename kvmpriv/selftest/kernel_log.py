@@ -1,0 +1,68 @@
+"""What the kernel says of itself when something is wrong; scripts/vm loads this file alone."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+__all__ = ["TAINT", "TROUBLE", "KernelLog", "complaints"]
+
+TAINT = Path("/proc/sys/kernel/tainted")
+
+# What the kernel prints when something is wrong, at the start of a message.
+TROUBLE = re.compile(
+    r"^(?:\[ *\d+\.\d+\](?:\[ *[TC]\d+\])? )?(?:"
+    r"WARNING: |BUG: |[Kk]ernel BUG at |Oops[: ]|INFO: task .* blocked for more than|"
+    r"INFO: (?:possible|suspicious|trying to register)|rcu: INFO: .*stall|"
+    r"general protection fault|Kernel panic|KASAN: |UBSAN: |kmemleak: \d+ new suspected|"
+    r"watchdog: BUG|list_(?:add|del) corruption|refcount_t: |ODEBUG: |double fault|"
+    r"unreferenced object|Unable to handle kernel|invalid opcode: |"
+    r"BUG \S+ \(.*\): )"
+)
+
+
+def complaints(log: str) -> list[str]:
+    """The lines in which the kernel complains."""
+    return [line for line in log.splitlines() if TROUBLE.match(line)]
+
+
+class KernelLog:
+    """/dev/kmsg from a mark on, where this user may read it: Documentation/ABI/testing/dev-kmsg."""
+
+    def __init__(self, path: str = "/dev/kmsg") -> None:
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        except OSError:
+            self._fd = -1
+
+    def mark(self) -> None:
+        """What is there already was before."""
+        if self._fd >= 0:
+            os.lseek(self._fd, 0, os.SEEK_END)
+
+    def complaints(self) -> list[str]:
+        """In what the kernel has said since; what others have written there is not its word."""
+        found: list[str] = []
+        while self._fd >= 0:
+            try:
+                record = os.read(self._fd, 1 << 14).decode(errors="replace")
+            except BlockingIOError:
+                break
+            except BrokenPipeError:  # what came next is overwritten; go on with what is there
+                continue
+            prefix, _, message = record.partition(";")
+            if int(prefix.partition(",")[0]) >> 3 == 0:  # the facility
+                line, *_ = message.split("\n")  # then: of which device
+                found += complaints(line.replace(r"\x0a", "\n"))
+        return found
+
+    def unseen(self) -> str:
+        """What goes unseen, as the log can't be read and a taint stays; mostly nothing."""
+        taint = TAINT.read_text().strip()
+        if self._fd >= 0 or taint == "0":
+            return ""
+        return (
+            f"the kernel is tainted ({taint}) and /dev/kmsg can't be read: another complaint of "
+            "the same kind goes unseen"
+        )

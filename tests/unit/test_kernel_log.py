@@ -1,0 +1,107 @@
+"""The kernel's complaints, each test's own: read from a stand-in for /dev/kmsg."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from kvmpriv.selftest import kernel_log, report
+from kvmpriv.selftest.kernel_log import KernelLog
+from kvmpriv.selftest.records import Run
+from kvmpriv.selftest.runner import Plan
+from private import conftest
+
+WARNING = "WARNING: CPU: 0 PID: 63 at foo+0xa/0x10"
+Write = Callable[[str], object]
+
+
+@pytest.fixture
+def write(monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
+    """Writes a record; each read gets one, as of /dev/kmsg, which the suite's log is now."""
+    theirs, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with theirs, ours:
+        ours.setblocking(False)
+
+        def seek(fd: int, position: int, how: int) -> None:
+            assert (fd, position, how) == (ours.fileno(), 0, os.SEEK_END)
+            with suppress(BlockingIOError):
+                while ours.recv(1 << 14):
+                    pass
+
+        monkeypatch.setattr(kernel_log.os, "lseek", seek)
+        monkeypatch.setattr(conftest.KERNEL_LOG, "_fd", ours.fileno())
+        yield lambda record: theirs.send(record.encode())
+
+
+@contextmanager
+def a_test() -> Iterator[None]:
+    """A test's body, with what the suite has around each."""
+    around = conftest.untainted.__wrapped__()
+    next(around)
+    yield
+    assert next(around, "the end") == "the end"
+
+
+@pytest.mark.parametrize(
+    ("record", "told"),
+    [
+        (f"4,12,345,-;{WARNING}\n", True),
+        (f"4,12,345,-,caller=T63;{WARNING}\n SUBSYSTEM=cpu\n DEVICE=+cpu:0\n", True),
+        (r"3,12,345,-;==\x0aBUG: KASAN: slab-use-after-free in foo", True),
+        (f"12,12,345,-;{WARNING}\n", False),  # a daemon's
+        ("6,12,345,-;device\n WARNING: not a message\n", False),
+        ("6,12,345,-;traps: python3[12] general protection fault ip:1 sp:2 error:0\n", False),
+    ],
+)
+def test_a_complaint_fails_the_test_it_came_in(write: Write, record: str, told: bool) -> None:
+    """On a kernel whose taint it would not change."""
+    write(record)
+    with a_test():
+        write("6,13,346,-;all is well\n")
+    if not told:
+        with a_test():
+            write(record)
+        return
+    with pytest.raises(AssertionError, match=r"the kernel complained: (WARNING|BUG): "), a_test():
+        write(record)
+    with a_test():
+        pass
+
+
+def test_records_that_are_overwritten(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel says so once; those after them are read."""
+    read, errors = os.read, [BrokenPipeError()]
+
+    def lose(fd: int, size: int) -> bytes:
+        if errors:
+            raise errors.pop()
+        return read(fd, size)
+
+    monkeypatch.setattr(kernel_log.os, "read", lose)
+    write(f"4,12,345,-;{WARNING}\n")
+    assert conftest.KERNEL_LOG.complaints() == [WARNING]
+
+
+def test_a_log_that_can_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is said where it matters: on a kernel with a taint already."""
+    taint = tmp_path / "tainted"
+    monkeypatch.setattr(kernel_log, "TAINT", taint)
+    log = KernelLog(str(tmp_path / "none"))
+    log.mark()
+    assert log.complaints() == []
+    taint.write_text("0\n")
+    assert log.unseen() == ""
+    taint.write_text("512\n")
+    note = log.unseen()
+    assert note.startswith("the kernel is tainted (512) and /dev/kmsg can't be read: ")
+    assert KernelLog(str(taint)).unseen() == ""
+    monkeypatch.setattr(conftest, "KERNEL_LOG", log)
+    assert conftest.pytest_report_header() == [note]
+    host = dict.fromkeys(("release", "machine", "verdict", "kvmpriv"), "x")
+    assert report.text(Run(host, {}, 0, (), 0.0), note).splitlines()[1] == note
+    assert report.ktap_head(Plan((), host), note).splitlines()[3] == f"# {note}"
