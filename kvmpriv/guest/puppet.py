@@ -84,6 +84,7 @@ _WINDOW_ADDRESS = 1 << 30
 _WINDOW_SIZE = 512 * _LARGE_PAGE
 _PRESENT_WRITABLE, _LARGE = 0x3, 0x80
 _MASK = (1 << 64) - 1
+_REACH = 1 << 52  # where the addresses end that a page table can have
 _KVM_ENOSYS = 1000  # <linux/kvm_para.h>: what KVM answers to a hypercall that it does not do
 _OP_NONE: tuple[int, int] = (0, 0)
 
@@ -183,6 +184,7 @@ class PuppetCpu:
 
     def fill(self, gpa: int, byte: int, size: int) -> None:
         """Have the guest write `size` times `byte`."""
+        _byte(byte)
 
         def steps() -> _Steps[None]:
             for at, part in _parts(gpa, size, _WINDOW_SIZE - _LARGE_PAGE):
@@ -192,6 +194,7 @@ class PuppetCpu:
 
     def span(self, gpa: int, byte: int, size: int) -> int:
         """How many bytes the guest finds to be `byte` from `gpa` on: `size` when all are."""
+        _byte(byte)
 
         def steps() -> _Steps[int]:
             for at, part in _parts(gpa, size, _WINDOW_SIZE - _LARGE_PAGE):
@@ -217,6 +220,11 @@ class PuppetCpu:
 
     def touch(self, gpa: int, stride: int, count: int, byte: int | None = None) -> None:
         """Access one byte each `stride` bytes, `count` times: write `byte`, or read."""
+        if stride < 1 or count < 0:
+            raise ValueError(f"no {count} accesses can be {stride} bytes apart")
+        _reachable(gpa, max(0, count - 1) * stride + 1)
+        if byte is not None:
+            _byte(byte)
 
         def steps() -> _Steps[None]:
             per_window = max(1, (_WINDOW_SIZE - _LARGE_PAGE) // stride)
@@ -230,6 +238,8 @@ class PuppetCpu:
 
     def increment(self, gpa: int, times: int) -> int:
         """Add 1 to the 64-bit word, `times` times, by compare and swap; returns the last value."""
+        if times < 0:
+            raise ValueError(f"{times} times is no number of times")
         return self._one("increment", _seen(gpa), times, shows=(gpa, 8))
 
     def load(self, gpa: int, size: int) -> int:
@@ -249,12 +259,17 @@ class PuppetCpu:
         return self._one("in", 0, _sized(size, 4), port)
 
     def hypercall(self, number: int, *arguments: int) -> int:
-        """A hypercall of KVM's with up to four arguments; returns rax, signed."""
+        """A hypercall of KVM's with up to four arguments; returns rax, signed.
+
+        Where KVM goes on emulating the instruction for ever, as kvm_pvm does, it does not return.
+        """
         return self._hypercall(int, number, *arguments)
 
     def _hypercall(self, then: Callable[[int], _T], number: int, *arguments: int) -> _T:
-        four = (*arguments, 0, 0, 0, 0)[:4]
+        if len(arguments) > 4:
+            raise ValueError(f"a hypercall has up to 4 arguments, not {len(arguments)}")
         instruction = self._puppet.hypercall_instruction
+        four = (*arguments, 0, 0, 0, 0)[:4]
         return self._ask(lambda rax: then(rax - (rax >> 63 << 64)), instruction, number, *four)
 
     def cpuid(self, leaf: int, index: int = 0) -> tuple[int, int, int, int]:
@@ -326,6 +341,7 @@ class PuppetCpu:
         shows: tuple[int, int] = _OP_NONE,
     ) -> _T:
         """One step; `then` makes of its result what the command returns."""
+        _reachable(*shows)
 
         def steps() -> _Steps[_T]:
             return then((yield name, arguments, shows))
@@ -333,6 +349,8 @@ class PuppetCpu:
         return self._do(steps())
 
     def _do(self, steps: _Steps[_T]) -> _T:
+        if self.vcpu.closed:
+            raise ValueError("the puppet is closed")
         if self._under_way is not None:
             raise RuntimeError("a command is under way: resume() or reset() first")
         return self._drive(steps, None)
@@ -345,7 +363,6 @@ class PuppetCpu:
                 step = next(steps) if result is None else steps.send(result)
             except StopIteration as end:
                 return end.value  # type: ignore[no-any-return]
-            self._under_way = steps
             name, arguments, (gpa, size) = step
             mailbox[_COMMAND] = _COMMANDS[name]
             for at, argument in enumerate(arguments, _ARGUMENTS):
@@ -354,6 +371,7 @@ class PuppetCpu:
                 window = gpa & -_LARGE_PAGE
                 mailbox[_WINDOW] = window
                 mailbox[_PAGES] = (gpa + size - window + _LARGE_PAGE - 1) // _LARGE_PAGE
+            self._under_way = steps
             self._enter()
             result = mailbox[_RESULT]
 
@@ -427,8 +445,10 @@ class Puppet(PuppetCpu):
         abi: PrivateAbi | None = None,
         implicit: bool = False,
     ) -> None:
-        if home % HOME_SIZE or not 0 <= home < 1 << 52:
+        if home % HOME_SIZE or not 0 <= home < _REACH:
             raise ValueError(f"home {home:#x} is not a multiple of {HOME_SIZE:#x} below 2^52")
+        if hypercall_instruction not in (None, "vmcall", "vmmcall"):
+            raise ValueError(f"a hypercall is vmcall or vmmcall, not {hypercall_instruction!r}")
         if not 1 <= cpus <= CPUS_MAX:
             raise ValueError(f"a puppet has 1 to {CPUS_MAX} vCPUs, not {cpus}")
         self.home = home
@@ -502,6 +522,16 @@ def _sized(size: int, most: int) -> int:
     return size
 
 
+def _byte(value: int) -> None:
+    if not 0 <= value <= 0xFF:
+        raise ValueError(f"{value} is not a byte")
+
+
+def _reachable(gpa: int, size: int) -> None:
+    if gpa < 0 or size < 0 or gpa + size > _REACH:
+        raise ValueError(f"{size:#x} bytes at {gpa:#x} are no guest physical range")
+
+
 def _seen(gpa: int) -> int:
     """Where in the window a guest physical address is, the window beginning in its 2 MiB."""
     return _WINDOW_ADDRESS + gpa % _LARGE_PAGE
@@ -509,7 +539,6 @@ def _seen(gpa: int) -> int:
 
 def _parts(gpa: int, size: int, most: int) -> Generator[tuple[int, int], None, None]:
     """Split a range into pieces of at most `most` bytes: (guest physical address, size)."""
-    if gpa < 0 or size < 0 or gpa + size > 1 << 52:
-        raise ValueError(f"{size:#x} bytes at {gpa:#x} are no guest physical range")
+    _reachable(gpa, size)
     for at in range(gpa, gpa + size, most):
         yield at, min(most, gpa + size - at)

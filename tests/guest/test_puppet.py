@@ -178,6 +178,8 @@ def test_bad_arguments(vm: Vm) -> None:
     for cpus in (0, 16):
         with pytest.raises(ValueError, match=f"a puppet has 1 to 15 vCPUs, not {cpus}"):
             Puppet(vm, cpus=cpus)
+    with pytest.raises(ValueError, match="a hypercall is vmcall or vmmcall, not 'int3'"):
+        Puppet(vm, hypercall_instruction="int3")
     assert vm.slots == {}
     with HostMemory(4096) as memory:
         vm.map(memory, HOME)
@@ -187,6 +189,63 @@ def test_bad_arguments(vm: Vm) -> None:
         for gpa, size in ((-1, 1), (1 << 52, 1), ((1 << 52) - 1, 2)):
             with pytest.raises(ValueError, match="are no guest physical range"):
                 guest.read(gpa, size)
+
+
+@pytest.mark.parametrize("gpa", [-4096, 1 << 52, (1 << 52) - 7, (1 << 60) + GPA, 1 << 64])
+def test_nothing_is_done_out_of_reach(guest: Puppet, memory: HostMemory, gpa: int) -> None:
+    """An address that no page table can have is not another one, and the puppet goes on."""
+    commands = (
+        lambda at: guest.load(at, 8),
+        lambda at: guest.store(at, 8, 0x4242424242424242),
+        lambda at: guest.increment(at, 1),
+        lambda at: guest.touch(at - 4096, 4096, 2, 0x42),
+        lambda at: guest.read(at, 8),
+        lambda at: guest.write(at, b"B" * 8),
+        lambda at: guest.fill(at, 0x42, 8),
+        lambda at: guest.span(at, 0x42, 8),
+        lambda at: guest.checksum(at, 8),
+    )
+    for command in commands:
+        # Beyond the last byte for the shortest of them, too.
+        with pytest.raises(ValueError, match="are no guest physical range"):
+            command(gpa + 7)
+    with pytest.raises(ValueError, match="are no guest physical range"):
+        guest.run(gpa + 7)
+    assert memory.read(0, SIZE) == bytes(SIZE)
+    for command in commands:
+        command(GPA + 4096)
+    assert memory.read(0, 1) == b"\x42", "what touch wrote"
+    assert memory.read(4096, 8) == b"\x42" * 8
+
+
+def test_numbers_that_mean_nothing(guest: Puppet, memory: HostMemory) -> None:
+    for byte in (-1, 256):
+        for command in (
+            lambda byte=byte: guest.fill(GPA, byte, 1),
+            lambda byte=byte: guest.span(GPA, byte, 1),
+            lambda byte=byte: guest.touch(GPA, 1, 1, byte),
+        ):
+            with pytest.raises(ValueError, match=f"{byte} is not a byte"):
+                command()
+    for stride, count in ((0, 1), (-1, 1), (1, -1)):
+        with pytest.raises(ValueError, match=f"no {count} accesses can be {stride} bytes apart"):
+            guest.touch(GPA, stride, count, 1)
+    with pytest.raises(ValueError, match="-1 times is no number of times"):
+        guest.increment(GPA, -1)
+    assert guest.increment(GPA, 0) == 0
+    with pytest.raises(ValueError, match="a hypercall has up to 4 arguments, not 5"):
+        guest.hypercall(1, 1, 2, 3, 4, 5)
+    assert memory.read(0, 16) == bytes(16)
+
+
+def test_after_close(vm: Vm) -> None:
+    with Puppet(vm, cpus=2) as guest:
+        cpus = guest.cpus
+    for cpu in cpus:
+        with pytest.raises(ValueError, match="the puppet is closed"):
+            cpu.rdtsc()
+        with pytest.raises(ValueError, match="vCPU is closed"):
+            cpu.reset()
 
 
 def test_what_resume_returns(guest: Puppet, memory: HostMemory) -> None:
