@@ -10,7 +10,7 @@ from .cdefs import guest_memfd, kvm, restrictedmem_v10
 from .libc import ioctl as _ioctl
 from .libc import last_errno, os_error, set_errno
 
-__all__ = ["REQUEST_NAMES", "Fd", "Struct", "Structs", "describe"]
+__all__ = ["REQUEST_NAMES", "Fd", "Struct", "Structs", "describe", "new_struct"]
 
 #: Names for messages.  Where generations use a number twice, mainline's name wins.
 REQUEST_NAMES: dict[int, str] = {
@@ -53,8 +53,30 @@ def describe(argument: Any) -> str:
     return ", ".join(shown) or "all 0"
 
 
+def new_struct(pointer: Any, values: tuple[Any, ...] | dict[str, Any]) -> Any:
+    """A struct of this pointer's type (any FFI's).  ValueError names a value that does not fit."""
+    try:
+        return _ffi.new(pointer, values)
+    except OverflowError:
+        raise _misfit(pointer, values) from None
+
+
+def _misfit(pointer: Any, values: tuple[Any, ...] | dict[str, Any]) -> ValueError:
+    struct = pointer.item
+    fields = dict(struct.fields)
+    named = values if isinstance(values, dict) else dict(zip(fields, values, strict=False))
+    for name, value in named.items():
+        try:
+            _ffi.new(pointer, {name: value})
+        except OverflowError as error:
+            if isinstance(value, tuple):
+                return _misfit(_ffi.typeof(f"{fields[name].type.cname} *"), value)
+            return ValueError(f"{struct.cname}: {name} can't be {value:#x} ({error})")
+    return ValueError(f"{struct.cname} can't have {values}")
+
+
 class Struct(NamedTuple):
-    """A struct for an ioctl, to be filled by ``fields[0] = …``, and its address."""
+    """A struct for an ioctl, and its address."""
 
     fields: Any
     address: int
@@ -63,8 +85,9 @@ class Struct(NamedTuple):
 class Structs:
     """Structs of one type that are used again: making one takes longer than filling it.
 
-    Who takes one has it alone, among threads and signal handlers too, and gives it back; one that
-    never comes back is made anew.  Padding is 0 as long as nobody sets it.
+    Who takes one has it alone, among threads and signal handlers too, filled with `values`, and
+    gives it back; one that never comes back is made anew.  Padding is 0 as long as nobody sets it.
+    ValueError as :func:`new_struct`.
     """
 
     def __init__(self, pointer: Any) -> None:
@@ -72,12 +95,16 @@ class Structs:
         self._free: list[Struct] = []
         self.give_back = self._free.append
 
-    def take(self) -> Struct:
+    def take(self, values: tuple[Any, ...]) -> Struct:
         try:
-            return self._free.pop()
+            struct = self._free.pop()
+            struct.fields[0] = values
         except IndexError:
-            fields = _ffi.new(self._pointer)
+            fields = new_struct(self._pointer, values)
             return Struct(fields, int(_ffi.cast(_UINTPTR, fields)))
+        except OverflowError:
+            raise _misfit(self._pointer, values) from None
+        return struct
 
 
 class Fd:
@@ -171,7 +198,7 @@ class Fd:
         return ValueError(f"{self._what} is closed")
 
     def __enter__(self: _Self) -> _Self:
-        if self._fd < 0:
+        if self.closed:
             raise self._closed_error()
         return self
 
@@ -184,5 +211,5 @@ class Fd:
             self.close()
 
     def __repr__(self) -> str:
-        state = "CLOSED" if self._fd < 0 else f"fd={self._fd}"
+        state = "CLOSED" if self.closed else f"fd={self._fd}"
         return f"<{type(self).__name__} {state}>"

@@ -86,13 +86,18 @@ class Slot:
         self.held = held
 
     @property
+    def deleted(self) -> bool:
+        """Whether the VM has no such slot any more, or another one by its number."""
+        return self.vm.slots.get(self.slot) is not self
+
+    @property
     def end(self) -> int:
         """The first guest physical address behind the slot."""
         return self.guest_phys_addr + self.memory_size
 
     def delete(self) -> None:
         """Take the slot away from the guest.  Nothing happens when it is gone already."""
-        if self.vm.slots.get(self.slot) is self:
+        if not self.deleted:
             try:
                 self.vm.delete_slot(self)
             except OSError as error:
@@ -103,7 +108,8 @@ class Slot:
 
     def __repr__(self) -> str:
         return (
-            f"<Slot {self.slot}: {self.guest_phys_addr:#x}…{self.end:#x}"
+            f"<Slot {self.slot}{' DELETED' if self.deleted else ''}: "
+            f"{self.guest_phys_addr:#x}…{self.end:#x}"
             f"{f' flags {self.flags:#x}' if self.flags else ''}>"
         )
 
@@ -209,9 +215,8 @@ class Vm(Fd):
         self._set_region(new, userspace_addr)
 
     def _set_region(self, slot: Slot, userspace_addr: int) -> None:
-        region = _REGIONS.take()
         where = (slot.guest_phys_addr, slot.memory_size, userspace_addr)
-        region.fields[0] = (slot.slot, slot.flags, *where)
+        region = _REGIONS.take((slot.slot, slot.flags, *where))
         self.set_region(kvm.KVM_SET_USER_MEMORY_REGION, region, slot)
         _REGIONS.give_back(region)
 
@@ -257,8 +262,7 @@ class Vm(Fd):
     def delete_slot(self, slot: Slot) -> None:
         """KVM_SET_USER_MEMORY_REGION of 0 bytes, for a slot of `slots`."""
         request, number = kvm.KVM_SET_USER_MEMORY_REGION, slot.slot
-        region = _REGIONS.take()
-        region.fields[0] = (number, 0, 0, 0, 0)
+        region = _REGIONS.take((number, 0, 0, 0, 0))
         with self.slots_lock:
             if _ioctl(self._fd, request, region.address) < 0:
                 raise self._region_error(request, region, slot)

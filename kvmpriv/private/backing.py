@@ -18,12 +18,19 @@ if TYPE_CHECKING:
     from ..memory import HostMemory
     from ..vm import Held, Vm
 
-__all__ = ["PrivateFile", "PrivateSlot", "conversions", "converted"]
+__all__ = ["PrivateFile", "PrivateSlot", "check_loff", "conversions", "converted"]
 
 #: VM -> how many conversions it has had by `convert`.
 conversions: WeakKeyDictionary[Vm, int] = WeakKeyDictionary()
 
 HOLE = libc.FALLOC_FL_PUNCH_HOLE | libc.FALLOC_FL_KEEP_SIZE
+
+
+def check_loff(*values: int) -> None:
+    """ValueError for what no loff_t can be: passed on, it would be another number."""
+    for value in values:
+        if not -(1 << 63) <= value < 1 << 63:
+            raise ValueError(f"{value:#x} is beyond any file")
 
 
 class PrivateFile(Fd):
@@ -71,7 +78,7 @@ class PrivateFile(Fd):
             super().close()
 
     def fallocate(self, mode: int, offset: int, length: int) -> None:
-        """fallocate(2): ``FALLOC_FL_*``, bytes.  OSError."""
+        """fallocate(2): ``FALLOC_FL_*``, bytes.  OSError; ValueError beyond 2^63."""
         self.fileno()
         self.fallocate_held(mode, offset, length)
 
@@ -85,6 +92,7 @@ class PrivateFile(Fd):
 
     def fallocate_held(self, mode: int, offset: int, length: int) -> None:
         """fallocate(2), for a slot that holds the file: works when its maker has closed it."""
+        check_loff(offset, length)
         if libc.fallocate(super().fileno(), mode, offset, length) != 0:
             what = f"fallocate(mode {mode:#x}, {offset:#x}, {length:#x})"
             raise libc.os_error(libc.last_errno(), what)
@@ -136,6 +144,8 @@ class PrivateSlot(Slot):
         self.file.fallocate_held(HOLE, *self._in_file(gpa, size))
 
     def _in_file(self, gpa: int, size: int) -> tuple[int, int]:
+        if self.deleted:  # and its part of the file may be another slot's
+            raise ValueError(f"{self!r} has no memory")
         if not (self.guest_phys_addr <= gpa and 0 < size <= self.end - gpa):
             raise ValueError(f"{size:#x} bytes at {gpa:#x} are not inside {self!r}")
         return self.offset + gpa - self.guest_phys_addr, size

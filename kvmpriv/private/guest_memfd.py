@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..cdefs import guest_memfd
 from ..faults import FaultLayout, register_fault_layout
-from ..fd import Structs
+from ..fd import Structs, new_struct
 from ..vm import Slot
 from ..wakeup import uninterrupted
 from .backing import PrivateFile, PrivateSlot, converted
@@ -40,6 +40,9 @@ __all__ = [
 ]
 
 _REGIONS = Structs(guest_memfd.ffi.typeof("struct kvm_userspace_memory_region2 *"))
+_CREATE = guest_memfd.ffi.typeof("struct kvm_create_guest_memfd *")
+_ATTRIBUTES = guest_memfd.ffi.typeof("struct kvm_memory_attributes *")
+_PRE_FAULT = guest_memfd.ffi.typeof("struct kvm_pre_fault_memory *")
 
 NAME = "guest_memfd"
 
@@ -76,9 +79,7 @@ class GuestMemfd(PrivateFile):
     _what = "guest_memfd file"
 
     def __init__(self, vm: Vm, size: int, flags: int = 0) -> None:
-        argument = guest_memfd.ffi.new(
-            "struct kvm_create_guest_memfd *", {"size": size, "flags": flags}
-        )
+        argument = new_struct(_CREATE, {"size": size, "flags": flags})
         self.size = size
         self.flags = flags
         with uninterrupted():
@@ -113,8 +114,7 @@ def set_user_memory_region2(
     new = Slot(vm, slot, guest_phys_addr, memory_size, flags, held)
     userspace_addr = memory.userspace_addr + memory_offset if memory else 0
     fields = (slot, flags, guest_phys_addr, memory_size, userspace_addr, guest_memfd_offset)
-    region = _REGIONS.take()
-    region.fields[0] = (*fields, fd & 0xFFFFFFFF)
+    region = _REGIONS.take((*fields, fd & 0xFFFFFFFF))
     vm.set_region(guest_memfd.KVM_SET_USER_MEMORY_REGION2, region, new)
     _REGIONS.give_back(region)
     return new
@@ -126,7 +126,7 @@ def set_memory_attributes(vm: Vm, address: int, size: int, attributes: int) -> N
     Guest physical addresses, bytes, page aligned; all or nothing.  OSError: EINVAL for a bad range
     or an attribute that this VM does not have, ENOTTY where KVM has none.
     """
-    argument = guest_memfd.ffi.new("struct kvm_memory_attributes *", (address, size, attributes, 0))
+    argument = new_struct(_ATTRIBUTES, (address, size, attributes, 0))
     vm.ioctl(guest_memfd.KVM_SET_MEMORY_ATTRIBUTES, argument)
 
 
@@ -135,7 +135,7 @@ def pre_fault_memory(vcpu: Vcpu, gpa: int, size: int) -> int:
 
     OSError: ENOENT where no slot is, EINVAL for a bad range, ENOTTY before Linux 6.11.
     """
-    argument = guest_memfd.ffi.new("struct kvm_pre_fault_memory *", {"gpa": gpa, "size": size})
+    argument = new_struct(_PRE_FAULT, {"gpa": gpa, "size": size})
     vcpu.ioctl(guest_memfd.KVM_PRE_FAULT_MEMORY, argument)
     return int(argument.size)
 
@@ -187,9 +187,8 @@ def bind(
         vm, slot, guest_phys_addr, memory_size, flags, file, offset, memory, memory_offset
     )
     fd = file.fileno()
-    region = _REGIONS.take()
     fields = (slot, flags, guest_phys_addr, memory_size, new.userspace_addr, offset, fd)
-    region.fields[0] = fields
+    region = _REGIONS.take(fields)
     vm.set_region(guest_memfd.KVM_SET_USER_MEMORY_REGION2, region, new)
     _REGIONS.give_back(region)
     return new

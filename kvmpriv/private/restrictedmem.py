@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 from .. import libc
 from ..cdefs import kvm, restrictedmem
 from ..faults import FaultLayout, register_fault_layout
-from ..fd import Structs
+from ..fd import Structs, new_struct
 from ..vm import Slot
 from ..wakeup import uninterrupted
-from .backing import PrivateFile, PrivateSlot, converted
+from .backing import PrivateFile, PrivateSlot, check_loff, converted
 
 if TYPE_CHECKING:
     from ..kvm import Kvm
@@ -41,6 +41,7 @@ __all__ = [
 ]
 
 _REGIONS = Structs(restrictedmem.ffi.typeof("struct kvm_userspace_memory_region_ext *"))
+_RANGE = kvm.ffi.typeof("struct kvm_enc_region *")
 
 NAME = "restrictedmem"
 
@@ -113,6 +114,7 @@ class RestrictedMem(PrivateFile):
 
     def ftruncate(self, size: int) -> None:
         """Set the size, once: bytes, page aligned.  OSError: EINVAL, EPERM when it has one."""
+        check_loff(size)
         os.ftruncate(self.fileno(), size)
         self.size = size
 
@@ -140,8 +142,7 @@ def set_user_memory_region_ext(
     new = Slot(vm, slot, guest_phys_addr, memory_size, flags, held)
     userspace_addr = memory.userspace_addr + memory_offset if memory else 0
     ordinary = (slot, flags, guest_phys_addr, memory_size, userspace_addr)
-    region = _REGIONS.take()
-    region.fields[0] = (ordinary, restricted_offset, fd & 0xFFFFFFFF)
+    region = _REGIONS.take((ordinary, restricted_offset, fd & 0xFFFFFFFF))
     vm.set_region(kvm.KVM_SET_USER_MEMORY_REGION, region, new)
     _REGIONS.give_back(region)
     return new
@@ -153,14 +154,12 @@ def memory_encrypt_reg_region(vm: Vm, gpa: int, size: int) -> None:
     Bytes, page aligned.  OSError: EINVAL for a bad range, ENOTTY where this VM has no private
     memory.  On a kernel that is not v9's the same request takes a host address: know your ABI.
     """
-    region = kvm.ffi.new("struct kvm_enc_region *", (gpa, size))
-    vm.ioctl(kvm.KVM_MEMORY_ENCRYPT_REG_REGION, region)
+    vm.ioctl(kvm.KVM_MEMORY_ENCRYPT_REG_REGION, new_struct(_RANGE, (gpa, size)))
 
 
 def memory_encrypt_unreg_region(vm: Vm, gpa: int, size: int) -> None:
     """KVM_MEMORY_ENCRYPT_UNREG_REGION: make a range shared, on the terms of its opposite."""
-    region = kvm.ffi.new("struct kvm_enc_region *", (gpa, size))
-    vm.ioctl(kvm.KVM_MEMORY_ENCRYPT_UNREG_REGION, region)
+    vm.ioctl(kvm.KVM_MEMORY_ENCRYPT_UNREG_REGION, new_struct(_RANGE, (gpa, size)))
 
 
 # -- the protocol: see PrivateAbi --------------------------------------------------------------
@@ -218,8 +217,7 @@ def bind(
     )
     ordinary = (slot, flags, guest_phys_addr, memory_size, new.userspace_addr)
     fd = file.fileno()
-    region = _REGIONS.take()
-    region.fields[0] = (ordinary, offset, fd)
+    region = _REGIONS.take((ordinary, offset, fd))
     vm.set_region(kvm.KVM_SET_USER_MEMORY_REGION, region, new)
     _REGIONS.give_back(region)
     return new
