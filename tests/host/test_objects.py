@@ -282,7 +282,7 @@ def test_a_deleted_slot_changes_no_file(vm: Vm) -> None:
         gone.delete()
         other = guest_memfd.bind(vm, 0, MIB, file, slot=0)
         for use in (gone.allocate, gone.punch_hole):
-            with pytest.raises(ValueError, match=r"^<Slot 0 DELETED: 0x0…0x100000 .* has no memory"):
+            with pytest.raises(ValueError, match=r"^<Slot 0 DELETED: 0x0….* has no memory"):
                 use(0, 4096)
         other.allocate(0, 4096)
     assert "CLOSED" in repr(file), "though the slot keeps its fd"

@@ -25,12 +25,27 @@ def test_the_first_example(kvm: kvmpriv.Kvm, capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().out == expected[1] + "\n"
 
 
+def test_private_memory(kvm: kvmpriv.Kvm, capsys: pytest.CaptureFixture[str]) -> None:
+    """It prints what its comment says, or says what is not here."""
+    example = compile(PYTHON[1], "README.md", "exec")
+    try:
+        kvmpriv.private.choose(kvm)
+    except OSError as lacking:
+        with pytest.raises(OSError, match=re.escape(lacking.strerror)):
+            exec(example, {"kvmpriv": kvmpriv})
+        missing("private memory", lacking.strerror)
+    exec(example, {"kvmpriv": kvmpriv})
+    expected = re.search(r"print\(.*\)  # (.*)", PYTHON[1])
+    assert expected is not None
+    assert capsys.readouterr().out == expected[1] + "\n"
+
+
 def test_declare(vm: kvmpriv.Vm) -> None:
     """A kernel without KVM_FOO says so; everything before that works."""
     with pytest.raises(OSError, match=r"KVM_FOO\(gpa=0x1000, flags=1\)") as refusal:
-        exec(compile(PYTHON[1], "README.md", "exec"), {"kvmpriv": kvmpriv, "vm": vm})
+        exec(compile(PYTHON[2], "README.md", "exec"), {"kvmpriv": kvmpriv, "vm": vm})
     assert refusal.value.errno == errno.ENOTTY
-    assert len(PYTHON) == 2
+    assert len(PYTHON) == 3
 
 
 def test_the_demos_output(kvm: kvmpriv.Kvm) -> None:

@@ -67,6 +67,7 @@ def test_the_probes_verdict(name: str, options: tuple[str, ...], verdict: str, s
 def test_guests_with_private_memory(name: str) -> None:
     """tests/guest, in a kernel that has private memory: nothing may be skipped for its lack."""
     pytest_ = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/guest")
+    pytest_ += ("tests/host/test_readme.py::test_private_memory",)
     needs = ("--env", "KVMPRIV_REQUIRE=host,private memory")
     done = vm(name, *pytest_, options=needs, timeout=450)
     assert done.returncode == 0, done.stdout + done.stderr
