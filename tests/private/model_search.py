@@ -322,7 +322,10 @@ class Machine:
             self.uses_large |= arguments["offset"] > in_memory(LARGE) - (1 << 20)
         expected = self.model.do(name, **arguments)
         self.done.append((expected, name, arguments))
-        got = self.driver.do(name, **arguments)
+        try:
+            got = self.driver.do(name, **arguments)
+        except Exception as error:  # noqa: BLE001 - whatever it is, no step raises
+            got = repr(error)
         if got != expected:
             raise MismatchError(f"{shown(name, arguments)}\n  {differ(expected, got)}")
         return got
@@ -443,12 +446,14 @@ class Machine:
 class Report:
     """What a search came to."""
 
+    #: Of the last round: what repeats a failure.
     seed: int
     steps: int = 0
     examples: int = 0
     seconds: float = 0
     failure: str = ""
-    #: The steps of the failure, shrunk, from how many, and the script made of them.
+    #: The steps of the failure, shrunk, from how many, and the script made of them.  They have
+    #: failed in a new VM, or are all that was done in the one in which it was seen.
     failed: Steps = field(default_factory=list)
     shrunk_from: int = 0
     script: Path | None = None
@@ -481,14 +486,15 @@ def search(
             break
         if number and started + report.seconds >= ends:
             break
-        failed = _round(abi, seed + number, report, model_class, shrink_seconds, ends)
+        report.seed = seed + number
+        failed, whole = _round(abi, report, model_class, shrink_seconds, ends)
         if failed:
             report.shrunk_from = len(failed)
-            report.script = write_script(artifacts, abi, failed, seed + number)
-            tell(f"{report.failure}\n  after {len(failed)} steps, {report.script}; now with fewer")
-            failed = fewest(abi, failed, model_class, shrink_tries)
-            report.failed = failed
-            report.script = write_script(artifacts, abi, failed, seed + number)
+            report.script = write_script(artifacts, abi, whole, f"{report.seed}-whole")
+            tell(f"{report.failure}\n  after {len(whole)} steps, {report.script}; now with fewer")
+            report.failed = fewest(abi, failed, model_class, shrink_tries)
+            if report.failed != whole:
+                report.script = write_script(artifacts, abi, report.failed, str(report.seed))
         number += 1
         report.seconds = time.monotonic() - started
         tell(
@@ -500,20 +506,22 @@ def search(
 
 def _round(
     abi: str,
-    seed: int,
     report: Report,
     model_class: type[Model],
     shrink_seconds: float,
     ends: float,
-) -> Steps:
-    """Some examples in one VM; the shrunk steps of one that failed."""
+) -> tuple[Steps, Steps]:
+    """Some examples in one VM; the shrunk steps of one that failed, and all that VM's steps.
+
+    After a failure each has a VM of its own: its steps fail alone, or it is not the cause.
+    """
     machine: Machine | None = None
     failed: Steps = []
     whole: Steps = []  # of the VM in which it failed first, which may have needed what was before
     known: set[str] = set()
     deadline = float("inf")
 
-    @hypothesis.seed(seed)
+    @hypothesis.seed(report.seed)
     @hypothesis.settings(
         max_examples=EXAMPLES,
         deadline=None,
@@ -531,12 +539,16 @@ def _round(
         enough = report.examples >= EXAMPLES_MIN and report.steps >= STEPS_MIN
         if enough and not whole and time.monotonic() > ends:
             return
+        if machine is not None and whole:
+            machine, used = None, machine
+            used.close()
         if machine is None:
             machine = Machine(abi, model_class)
-        else:
-            machine.begin()
-        first = len(machine.done)
+        first = 0
         try:
+            if machine.done:
+                machine.begin()
+            first = len(machine.done)
             for one in some:
                 machine.take(*one)
                 report.steps += 1
@@ -555,14 +567,14 @@ def _round(
     try:
         agree()
     except MismatchError as mismatch:
-        report.failure = f"seed {seed}: {mismatch}"
+        report.failure = f"seed {report.seed}: {mismatch}"
     except hypothesis.errors.FlakyFailure as flaky:
-        report.failure = f"seed {seed}, but not each time: {flaky.exceptions[0]}"
+        report.failure = f"seed {report.seed}, but not each time: {flaky.exceptions[0]}"
         failed = whole
     finally:
         if machine is not None:
             machine.close()
-    return failed
+    return failed, whole
 
 
 def fewest(abi: str, steps: Steps, model_class: type[Model], tries: int | None = None) -> Steps:
@@ -572,42 +584,33 @@ def fewest(abi: str, steps: Steps, model_class: type[Model], tries: int | None =
     does not come each time, would take hours.
 
     Hypothesis goes by what it has drawn, this by what was done, which may be less: to look at one
-    page is a part of looking at all.
+    page is a part of looking at all.  Each try has a new VM, so that what is left fails alone.
     """
-    machine: Machine | None = None
     deadline = time.monotonic() + FEWEST_SECONDS
-    try:
-        size = len(steps) // 2
-        while size:
-            at = len(steps) - 1 - size
-            while at > -size:
-                if tries == 0 or time.monotonic() > deadline:
-                    return steps
-                tries = None if tries is None else tries - 1
-                rest = steps[: max(at, 0)] + steps[at + size :]
-                if machine is None:
-                    machine = Machine(abi, model_class)
-                else:
-                    machine.begin()
-                if failing := machine.failing(rest):
-                    steps = failing
-                    machine, broken = None, machine
-                    broken.close()
-                at -= size
-            size //= 2
-    finally:
-        if machine is not None:
-            machine.close()
+    size = len(steps) // 2
+    while size:
+        at = len(steps) - 1 - size
+        while at > -size:
+            if tries == 0 or time.monotonic() > deadline:
+                return steps
+            tries = None if tries is None else tries - 1
+            machine = Machine(abi, model_class)
+            try:
+                steps = machine.failing(steps[: max(at, 0)] + steps[at + size :]) or steps
+            finally:
+                machine.close()
+            at -= size
+        size //= 2
     return steps
 
 
 # -- the script ------------------------------------------------------------------------------------
 
 
-def write_script(folder: Path, abi: str, steps: Steps, seed: int) -> Path:
+def write_script(folder: Path, abi: str, steps: Steps, which: str) -> Path:
     """Write steps as a script that needs kvmpriv alone; where it is."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"replay-{abi}-{seed}.py"
+    path = folder / f"replay-{abi}-{which}.py"
     driver = Path(model_driver.__file__).read_text(encoding="utf-8")
     _, _, driver = driver.partition('"""\n')  # its docstring speaks of itself
     lines = [

@@ -76,7 +76,8 @@ def test_the_kernel_does_what_the_model_says(
         tell=tell,
     )
     assert not report.failure, (
-        f"{report.failure}\nKVMPRIV_MODEL_SEED={seed} repeats it; {report.script} does alone:\n"
+        f"{report.failure}\nKVMPRIV_MODEL_SEED={report.seed} KVMPRIV_MODEL_STEPS=1 repeats it; "
+        f"{report.script} does alone:\n"
         f"{steps_of(report.script)}"
     )
     assert report.examples >= EXAMPLES_MIN
@@ -118,7 +119,7 @@ def test_a_failure_becomes_a_script(abi: str, tmp_path: Path) -> None:
     # The same steps with what the right model expects: nothing is wrong with the kernel.
     model = Model(abi, file_size=FILE_SIZE)
     right = [(model.do(name, **arguments), name, arguments) for _, name, arguments in report.failed]
-    status, said = run(write_script(tmp_path / "right", abi, right, 1))
+    status, said = run(write_script(tmp_path / "right", abi, right, "1"))
     assert status == 0, said
     assert said.count(" ok ") == len(steps)
 

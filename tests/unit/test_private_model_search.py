@@ -1,0 +1,129 @@
+"""The search for a mismatch, on kernels that are a model with a fault."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from hypothesis import strategies as st
+
+from private import model_search
+from private.model import Model
+from private.model_driver import FILE_SIZE, PAGE
+from private.model_search import SMALL, Machine, Report, Step, search
+
+ABI = "restrictedmem"
+#: Few, and short: it is not the drawing that is tried here.
+STEPS: list[Step] = [
+    ("convert", {"gpa": SMALL, "size": PAGE, "private": False, "keep": True}),
+    ("poke", {"offset": 0, "data": b"some"}),
+]
+
+
+class Kernel:
+    """What the model says, but for a step that comes after so many conversions in its life."""
+
+    name, after = "convert", 30
+    fault: Any = "odd"
+    made: ClassVar[list[Kernel]]
+
+    def __init__(self, abi: str) -> None:
+        self.model, self.conversions, self.closed = Model(abi, file_size=FILE_SIZE), 0, False
+        self.made.append(self)
+
+    def close(self) -> None:
+        self.closed = True
+
+    def do(self, name: str, **arguments: Any) -> Any:
+        outcome = self.model.do(name, **arguments)
+        if name == self.name and self.conversions >= self.after:
+            if isinstance(self.fault, Exception):
+                raise self.fault
+            outcome = self.fault
+        self.conversions += name == "convert"
+        return outcome
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> type[Kernel]:
+    class Own(Kernel):
+        made: ClassVar[list[Kernel]] = []
+
+    monkeypatch.setattr(model_search, "Driver", Own)
+    some = st.lists(st.sampled_from(STEPS), max_size=5)
+    monkeypatch.setattr(model_search, "examples", lambda abi: some)
+    return Own
+
+
+def found(folder: Path, **options: Any) -> Report:
+    """The report of a failure, which comes again in a new VM; so does what its script says."""
+    report = search(ABI, seed=1, steps=5000, artifacts=folder, shrink_tries=40, **options)
+    assert report.failure
+    assert report.script is not None
+    assert len(report.script.read_text().split("\n    expect(")) == len(report.failed) + 1
+    machine = Machine(ABI, Model)
+    assert machine.failing(report.failed) == report.failed
+    machine.close()
+    return report
+
+
+def conversions(report: Report) -> int:
+    return sum(name == "convert" for _, name, _ in report.failed)
+
+
+@pytest.mark.parametrize("shrink_seconds", [0, 2])
+@pytest.mark.parametrize(("name", "after"), [("convert", 27), ("convert", 30), ("poke", 3)])
+def test_what_is_left_of_a_failure_fails_alone(
+    kernel: type[Kernel], tmp_path: Path, name: str, after: int, shrink_seconds: float
+) -> None:
+    """In a new VM nothing counts that was done in another, whatever was seen to fail there."""
+    kernel.name, kernel.after = name, after
+    report = found(tmp_path, shrink_seconds=shrink_seconds)
+    assert conversions(report) == after + (name == "convert")
+    assert all(one.closed for one in kernel.made)
+    whole, shrunk = sorted(tmp_path.iterdir(), key=lambda path: -path.stat().st_size)
+    assert whole.stem == f"{shrunk.stem}-whole"
+    assert shrunk == report.script
+
+
+@pytest.mark.parametrize("after", [0, 8, 30])
+def test_what_the_driver_raises_leaves_a_script(
+    kernel: type[Kernel], tmp_path: Path, after: int
+) -> None:
+    kernel.after, kernel.fault = after, ValueError("which nobody expects")
+    report = found(tmp_path, shrink_seconds=0)
+    assert "got \"ValueError('which nobody expects')\"" in report.failure
+    assert conversions(report) == after + 1
+
+
+def test_the_script_of_all_steps_is_there_before_it_is_shrunk(
+    kernel: type[Kernel], tmp_path: Path
+) -> None:
+    """And it is what is left if nothing can be left out, or there is no time for that."""
+    told: list[str] = []
+    seen: list[list[Path]] = []
+
+    def tell(text: str) -> None:
+        told.append(text)
+        seen.append(list(tmp_path.iterdir()))
+
+    report = search(
+        ABI, seed=7, steps=5000, artifacts=tmp_path, shrink_seconds=0, shrink_tries=0, tell=tell
+    )
+    assert report.script == tmp_path / "replay-restrictedmem-7-whole.py"
+    assert seen == [[report.script]] * 2
+    assert str(report.script) in told[0]
+
+
+def test_the_seed_of_a_failure_is_that_of_its_round(kernel: type[Kernel], tmp_path: Path) -> None:
+    """Which alone does the same."""
+    kernel.name, kernel.after = "poke", 50
+    report = search(ABI, seed=1, steps=5000, artifacts=tmp_path, shrink_seconds=0, shrink_tries=0)
+    again = search(
+        ABI, seed=report.seed, steps=1, artifacts=tmp_path, shrink_seconds=0, shrink_tries=0
+    )
+    assert report.seed > 1, "or it shows nothing"
+    assert again.failed == report.failed
+    assert (again.seed, again.failure) == (report.seed, report.failure)
+    assert report.failure.startswith(f"seed {report.seed}")
