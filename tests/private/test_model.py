@@ -1,7 +1,8 @@
 """Steps that nobody has thought of, on the kernel and on a model of what both sides must see.
 
-KVMPRIV_MODEL_STEPS and KVMPRIV_MODEL_SECONDS bound a run, KVMPRIV_MODEL_SEED repeats one, and the
-script of a failure goes to the folder KVMPRIV_ARTIFACTS.
+KVMPRIV_MODEL_STEPS and KVMPRIV_MODEL_SECONDS bound a run, which fails if these end it before those
+are taken.  KVMPRIV_MODEL_SEED repeats one; the script of a failure goes to the folder
+KVMPRIV_ARTIFACTS.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def test_the_kernel_does_what_the_model_says(
         f"{steps_of(report.script)}"
     )
     assert report.examples >= EXAMPLES_MIN
-    assert report.steps >= STEPS_MIN
+    assert report.steps >= (_STEPS or STEPS_MIN), f"no more in {report.seconds:.0f} s"
 
 
 class ForgetsConversions(Model):

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import shutil
+import subprocess
+from contextlib import nullcontext
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
 import pytest
@@ -11,8 +17,16 @@ from hypothesis import strategies as st
 from private import model_search
 from private.model import Model
 from private.model_driver import FILE_SIZE, PAGE
-from private.model_search import SMALL, Machine, Report, Step, search
+from private.model_search import (
+    EXAMPLES_MIN,
+    SMALL,
+    Machine,
+    Report,
+    Step,
+    search,
+)
 
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 ABI = "restrictedmem"
 #: Few, and short: it is not the drawing that is tried here.
 STEPS: list[Step] = [
@@ -127,3 +141,74 @@ def test_the_seed_of_a_failure_is_that_of_its_round(kernel: type[Kernel], tmp_pa
     assert again.failed == report.failed
     assert (again.seed, again.failure) == (report.seed, report.failure)
     assert report.failure.startswith(f"seed {report.seed}")
+
+
+@pytest.fixture
+def suite(request: pytest.FixtureRequest) -> ModuleType:
+    """The test of the suite, whose marks its own conftest makes known, no plugin here."""
+    for mark in ("dangerous", "rule"):
+        request.config.addinivalue_line("markers", mark)
+    return importlib.import_module("private.test_model")
+
+
+@pytest.mark.parametrize(("wanted", "taken"), [(None, 100), (5000, 5000), (1, 1)])
+@pytest.mark.parametrize("enough", [True, False])
+def test_a_run_is_held_to_the_steps_that_were_wanted(
+    wanted: int | None,
+    taken: int,
+    enough: bool,
+    suite: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Whatever ended it: a run that took fewer is none that found nothing."""
+    report = Report(seed=1, steps=taken if enough else taken - 1, examples=EXAMPLES_MIN)
+    monkeypatch.setattr(capfd, "disabled", nullcontext)
+    monkeypatch.setattr(suite, "search", lambda *_, **__: report)
+    monkeypatch.setattr(suite, "_STEPS", wanted)
+    with nullcontext() if enough else pytest.raises(AssertionError, match="no more in 0 s"):
+        suite.test_the_kernel_does_what_the_model_says(ABI, tmp_path, capfd)
+
+
+def test_what_a_failure_says_repeats_it(
+    suite: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The seed of its round, and no time limit that may end the round before."""
+    report = Report(seed=23, failure="odd")
+    monkeypatch.setenv("KVMPRIV_MODEL_SEED", "20")
+    monkeypatch.setattr(capfd, "disabled", nullcontext)
+    monkeypatch.setattr(suite, "search", lambda *_, **__: report)
+    says = r"^odd\n *KVMPRIV_MODEL_SEED=23 KVMPRIV_MODEL_STEPS=1 repeats it"
+    with pytest.raises(AssertionError, match=says):
+        suite.test_the_kernel_does_what_the_model_says(ABI, tmp_path, capfd)
+
+
+@pytest.mark.skipif(not SCRIPTS.is_dir(), reason="scripts is not in the wheel")
+@pytest.mark.parametrize("script", ["soak", "suite"])
+@pytest.mark.parametrize(
+    ("options", "kernel"),
+    [("", ""), ("--literal", "-literal"), ("--debug --append nosmp", "-debug")],
+)
+def test_a_script_names_the_kernel_that_it_runs(
+    tmp_path: Path, script: str, options: str, kernel: str
+) -> None:
+    """What is known of v9 unmended is excused in it, and in no other."""
+    (tmp_path / "scripts").mkdir()
+    copy = shutil.copy(SCRIPTS / script, tmp_path / "scripts")
+    vm = tmp_path / "scripts/vm"
+    vm.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    vm.chmod(0o755)
+    said = subprocess.run(
+        [copy, ABI, *options.split()],
+        env={**os.environ, "ARTIFACTS": str(tmp_path / "artifacts")},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    assert f"KVMPRIV_KERNEL={ABI}{kernel}" in said
+    assert said[0] == ABI
+    assert set(options.split()) <= set(said)
