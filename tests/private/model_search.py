@@ -412,8 +412,8 @@ class Machine:
         self.unbind()
         self.do("convert", gpa=ALL, size=ALL_SIZE, private=True, keep=True)
         for number, file in enumerate(self.model.files):
-            if file.wanted and file.content.pages:
-                for gpa, size in self.areas():
+            if file.wanted:  # and if it should be empty: that is what holes are for
+                for gpa, size in self.areas()[: None if file.content.pages else 1]:
                     self.do("bind", **bind(0, (gpa, size), number, 0, None, 0, False, None))
                     self.do("read", cpu=number, gpa=gpa, size=size)
                     self.do("delete", slot=0)
@@ -424,11 +424,14 @@ class Machine:
         return [small, large] if self.uses_large else [small]
 
     def look(self) -> None:
-        """Have the guest read all that it can, and access once what it can't."""
+        """Have the guest read all that it can, and access where what it can't begins and ends."""
         for cpu, slot in enumerate(self.model.slots.values()):
             for gpa, size, stops in self._runs(slot.gpa, slot.end):
-                name = "load" if stops else "read"
-                self.do(name, cpu=cpu % 2, gpa=gpa, size=1 if stops else size)
+                if stops:
+                    for at in sorted({gpa, gpa + size - PAGE}):
+                        self.do("load", cpu=cpu % 2, gpa=at, size=1)
+                else:
+                    self.do("read", cpu=cpu % 2, gpa=gpa, size=size)
 
     def _runs(self, gpa: int, end: int) -> Iterator[tuple[int, int, bool]]:
         """Ranges in which the guest stops, or does not."""

@@ -19,8 +19,10 @@ from private.model import Model
 from private.model_driver import FILE_SIZE, PAGE
 from private.model_search import (
     EXAMPLES_MIN,
+    LAYOUTS,
     SMALL,
     Machine,
+    MismatchError,
     Report,
     Step,
     search,
@@ -141,6 +143,39 @@ def test_the_seed_of_a_failure_is_that_of_its_round(kernel: type[Kernel], tmp_pa
     assert again.failed == report.failed
     assert (again.seed, again.failure) == (report.seed, report.failure)
     assert report.failure.startswith(f"seed {report.seed}")
+
+
+@pytest.fixture
+def machine(kernel: type[Kernel]) -> Machine:
+    """One with a slot of six pages, which does as it should but for what a test changes."""
+    kernel.name = "none"
+    made = Machine(ABI, Model)
+    made.take(*LAYOUTS[1][0])
+    return made
+
+
+def its(machine: Machine) -> Model:
+    """What its kernel is made of."""
+    assert isinstance(machine.driver, Kernel)
+    return machine.driver.model
+
+
+def test_a_file_that_should_be_empty_is_read_back(machine: Machine) -> None:
+    """A hole that freed nothing, where no slot is left and nothing else in the file."""
+    machine.do("write", cpu=0, gpa=SMALL + 5 * PAGE, data=b"private")
+    machine.do("delete", slot=0)
+    its(machine).punch = lambda file, offset, size: "ok"  # type: ignore[method-assign]
+    machine.do("punch", file=0, offset=0, size=FILE_SIZE)
+    with pytest.raises(MismatchError, match=r"read.*\n.*got 70 72 69 76 61 74 65"):
+        machine.sweep()
+
+
+def test_where_the_guest_should_stop_both_ends_are_tried(machine: Machine) -> None:
+    machine.do("want", cpu=0, gpa=SMALL + PAGE, size=3 * PAGE, private=False)
+    machine.look()
+    del its(machine).wishes[SMALL // PAGE + 3]
+    with pytest.raises(MismatchError, match=r"load.*\n.*got 0"):
+        machine.look()
 
 
 @pytest.fixture
