@@ -409,6 +409,11 @@ class GuestMemfdSlots(Slots):
         return struct
 
 
+#: What a range of a guest_memfd file that another slot has is refused with, one of them by kernel:
+#: EINVAL, and EEXIST since commit 7ea987a90585.
+FILE_OVERLAP = frozenset({"EINVAL", "EEXIST"})
+
+
 class Edge:
     """A page, and behind it one that can't be read: structs that end where memory does."""
 
