@@ -108,6 +108,11 @@ class Marker:
         for number, (one, other) in enumerate(zip(*self._halves, strict=True)):
             guest.store(gpa + number, 1, one ^ other)
 
+    def is_at(self, guest: PuppetCpu, gpa: int) -> bool:
+        """Whether the guest has it there: seen a byte at a time, so that it is not put together."""
+        pairs = enumerate(zip(*self._halves, strict=True))
+        return all(guest.load(gpa + number, 1) == one ^ other for number, (one, other) in pairs)
+
     def value(self) -> bytes:
         return bytes(one ^ other for one, other in zip(*self._halves, strict=True))
 

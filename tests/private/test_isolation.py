@@ -629,12 +629,13 @@ def test_core_dump(request: pytest.FixtureRequest) -> None:
             scene.memory.write(MEMORY_OFFSET + PRIVATE + AT, host)
             shared.write(scene.guest, GPA + SHARED + AT)
             hidden.write(scene.guest, GPA + PRIVATE + AT)
+            assert hidden.is_at(scene.guest, GPA + PRIVATE + AT)
             os.write(write_end, scene.address.to_bytes(8, "little"))
             os.kill(os.getpid(), signal.SIGABRT)
 
     with tempfile.TemporaryDirectory() as name, cores_in(Path(name)):
-        status, _ = child_status(die)
-        assert os.WIFSIGNALED(status)
+        status, error = child_status(die)
+        assert os.WIFSIGNALED(status), error
         assert os.WTERMSIG(status) == signal.SIGABRT
         assert os.WCOREDUMP(status)
         (dumped,) = Path(name).iterdir()
