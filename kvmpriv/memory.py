@@ -80,10 +80,20 @@ class HostMemory:
         A mapped file loses them too.  OSError: EINVAL where they are locked, EOPNOTSUPP for a file
         that can have no holes.
         """
-        self._checked(offset, size).madvise(self._discard, offset, size)
+        self._checked(offset, size)
+        self.discard_held(offset, size)
+
+    def discard_held(self, offset: int, size: int) -> None:
+        """The same, for a slot that holds the mapping: works when its maker has closed it."""
+        self._mapped(offset, size).madvise(self._discard, offset, size)
 
     def _checked(self, offset: int = 0, size: int = 0) -> mmap.mmap:
-        if not self._open or self._mmap is None:
+        if not self._open:
+            raise ValueError("host memory is closed")
+        return self._mapped(offset, size)
+
+    def _mapped(self, offset: int, size: int) -> mmap.mmap:
+        if self._mmap is None:
             raise ValueError("host memory is closed")
         if offset < 0 or size < 0 or offset + size > self.size:
             raise ValueError(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno as _errno
 import os
 import threading
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakSet
 
 from .cdefs import kvm
 from .fd import Fd, Struct, Structs
@@ -17,7 +19,7 @@ from .wakeup import uninterrupted
 if TYPE_CHECKING:
     from .stats import StatsFd
 
-__all__ = ["Held", "Lifeline", "Slot", "Vm"]
+__all__ = ["Held", "Lifeline", "Slot", "Vm", "slots_alive"]
 
 _ffi = kvm.ffi
 _REGIONS = Structs(_ffi.typeof("struct kvm_userspace_memory_region *"))
@@ -34,6 +36,10 @@ def _without(things: tuple[Held, ...], others: tuple[Held, ...]) -> tuple[Held, 
     return tuple(thing for thing in things if thing not in others)
 
 
+#: Of all VMs: whoever frees memory looks for others that use it.
+_living: WeakSet[Lifeline] = WeakSet()
+
+
 class Lifeline:
     """Keeps what the slots use until the VM and the last of its vCPUs are closed.
 
@@ -47,6 +53,7 @@ class Lifeline:
         #: slot number -> the slot, which has been told to hold what it uses
         self.slots: dict[int, Slot] = {}
         self._users = 1
+        _living.add(self)
 
     def join(self) -> None:
         with self.lock:
@@ -56,17 +63,31 @@ class Lifeline:
         with self.lock:
             self._users -= 1
             if self._users == 0:
+                _living.discard(self)
                 for slot in self.slots.values():
                     held, slot.held = slot.held, ()
                     for thing in held:
                         thing.release()
 
 
+def slots_alive() -> Iterator[Slot]:
+    """The slots of every VM of this process, as far as they were set through an object."""
+    while True:
+        try:
+            lifelines = list(_living)
+        except RuntimeError:  # another thread has made a VM
+            continue
+        for lifeline in lifelines:
+            yield from list(lifeline.slots.values())
+        return
+
+
 class Slot:
     """A memory slot of a VM; :meth:`delete` takes it away.
 
     `slot` is KVM's number for it (address space in bits 16 to 31); `guest_phys_addr` and
-    `memory_size` in bytes; `held` what it keeps alive.
+    `memory_size` in bytes; `held` what it keeps alive; `userspace_addr` where its memory is in this
+    process, or 0.
     """
 
     def __init__(
@@ -77,6 +98,7 @@ class Slot:
         memory_size: int,
         flags: int = 0,
         held: tuple[Held, ...] = (),
+        userspace_addr: int = 0,
     ) -> None:
         self.vm = vm
         self.slot = slot
@@ -84,6 +106,7 @@ class Slot:
         self.memory_size = memory_size
         self.flags = flags
         self.held = held
+        self.userspace_addr = userspace_addr
 
     @property
     def deleted(self) -> bool:
@@ -192,8 +215,9 @@ class Vm(Fd):
             size,
             flags,
             (memory,),
+            memory.userspace_addr + offset,
         )
-        self._set_region(new, memory.userspace_addr + offset)
+        self._set_region(new)
         return new
 
     def set_user_memory_region(
@@ -211,11 +235,11 @@ class Vm(Fd):
         """
         old = self.slots.get(slot)  # one that is only changed goes on using what it has
         held = old.held if old and memory_size else ()
-        new = Slot(self, slot, guest_phys_addr, memory_size, flags, held)
-        self._set_region(new, userspace_addr)
+        new = Slot(self, slot, guest_phys_addr, memory_size, flags, held, userspace_addr)
+        self._set_region(new)
 
-    def _set_region(self, slot: Slot, userspace_addr: int) -> None:
-        where = (slot.guest_phys_addr, slot.memory_size, userspace_addr)
+    def _set_region(self, slot: Slot) -> None:
+        where = (slot.guest_phys_addr, slot.memory_size, slot.userspace_addr)
         region = _REGIONS.take((slot.slot, slot.flags, *where))
         self.set_region(kvm.KVM_SET_USER_MEMORY_REGION, region, slot)
         _REGIONS.give_back(region)

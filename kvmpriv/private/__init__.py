@@ -10,7 +10,7 @@ import errno
 from typing import TYPE_CHECKING, Any
 
 from . import guest_memfd, restrictedmem
-from .backing import PrivateFile, PrivateSlot
+from .backing import NotFreedError, PrivateFile, PrivateSlot
 
 if TYPE_CHECKING:
     from ..kvm import Kvm
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ABIS",
+    "NotFreedError",
     "PrivateAbi",
     "PrivateFile",
     "PrivateSlot",

@@ -12,24 +12,32 @@ from weakref import WeakKeyDictionary
 
 from .. import libc
 from ..fd import Fd
-from ..vm import Slot
+from ..vm import Slot, slots_alive
 
 if TYPE_CHECKING:
     from ..memory import HostMemory
     from ..vm import Held, Vm
 
-__all__ = ["PrivateFile", "PrivateSlot", "check_loff", "conversions", "converted"]
+__all__ = [
+    "NotFreedError",
+    "PrivateFile",
+    "PrivateSlot",
+    "check_loff",
+    "conversions",
+    "converted",
+]
 
 #: VM -> how many conversions it has had by `convert`.
 conversions: WeakKeyDictionary[Vm, int] = WeakKeyDictionary()
 
+_LOFF_END = 1 << 63
 HOLE = libc.FALLOC_FL_PUNCH_HOLE | libc.FALLOC_FL_KEEP_SIZE
 
 
 def check_loff(*values: int) -> None:
     """ValueError for what no loff_t can be: passed on, it would be another number."""
     for value in values:
-        if not -(1 << 63) <= value < 1 << 63:
+        if not -_LOFF_END <= value < _LOFF_END:
             raise ValueError(f"{value:#x} is beyond any file")
 
 
@@ -118,18 +126,16 @@ class PrivateSlot(Slot):
         memory: HostMemory | None,
         memory_offset: int,
     ) -> None:
-        held: tuple[Held, ...]
-        if memory is None:
-            held = (file,)
-            self.userspace_addr = 0
-        else:
+        held: tuple[Held, ...] = (file,)
+        userspace_addr = 0
+        if memory is not None:
             if not 0 <= memory_offset <= memory.size - memory_size:
                 raise ValueError(
                     f"{memory_size:#x} bytes at {memory_offset:#x} are not inside {memory!r}"
                 )
             held = (memory, file)
-            self.userspace_addr = memory.userspace_addr + memory_offset
-        Slot.__init__(self, vm, slot, guest_phys_addr, memory_size, flags, held)
+            userspace_addr = memory.userspace_addr + memory_offset
+        Slot.__init__(self, vm, slot, guest_phys_addr, memory_size, flags, held, userspace_addr)
         self.file = file
         self.offset = offset
         self.memory = memory
@@ -151,51 +157,77 @@ class PrivateSlot(Slot):
         return self.offset + gpa - self.guest_phys_addr, size
 
 
+class NotFreedError(OSError):
+    """A range has been converted, but not all that the guest can't reach any more was freed.
+
+    errno is fallocate(2)'s or madvise(2)'s: ENOMEM where a large page could not be split, EINVAL
+    where the shared side is locked.  To convert it once more, the same way, tries again.
+    """
+
+
 def converted(vm: Vm, gpa: int, size: int, *, private: bool, keep: bool) -> None:
     """A range has been made private, or shared; the caller holds the VM's `slots_lock`.
 
     Unless they are to be kept, frees the pages that the guest can't reach any more, as far as slots
-    made by `bind` have them.  What another slot of the VM has at another address stays.  OSError
-    from fallocate(2) or madvise(2).
+    made by `bind` have them.  What a slot of any VM has at another address stays.  NotFreedError.
     """
     conversions[vm] = conversions.get(vm, 0) + 1
     if keep:
         return
+    failure: OSError | None = None
     for slot in [one for one in vm.slots.values() if isinstance(one, PrivateSlot)]:
         start = max(gpa, slot.guest_phys_addr) - slot.guest_phys_addr
         end = min(gpa + size, slot.end) - slot.guest_phys_addr
-        if start >= end:
+        home = _home(slot, slot, private=not private)
+        if start >= end or home is None:
             continue
-        others = [one for one in vm.slots.values() if one is not slot]
-        if not private:
-            used = [range_ for other in others for range_ in _in_file(other, slot.file)]
-            for first, last in _without(used, slot.offset + start, slot.offset + end):
-                slot.file.fallocate_held(HOLE, first, last - first)
-        elif slot.memory is not None:
-            base = slot.memory_offset
-            used = [range_ for other in others for range_ in _in_memory(other, slot.memory)]
-            for first, last in _without(used, base + start, base + end):
-                slot.memory.discard(first, last - first)
+        used = list(_in_use(slot, gpa, size, private=not private))
+        for first, last in _without(used, home + start, home + end):
+            try:
+                _free(slot, first, last - first, private=not private)
+            except OSError as error:
+                failure = failure or error
+    if failure is not None:
+        what = f"{gpa:#x}…{gpa + size:#x} is {'private' if private else 'shared'} now, but"
+        raise NotFreedError(failure.errno, f"{what} not all of its old pages are freed: {failure}")
 
 
-def _in_file(slot: Slot, file: PrivateFile) -> Iterator[tuple[int, int]]:
-    if isinstance(slot, PrivateSlot) and slot.file is file:
-        yield slot.offset, slot.offset + slot.memory_size
+def _home(slot: Slot, like: PrivateSlot, *, private: bool) -> int | None:
+    """Where a slot's private side begins in the file that `like` has, or its shared side in memory.
+
+    None where it has none.
+    """
+    if private:
+        return slot.offset if isinstance(slot, PrivateSlot) and slot.file is like.file else None
+    return slot.userspace_addr or None
 
 
-def _in_memory(slot: Slot, memory: HostMemory) -> Iterator[tuple[int, int]]:
-    if not any(held is memory for held in slot.held):
-        return
-    if isinstance(slot, PrivateSlot):
-        yield slot.memory_offset, slot.memory_offset + slot.memory_size
-    else:
-        yield 0, memory.size  # it does not say which part it has
+def _in_use(slot: PrivateSlot, gpa: int, size: int, *, private: bool) -> Iterator[tuple[int, int]]:
+    """What other slots have of `slot`'s file, or of memory: but for what is converted with it."""
+    for other in slots_alive():
+        home = _home(other, slot, private=private)
+        if other is slot or home is None:
+            continue
+        first, last = home, home + other.memory_size
+        low, high = max(gpa, other.guest_phys_addr), min(gpa + size, other.end)
+        if other.vm is slot.vm and isinstance(other, PrivateSlot) and low < high:
+            yield first, home + low - other.guest_phys_addr
+            first = home + high - other.guest_phys_addr
+        yield first, last
+
+
+def _free(slot: PrivateSlot, at: int, size: int, *, private: bool) -> None:
+    if not private:
+        assert slot.memory is not None
+        slot.memory.discard_held(at - slot.memory.userspace_addr, size)
+    elif at < _LOFF_END:  # a slot may lie beyond what a file can have
+        slot.file.fallocate_held(HOLE, at, min(size, _LOFF_END - at))
 
 
 def _without(used: Iterable[tuple[int, int]], start: int, end: int) -> Iterator[tuple[int, int]]:
     """What is left of [start, end) without the ranges in `used`."""
     for first, last in sorted(used):
-        if last <= start or first >= end:
+        if last <= start or first >= end or first == last:
             continue
         if first > start:
             yield start, first

@@ -111,8 +111,8 @@ def set_user_memory_region2(
     """
     fd = file if isinstance(file, int) else file.fileno()
     held = tuple(thing for thing in (memory, file) if thing and not isinstance(thing, int))
-    new = Slot(vm, slot, guest_phys_addr, memory_size, flags, held)
     userspace_addr = memory.userspace_addr + memory_offset if memory else 0
+    new = Slot(vm, slot, guest_phys_addr, memory_size, flags, held, userspace_addr)
     fields = (slot, flags, guest_phys_addr, memory_size, userspace_addr, guest_memfd_offset)
     region = _REGIONS.take((*fields, fd & 0xFFFFFFFF))
     vm.set_region(guest_memfd.KVM_SET_USER_MEMORY_REGION2, region, new)

@@ -11,6 +11,7 @@ A VMM's loop gives its exits to :func:`serve_conversion`.
 from __future__ import annotations
 
 import errno as _errno
+import warnings
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
@@ -18,7 +19,7 @@ from weakref import WeakKeyDictionary
 from ..cdefs import kvm as k
 from ..exits import HypercallExit, MemoryFaultExit
 from ..memory import PAGE_SIZE
-from .backing import PrivateSlot, conversions
+from .backing import NotFreedError, PrivateSlot, conversions
 
 if TYPE_CHECKING:
     from ..faults import FaultLayout
@@ -82,7 +83,10 @@ class PrivateAbi(Protocol):
         """Make a range private, or shared; no slot needs to be there.
 
         All or nothing.  What the guest can't reach any more is then freed, so that no page is
-        held twice: converting there and back finds zeros.  `keep=True` frees nothing.
+        held twice: converting there and back finds zeros.  Pages that any slot of this process has
+        at another address stay, whatever that address is converted to; but not those of another
+        process's slots, nor of slots that were given the file by its number.
+        `keep=True` frees nothing.  NotFreedError (an OSError): it is converted all the same.
         """
 
     def populate(self, vcpu: Vcpu, gpa: int, size: int) -> None:
@@ -103,8 +107,10 @@ def serve_conversion(abi: PrivateAbi, vm: Vm, vcpu: Vcpu, exit_: Any) -> bool:
     a negative errno as its answer), or by an access of the other kind (KVM_EXIT_MEMORY_FAULT).  A
     guest converts no memory but that of private-capable slots: -EINVAL, and False.  False, too, for
     a fault that comes back although nobody else has converted anything: it is not the state of the
-    page that keeps it from the guest.
+    page that keeps it from the guest.  A RuntimeWarning tells of pages that could not be freed
+    (:class:`NotFreedError`): the guest has its answer, which is that memory was converted.
     """
+    not_freed: NotFreedError | None = None
     if isinstance(exit_, MemoryFaultExit):
         if not _all_private_capable(vm, exit_.gpa, exit_.size):
             return False
@@ -112,13 +118,17 @@ def serve_conversion(abi: PrivateAbi, vm: Vm, vcpu: Vcpu, exit_: Any) -> bool:
         if times > _PATIENCE:
             return False
         if not abi.ACCESS_FOLLOWS_STATE:
-            abi.convert(vm, exit_.gpa, exit_.size, private=exit_.private)
+            try:
+                abi.convert(vm, exit_.gpa, exit_.size, private=exit_.private)
+            except NotFreedError as error:
+                not_freed = error
         elif times > 1:
             # KVM (6.12, kvm_mmu_page_fault) takes an access for a shared one where it remembers
             # that there was no memory once, and says so for ever: until the page is mapped ahead.
             with suppress(OSError):
                 abi.populate(vcpu, exit_.gpa, exit_.size)
         _last_faults[vcpu] = exit_, conversions.get(vm, 0), times
+        _warn(not_freed)
         return True
     if not isinstance(exit_, HypercallExit) or exit_.nr != k.KVM_HC_MAP_GPA_RANGE:
         return False
@@ -130,10 +140,19 @@ def serve_conversion(abi: PrivateAbi, vm: Vm, vcpu: Vcpu, exit_: Any) -> bool:
         errno = 0
         try:
             abi.convert(vm, gpa, size, private=private)
+        except NotFreedError as error:
+            not_freed = error
         except OSError as error:
             errno = error.errno or _errno.EIO
     vcpu.page.hypercall.ret = -errno & 0xFFFF_FFFF_FFFF_FFFF
+    _warn(not_freed)
     return True
+
+
+def _warn(not_freed: NotFreedError | None) -> None:
+    """Last of all: who makes errors of warnings finds the exit served."""
+    if not_freed is not None:
+        warnings.warn(str(not_freed.strerror), RuntimeWarning, stacklevel=3)
 
 
 #: vCPU -> its last fault, how many conversions there had been when it was served, and how often it

@@ -139,8 +139,8 @@ def set_user_memory_region_ext(
     """
     fd = restrictedmem_file if isinstance(restrictedmem_file, int) else restrictedmem_file.fileno()
     held = (memory,) if memory else ()  # not the file: the kernel's slot counts it itself
-    new = Slot(vm, slot, guest_phys_addr, memory_size, flags, held)
     userspace_addr = memory.userspace_addr + memory_offset if memory else 0
+    new = Slot(vm, slot, guest_phys_addr, memory_size, flags, held, userspace_addr)
     ordinary = (slot, flags, guest_phys_addr, memory_size, userspace_addr)
     region = _REGIONS.take((ordinary, restricted_offset, fd & 0xFFFFFFFF))
     vm.set_region(kvm.KVM_SET_USER_MEMORY_REGION, region, new)

@@ -5,8 +5,10 @@ What the kernel itself promises is tested in tests/private.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -138,6 +140,10 @@ def test_a_slot_keeps_what_it_uses(
         guest.convert(GPA, PAGE, private=False)
         guest.write(GPA, b"after")
         assert view[MIB : MIB + 5] == b"after"
+        guest.convert(GPA, PAGE, private=True)
+        assert view[MIB : MIB + 5] == bytes(5), "its shared side, too, is the slot's to free"
+        abi.convert(vm, GPA, PAGE, private=False)
+        assert guest.read(GPA, 5) == bytes(5)
     view.release()
     with pytest.raises(ValueError, match="closed"):
         file.punch_hole(0, PAGE)
@@ -277,6 +283,94 @@ def test_what_another_slot_uses_is_not_freed(
         assert guest.span(GPA, 0, PAGE) == PAGE
         assert guest.span(GPA + PAGE, 0x44, PAGE) == PAGE
         assert guest.span(GPA + 2 * PAGE, 0, PAGE) == PAGE
+
+
+def test_what_no_other_slot_uses_is_freed(
+    abi: PrivateAbi, vm: Vm, file: PrivateFile, memory: HostMemory, guest: Puppet
+) -> None:
+    """A slot beside it in the same memory; by v9 one with the same pages, converted with it."""
+    vm.map(memory, 0, size=MIB, slot=8)
+    vm.map(memory, MIB, offset=MIB + 2 * PAGE, slot=9)
+    memory.write(0, b"\x33" * memory.size)
+    abi.convert(vm, GPA, 3 * PAGE, private=True)
+    assert memory.read(MIB, 3 * PAGE) == bytes(2 * PAGE) + b"\x33" * PAGE
+    assert memory.find(b"\0") == MIB
+    if abi is private.restrictedmem:
+        abi.bind(vm, GPA + SIZE, PAGE, file, OFFSET, slot=10)
+        guest.fill(GPA, 0x44, 2 * PAGE)
+        abi.convert(vm, GPA, SIZE + PAGE, private=False)
+        abi.convert(vm, GPA, SIZE + PAGE, private=True)
+        assert guest.span(GPA, 0, 2 * PAGE) == 2 * PAGE
+        assert guest.span(GPA + SIZE, 0, PAGE) == PAGE
+
+
+def test_what_another_vm_uses_is_not_freed(
+    kvm: Kvm, abi: PrivateAbi, vm: Vm, file: PrivateFile, memory: HostMemory, guest: Puppet
+) -> None:
+    """One memory in two VMs; by v9 one file, too.  Until the other VM and its vCPUs are gone."""
+    guest.fill(GPA, 0x44, PAGE)
+    memory.write(MIB + PAGE, b"\x33" * PAGE)
+    other = abi.create_vm(kvm)
+    with Puppet(other, abi=abi) as beside:
+        other.map(memory, MIB, offset=MIB, size=2 * PAGE)
+        if abi is private.restrictedmem:
+            abi.bind(other, 4 * GPA, PAGE, file, OFFSET)
+        other.close()
+        abi.convert(vm, GPA + PAGE, PAGE, private=True)
+        assert beside.span(MIB + PAGE, 0x33, PAGE) == PAGE
+        if abi is private.restrictedmem:
+            abi.convert(vm, GPA, PAGE, private=False)
+            assert beside.span(4 * GPA, 0x44, PAGE) == PAGE
+            abi.convert(vm, GPA, PAGE, private=True)
+            assert guest.span(GPA, 0x44, PAGE) == PAGE
+    assert memory.read(MIB + PAGE, PAGE) == b"\x33" * PAGE
+    abi.convert(vm, GPA + PAGE, PAGE, private=True)
+    assert memory.read(MIB + PAGE, PAGE) == bytes(PAGE)
+    abi.convert(vm, GPA, PAGE, private=False)
+    abi.convert(vm, GPA, PAGE, private=True)
+    assert guest.span(GPA, 0, PAGE) == PAGE
+
+
+def test_what_can_not_be_freed(
+    abi: PrivateAbi, vm: Vm, file: PrivateFile, memory: HostMemory, guest: Puppet
+) -> None:
+    """It is said, and the rest is freed; the guest is answered that its memory was converted."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    at, page = ctypes.c_void_p(memory.userspace_addr + MIB), ctypes.c_size_t(PAGE)
+
+    def refill() -> None:
+        abi.convert(vm, GPA, SIZE + PAGE, private=False, keep=True)
+        guest.write(GPA, b"shared")
+        guest.write(GPA + SIZE, b"other")
+
+    with HostMemory(PAGE) as unlocked:
+        abi.bind(vm, GPA + SIZE, PAGE, file, memory=unlocked)
+        refill()
+        assert libc.mlock(at, page) == 0
+        said = f"{GPA:#x}…{GPA + SIZE + PAGE:#x} is private now, but not all of its old pages"
+        with pytest.raises(private.NotFreedError, match=f"^.Errno 22. {said}") as kept:
+            abi.convert(vm, GPA, SIZE + PAGE, private=True)
+        assert kept.value.errno == errno.EINVAL
+        assert guest.span(GPA, 0, 6) == guest.span(GPA + SIZE, 0, 5) + 1 == 6, "private"
+        assert memory.read(MIB, 6) == b"shared"
+        assert unlocked.read(0, 5) == bytes(5)
+
+        refill()
+        with pytest.warns(RuntimeWarning, match=f"^{said}"):
+            guest.convert(GPA, SIZE + PAGE, private=True)
+        assert memory.read(MIB, 6) == b"shared"
+        assert unlocked.read(0, 5) == bytes(5)
+
+        refill()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(RuntimeWarning, match=f"^{said}"):
+                guest.convert(GPA, SIZE + PAGE, private=True)
+            assert guest.resume() is None, "the guest has its answer"
+
+        assert libc.munlock(at, page) == 0
+        abi.convert(vm, GPA, SIZE + PAGE, private=True)
+        assert memory.read(MIB, 6) == bytes(6), "said once more, it is done"
 
 
 def test_a_guest_can_not_convert_what_is_not_private_capable(guest: Puppet, vm: Vm) -> None:

@@ -229,28 +229,33 @@ class Model:
         if not keep:
             for slot in self.slots.values():
                 for at in range(max(gpa, slot.gpa), min(gpa + size, slot.end), PAGE):
-                    self._discard(slot, at, private=not private)
+                    self._discard(slot, at, pages, private=not private)
         return "ok"
 
-    def _discard(self, slot: Slot, gpa: int, *, private: bool) -> None:
-        """Free what the guest can't reach any more at this page, unless another slot has it."""
+    def _discard(self, slot: Slot, gpa: int, pages: range, *, private: bool) -> None:
+        """Free what the guest can't reach any more at this page, unless another slot has it.
+
+        Of the others, those that kvmpriv has made have it no more where they, too, are converted.
+        """
         if slot.raw:
             return
+
+        def has(one: Slot, at: int) -> bool:
+            there = one.gpa + at
+            return 0 <= at < one.size and (one.raw or there // PAGE not in pages)
+
         others = [one for one in self.slots.values() if one is not slot]
         if private:
             at = slot.in_file(gpa)
             used = any(
-                one.file is slot.file and not one.raw and 0 <= at - one.offset < one.size
+                one.file is slot.file and not one.raw and has(one, at - one.offset)
                 for one in others
             )
             if not used:
                 slot.file.content.clear(at, PAGE)
         elif slot.memory is not None:
             at = slot.in_memory(gpa)
-            used = any(
-                one.memory is not None and (one.raw or 0 <= at - one.memory < one.size)
-                for one in others
-            )
+            used = any(one.memory is not None and has(one, at - one.memory) for one in others)
             if not used:
                 self.memory.clear(at, PAGE)
 
