@@ -97,6 +97,9 @@ class Stopped:
 class Model:
     """A VM of one private memory ABI with two files, memory of the host, and vCPUs."""
 
+    #: What a kernel says to a range of a guest_memfd that another slot has: they differ.
+    file_overlap = "EINVAL"
+
     def __init__(self, abi: str, *, file_size: int, files: int = 2, cpus: int = 2) -> None:
         self.v9 = abi == "restrictedmem"
         self.file_size = file_size
@@ -214,7 +217,7 @@ class Model:
             for one in self.slots.values():
                 apart = one.offset + one.size <= offset or offset + size <= one.offset
                 if one.file is chosen and not apart:
-                    return "EINVAL"
+                    return self.file_overlap
         self.slots[slot] = new
         return "ok"
 

@@ -17,10 +17,14 @@ from typing import Any
 
 import pytest
 
+from kvmpriv import Kvm
+from kvmpriv.private import guest_memfd
+from kvmpriv.private.guest_memfd import GuestMemfd
+
 from .base import missing
 from .conftest import VM_TYPES, require_v9, takes_guest_memfd
-from .helpers import hook, rule
-from .model import Model, Outcome
+from .helpers import FILE_OVERLAP, answer, hook, rule
+from .model import PAGE, Model, Outcome
 from .model_driver import FILE_SIZE
 from .model_search import EXAMPLES_MIN, STEPS_MIN, search, write_script
 
@@ -45,12 +49,18 @@ pytestmark = [
         "guest_memfd",
     ]
 )
-def abi(request: pytest.FixtureRequest) -> Iterator[str]:
+def abi(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The name of each ABI by which a VM here has private memory."""
     if request.param == "restrictedmem":
         require_v9()
     elif takes_guest_memfd(VM_TYPES["sw_protected"]) != 1:
         missing("guest_memfd", "no VM type here has private memory")
+    else:
+        with Kvm() as kvm, guest_memfd.create_vm(kvm) as vm, GuestMemfd(vm, PAGE) as file:
+            guest_memfd.bind(vm, 0, PAGE, file)
+            said = answer(lambda: guest_memfd.bind(vm, PAGE, PAGE, file))
+        assert said in FILE_OVERLAP
+        monkeypatch.setattr(Model, "file_overlap", said)
     with hook(on=True):
         yield request.param
 
