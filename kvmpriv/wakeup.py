@@ -33,6 +33,7 @@ from contextlib import suppress
 from typing import Protocol
 
 from . import libc
+from .fd import Fd
 
 __all__ = ["KICK_SIGNAL", "prepare_thread", "uninterrupted", "unwatch", "watch"]
 
@@ -113,7 +114,10 @@ class _SignalWatch:
     """A pipe as wake-up fd and the thread that reads it."""
 
     def __init__(self) -> None:
-        self._read, self._write = os.pipe2(os.O_CLOEXEC)
+        read, self._write = os.pipe2(os.O_CLOEXEC)
+        #: Closed by whoever is last, the thread or we: it may have begun when its start is
+        #: interrupted, by a signal that came to another thread.
+        self._read = Fd(read)
         os.set_blocking(self._write, False)
         self._previous = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._serve, name="kvmpriv-signals", daemon=True)
@@ -121,11 +125,11 @@ class _SignalWatch:
             self._thread.start()
         except BaseException:
             self._restore()
-            os.close(self._read)
+            del self._thread
             raise
 
     def _serve(self) -> None:
-        while numbers := os.read(self._read, 512):
+        while numbers := os.read(self._read.fileno(), 512):
             if self._previous >= 0:
                 with suppress(OSError):  # its owner may have closed it, or not be reading
                     os.write(self._previous, numbers)
@@ -133,7 +137,6 @@ class _SignalWatch:
             # to kick for that would never end.
             if numbers.strip(bytes((KICK_SIGNAL,))):
                 _kick_all()
-        os.close(self._read)
 
     def _restore(self) -> None:
         current = signal.set_wakeup_fd(self._previous, warn_on_full_buffer=False)
@@ -151,7 +154,7 @@ class _SignalWatch:
         with suppress(ValueError):  # not the main thread: then the wake-up fd is not ours to set
             if signal.set_wakeup_fd(-1) != self._write:
                 return
-        os.close(self._read)
+        self._read.close()
         os.close(self._write)
 
 

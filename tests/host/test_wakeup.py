@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from conftest import open_fds
 from kvmpriv import HostMemory, Kvm, Vcpu, VcpuThread, wakeup
 from kvmpriv.cdefs import kvm as k
 
@@ -192,6 +193,39 @@ def test_ctrl_c_in_the_main_thread(make_guest: MakeGuest) -> None:
     start(vcpu)
     vcpu.kick()
     assert vcpu.run() == k.KVM_EXIT_INTR, "it can be run after each of them"
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("begun", [True, False], ids=["begun", "not begun"])
+def test_ctrl_c_while_the_watch_begins(
+    make_guest: MakeGuest, monkeypatch: pytest.MonkeyPatch, begun: bool
+) -> None:
+    """The pipe is closed once, by whoever is last, and the next run has a watch."""
+    _, vcpu, _ = make_guest(SPIN)
+    start_thread, before, interrupted = threading.Thread.start, open_fds(), 0
+
+    def interrupted_start(thread: threading.Thread) -> None:
+        nonlocal interrupted
+        interrupted += 1
+        if begun:
+            start_thread(thread)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", interrupted_start)
+        for turn in range(20):
+            with pytest.raises(KeyboardInterrupt):
+                vcpu.run()
+            for thread in threading.enumerate():
+                if thread.name == "kvmpriv-signals":
+                    thread.join(10)
+            assert interrupted == turn + 1
+            assert open_fds() == before
+    timer = threading.Thread(target=interrupt, args=(vcpu,))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        _run_for_ever(vcpu)
+    timer.join()
 
 
 def test_a_handler_that_raises_never_leaves_it_running(make_guest: MakeGuest) -> None:
