@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..cdefs import kvm as k
+from .x86 import EFER_LMA
 
 if TYPE_CHECKING:
     from ..memory import HostMemory
     from ..vcpu import Vcpu
-    from .boot import Exception_
+    from .exceptions import GuestException
 
 __all__ = ["GuestCrash", "GuestTimeout", "describe", "describe_exit", "report"]
 
@@ -25,7 +26,6 @@ _PAGE_FAULT = 14
 _GENERAL = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "r8", "r9", "r10", "r11", "r12",
             "r13", "r14", "r15")  # fmt: skip
 _CONTROL = ("cr0", "cr2", "cr3", "cr4", "efer")
-_EFER_LMA = 1 << 10
 
 
 class GuestCrash(Exception):  # noqa: N818  # it is the guest's error, not ours
@@ -41,7 +41,7 @@ class GuestTimeout(GuestCrash):
     """The guest was still running when its time was up."""
 
 
-def describe(exception: Exception_, vcpu: Vcpu) -> str:
+def describe(exception: GuestException, vcpu: Vcpu) -> str:
     """An exception's name and error code."""
     name = _EXCEPTIONS.get(exception.vector, "no handler for this interrupt")
     why = f"exception {exception.vector} ({name})"
@@ -62,7 +62,7 @@ def describe_exit(exit_: Any) -> str:
 
 
 def report(
-    vcpu: Vcpu, memory: HostMemory, why: str, exception: Exception_ | None = None, base: int = 0
+    vcpu: Vcpu, memory: HostMemory, why: str, exception: GuestException | None = None, base: int = 0
 ) -> str:
     """`why`, the registers, and the bytes at rip; `memory` is at guest physical `base`."""
     regs, sregs = vcpu.get_regs(), vcpu.get_sregs()
@@ -70,7 +70,7 @@ def report(
     linear = sregs.cs.base + rip
     if exception is not None:  # the handler's own are of no interest
         _, _, rip, cs, rflags, rsp = exception
-        linear = rip if sregs.efer & _EFER_LMA else cs * 16 + rip
+        linear = rip if sregs.efer & EFER_LMA else cs * 16 + rip
     values = [("rip", rip), ("rsp", rsp), ("rflags", rflags), ("cs", cs)]
     values += [(name, getattr(regs, name)) for name in _GENERAL]
     values += [(name, getattr(sregs, name)) for name in _CONTROL]

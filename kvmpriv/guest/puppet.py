@@ -43,9 +43,10 @@ from ..kvm import Kvm
 from ..libc import os_error
 from ..memory import PAGE_SIZE, HostMemory
 from ..private import serve_conversion
-from . import boot, crash
+from . import crash, exceptions, x86
 from .crash import GuestCrash
 from .ready import PUPPET
+from .x86 import LARGE_PAGE, PTE_LARGE, PTE_PRESENT_WRITABLE
 
 if TYPE_CHECKING:
     from ..private import PrivateAbi
@@ -79,10 +80,8 @@ _COMMANDS = {
     )
 }  # fmt: skip
 
-_LARGE_PAGE = 2 << 20
 _WINDOW_ADDRESS = 1 << 30
-_WINDOW_SIZE = 512 * _LARGE_PAGE
-_PRESENT_WRITABLE, _LARGE = 0x3, 0x80
+_WINDOW_SIZE = 512 * LARGE_PAGE
 _MASK = (1 << 64) - 1
 _REACH = 1 << 52  # where the addresses end that a page table can have
 _KVM_ENOSYS = 1000  # <linux/kvm_para.h>: what KVM answers to a hypercall that it does not do
@@ -125,11 +124,11 @@ class PuppetCpu:
         home = puppet.home
         words = memory.view().cast("Q")
         self._mailbox = words[(cell + _MAILBOX) // 8 : (cell + _MAILBOX) // 8 + 16]
-        words[(cell + _PML4) // 8] = home + cell + _PDPT | _PRESENT_WRITABLE
-        words[(cell + _PDPT) // 8] = home + cell + _PD | _PRESENT_WRITABLE
-        words[(cell + _PDPT) // 8 + 1] = home + cell + _WINDOW_PD | _PRESENT_WRITABLE
-        words[(cell + _PD) // 8] = home | _PRESENT_WRITABLE | _LARGE
-        boot.write_segments(memory, cell + _SEGMENTS, cell + _EXCEPTION_STACK_END)
+        words[(cell + _PML4) // 8] = home + cell + _PDPT | PTE_PRESENT_WRITABLE
+        words[(cell + _PDPT) // 8] = home + cell + _PD | PTE_PRESENT_WRITABLE
+        words[(cell + _PDPT) // 8 + 1] = home + cell + _WINDOW_PD | PTE_PRESENT_WRITABLE
+        words[(cell + _PD) // 8] = home | PTE_PRESENT_WRITABLE | PTE_LARGE
+        x86.write_segments(memory, cell + _SEGMENTS, cell + _EXCEPTION_STACK_END)
         words.release()
         self.reset()
 
@@ -145,7 +144,7 @@ class PuppetCpu:
             self._mailbox[at] = 0
         self._mailbox[_DIRECTORY] = cell + _WINDOW_PD
         self._under_way = None
-        boot.start_long_mode(
+        x86.start_long_mode(
             self.vcpu,
             cr3=self._puppet.home + cell + _PML4,
             gdt=cell + _SEGMENTS,
@@ -187,7 +186,7 @@ class PuppetCpu:
         _byte(byte)
 
         def steps() -> _Steps[None]:
-            for at, part in _parts(gpa, size, _WINDOW_SIZE - _LARGE_PAGE):
+            for at, part in _parts(gpa, size, _WINDOW_SIZE - LARGE_PAGE):
                 yield "fill", (_seen(at), byte, part), (at, part)
 
         self._do(steps())
@@ -197,7 +196,7 @@ class PuppetCpu:
         _byte(byte)
 
         def steps() -> _Steps[int]:
-            for at, part in _parts(gpa, size, _WINDOW_SIZE - _LARGE_PAGE):
+            for at, part in _parts(gpa, size, _WINDOW_SIZE - LARGE_PAGE):
                 found = yield "span", (_seen(at), byte, part), (at, part)
                 if found < part:
                     return at - gpa + found
@@ -212,7 +211,7 @@ class PuppetCpu:
 
         def steps() -> _Steps[int]:
             total = 0
-            for at, part in _parts(gpa, size, _WINDOW_SIZE - _LARGE_PAGE):
+            for at, part in _parts(gpa, size, _WINDOW_SIZE - LARGE_PAGE):
                 total += yield "checksum", (_seen(at), part), (at, part)
             return total & _MASK
 
@@ -227,7 +226,7 @@ class PuppetCpu:
             _byte(byte)
 
         def steps() -> _Steps[None]:
-            per_window = max(1, (_WINDOW_SIZE - _LARGE_PAGE) // stride)
+            per_window = max(1, (_WINDOW_SIZE - LARGE_PAGE) // stride)
             for first in range(0, count, per_window):
                 some = min(per_window, count - first)
                 at, part = gpa + first * stride, (some - 1) * stride + 1
@@ -368,9 +367,9 @@ class PuppetCpu:
             for at, argument in enumerate(arguments, _ARGUMENTS):
                 mailbox[at] = argument & _MASK
             if size:
-                window = gpa & -_LARGE_PAGE
+                window = gpa & -LARGE_PAGE
                 mailbox[_WINDOW] = window
-                mailbox[_PAGES] = (gpa + size - window + _LARGE_PAGE - 1) // _LARGE_PAGE
+                mailbox[_PAGES] = (gpa + size - window + LARGE_PAGE - 1) // LARGE_PAGE
             self._under_way = steps
             self._enter()
             result = mailbox[_RESULT]
@@ -390,7 +389,7 @@ class PuppetCpu:
                 port = page.io.port
                 if port == self.done_port:
                     return None
-                if port == boot.CRASH_PORT:
+                if port == exceptions.CRASH_PORT:
                     return self._exception()
             elif reason == k.KVM_EXIT_INTR:
                 continue
@@ -409,12 +408,12 @@ class PuppetCpu:
     def _exception(self) -> GuestCrash:
         rsp = self.vcpu.get_regs().rsp
         end = self._cell + _EXCEPTION_STACK_END
-        exception = boot.read_long_exception(self._puppet.memory, rsp, _HANDLERS, end)
+        exception = exceptions.read_long_exception(self._puppet.memory, rsp, _HANDLERS, end)
         if exception is None:
             return self._crash("the exception handlers were called with a broken stack")
         return self._crash(crash.describe(exception, self.vcpu), exception)
 
-    def _crash(self, why: str, exception: boot.Exception_ | None = None) -> GuestCrash:
+    def _crash(self, why: str, exception: exceptions.GuestException | None = None) -> GuestCrash:
         puppet = self._puppet
         return GuestCrash(why, crash.report(self.vcpu, puppet.memory, why, exception, puppet.home))
 
@@ -466,7 +465,7 @@ class Puppet(PuppetCpu):
             self.slot = vm.map(self.memory, home, slot=slot)
             stack.callback(lambda: None if vm.closed else self.slot.delete())
             self.memory.write(_CODE, PUPPET)
-            boot.write_handlers(self.memory, _IDT, _HANDLERS)
+            exceptions.write_handlers(self.memory, _IDT, _HANDLERS)
             #: Every vCPU; this object first.
             self.cpus: list[PuppetCpu] = []
             for number in range(cpus):
@@ -534,7 +533,7 @@ def _reachable(gpa: int, size: int) -> None:
 
 def _seen(gpa: int) -> int:
     """Where in the window a guest physical address is, the window beginning in its 2 MiB."""
-    return _WINDOW_ADDRESS + gpa % _LARGE_PAGE
+    return _WINDOW_ADDRESS + gpa % LARGE_PAGE
 
 
 def _parts(gpa: int, size: int, most: int) -> Generator[tuple[int, int], None, None]:

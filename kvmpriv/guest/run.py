@@ -9,8 +9,8 @@ import sys
 
 from ..kvm import Kvm
 from ..memory import PAGE_SIZE
+from .bare import EXIT_PORT, SERIAL_PORT, GuestCrash, GuestTimeout, Machine
 from .image import Image, ImageError, Mode, load_flat, load_image
-from .machine import EXIT_PORT, SERIAL_PORT, GuestCrash, GuestTimeout, Machine
 from .ready import HELLO
 
 __all__ = ["add_arguments", "main"]

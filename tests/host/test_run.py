@@ -102,7 +102,7 @@ def test_elf(tmp_path: Path) -> None:
     subprocess.run(["cc", *flags, "-Wl,-Ttext=0x40000000", "-o", program, source], check=True)
     done = run(program)
     assert done.returncode == 2
-    assert "the image wants 0x4" in done.stderr
+    assert "the image needs 0x4" in done.stderr
 
 
 def test_arguments_in_real_mode(tmp_path: Path) -> None:
@@ -189,12 +189,12 @@ def test_ctrl_c(tmp_path: Path) -> None:
         (("--memory", "1000T", "{image}"), "1000T is more than this host has"),
         (("--memory", "much", "{image}"), "'much' is not a size"),
         (("--memory", "-4096", "{image}"), "argument --memory"),
-        (("--memory", "4K", "{image}"), "do not hold the boot structures of long mode"),
-        (("--memory", "1M", "{image}"), "the image wants 0x100000…0x100001"),
+        (("--memory", "4K", "{image}"), "are too few for long mode"),
+        (("--memory", "1M", "{image}"), "the image needs 0x100000…0x100001"),
         (("--memory", "32K", "--mode", "real", "{image}"), "at least 64 KiB"),
-        (("--load", "0xfffff000", "{image}"), "the image wants 0xfffff000"),
-        (("--load", "0x800", "--mode", "real", "{image}"), "it may have 0x1000…"),
-        (("--load", "0x10000", "--mode", "real", "{image}"), "beyond real mode's first 64 KiB"),
+        (("--load", "0xfffff000", "{image}"), "the image needs 0xfffff000"),
+        (("--load", "0x800", "--mode", "real", "{image}"), "only 0x1000…"),
+        (("--load", "0x10000", "--mode", "real", "{image}"), "above real mode's first 64 KiB"),
         (("--entry", "0x200000", "{image}"), "entry 0x200000 is outside the image"),
         (("--load", "here", "{image}"), "'here' is not a number"),
         (("--timeout", "0", "{image}"), "'0' is not a number of seconds"),

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from kvmpriv import HostMemory
 from kvmpriv.guest import ImageError
-from kvmpriv.guest.linux import boot as linux_boot
-from kvmpriv.guest.linux import initrd, load_linux, plan, private_cmdline
+from kvmpriv.guest.linux import boot_protocol, initrd, load_linux, plan, private_cmdline
 from kvmpriv.guest.linux.layout import GuestAddressError, GuestMemory, Range
 
 MIB = 1 << 20
@@ -149,7 +148,7 @@ def test_a_damaged_kernel_is_refused_or_stays_where_it_may(data: st.DataObject) 
         ranges = plan(32 * MIB)
         guest = GuestMemory([(ranges[0], memory)])
         try:
-            linux_boot.load(image, guest, ranges, b"quiet", b"initrd")
+            boot_protocol.load(image, guest, ranges, b"quiet", b"initrd")
         except ImageError:
             return
         assert image.end <= 32 * MIB
@@ -163,7 +162,7 @@ def loaded() -> bytes:
     with HostMemory(3 << 30, reserve=False) as low, HostMemory(1 << 30, reserve=False) as high:
         ranges = plan(4 << 30)
         memory = GuestMemory([(ranges[0], low), (ranges[1], high)])
-        linux_boot.load(
+        boot_protocol.load(
             load_linux(bzimage()), memory, ranges, b"console=ttyS0", b"i" * 5000, rsdp=0xE0000
         )
         page = memory.read(0x7000, 4096)
@@ -215,10 +214,10 @@ def test_what_does_not_fit_is_named(
         ranges = plan(size)
         guest = GuestMemory([(ranges[0], memory)])
         if words is None:
-            linux_boot.load(load_linux(bzimage()), guest, ranges, cmdline, bytes(initrd))
+            boot_protocol.load(load_linux(bzimage()), guest, ranges, cmdline, bytes(initrd))
             return
         with pytest.raises(ImageError) as caught:
-            linux_boot.load(load_linux(bzimage()), guest, ranges, cmdline, bytes(initrd))
+            boot_protocol.load(load_linux(bzimage()), guest, ranges, cmdline, bytes(initrd))
     assert words in str(caught.value)
 
 

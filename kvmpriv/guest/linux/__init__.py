@@ -1,7 +1,7 @@
 """Linux, brought up by a script: kernels taken apart, a machine for them, and what became of it."""
 
 from . import initrd, recording
-from .image import LinuxImage, load_bzimage, load_linux, load_vmlinux
+from .kernel import LinuxImage, load_bzimage, load_linux, load_vmlinux
 from .layout import Range, plan, private_cmdline
 from .machine import EXIT_STATUSES, Cost, LinuxMachine, Outcome
 

@@ -15,13 +15,13 @@ from typing import Any
 from ...kvm import Kvm
 from ...private import ABIS, PrivateAbi, choose
 from ...trace import Recorder
+from ..bare import EXIT_PORT
 from ..image import ImageError, read_file
-from ..machine import EXIT_PORT
 from ..run import EXIT_NO_KVM, EXIT_USAGE, parse_seconds, parse_size
 from . import recording
 from .console import HELP, keyboard
 from .disk import Block, Entropy
-from .image import LinuxImage, load_linux
+from .kernel import LinuxImage, load_linux
 from .layout import plan
 from .machine import (
     CPUS_MAX,

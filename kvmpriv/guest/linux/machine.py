@@ -25,9 +25,9 @@ from ...private import serve_conversion
 from ...stats import StatsFd
 from ...vcpu import VcpuThread
 from .. import crash
+from ..bare import EXIT_PORT
 from ..image import ImageError
-from ..machine import EXIT_PORT
-from . import acpi, boot, cpuid, virtio
+from . import acpi, boot_protocol, cpuid, virtio
 from .bus import Bus
 from .io import IoThread
 from .layout import MMIO, GuestMemory, Range, private_cmdline, resident
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from ...kvm import Kvm
     from ...private import PrivateAbi
     from ...vcpu import Vcpu
-    from .image import LinuxImage
+    from .kernel import LinuxImage
     from .virtio import VirtioDevice
 
 __all__ = [
@@ -262,16 +262,16 @@ class LinuxMachine:
             self._add_devices()
             found = self._add_virtio(devices, complain, stack)
             self._make_cpus(kvm, cpus, stack)
-            boot.load(
+            boot_protocol.load(
                 image,
                 self.memory,
                 self.ranges,
                 os.fsencode(self.cmdline),
                 initrd,
-                rsdp=boot.TABLES,
+                rsdp=boot_protocol.TABLES,
             )
-            self.memory.write(boot.TABLES, acpi.tables(boot.TABLES, cpus, found))
-            boot.enter(image, self.vcpus[0])
+            self.memory.write(boot_protocol.TABLES, acpi.tables(boot_protocol.TABLES, cpus, found))
+            boot_protocol.enter(image, self.vcpus[0])
             self._stack = stack.pop_all()
 
     def _make_memory(self, stack: ExitStack) -> None:

@@ -10,19 +10,19 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ...memory import PAGE_SIZE
-from ..boot import set_segment
+from .. import x86
 from ..image import ImageError
 from .layout import CONVENTIONAL_END
 
 if TYPE_CHECKING:
     from ...vcpu import Vcpu
-    from .image import LinuxImage
+    from .kernel import LinuxImage
     from .layout import GuestMemory, Range
 
 __all__ = ["TABLES", "TABLES_END", "enter", "load"]
 
 # The first megabyte.  The kernel's own trampoline takes what the map of memory leaves it.
-_GDT, _ZERO_PAGE, _PML4, _PDPT, _DIRECTORIES = 0x6000, 0x7000, 0x9000, 0xA000, 0xB000
+_GDT, _ZERO_PAGE, _PAGE_TABLES = 0x6000, 0x7000, 0x9000
 _CMDLINE, _CMDLINE_END = 0x20000, 0x30000
 #: Firmware's tables: where a kernel looks for ACPI's root pointer if nobody tells it.
 TABLES, TABLES_END = 0xE0000, 0x100000
@@ -30,10 +30,7 @@ _RAM, _RESERVED = 1, 2  # types of memory in the e820 map
 _HEADER = 0x1F1
 _BOOT_CS, _BOOT_DS = 0x10, 0x18
 _CODE, _DATA = 0x00AF9B000000FFFF, 0x00CF93000000FFFF
-_PRESENT_WRITABLE, _LARGE = 0x3, 0x80
-_CR0_PE, _CR0_MP, _CR0_ET, _CR0_NE, _CR0_PG = 1 << 0, 1 << 1, 1 << 4, 1 << 5, 1 << 31
-_CR4_PAE = 1 << 5
-_EFER_LME, _EFER_LMA = 1 << 8, 1 << 10
+_MAPPED_GIB = 4
 
 
 def load(
@@ -69,7 +66,7 @@ def load(
     memory.write(_CMDLINE, cmdline + b"\0")
     memory.write(_ZERO_PAGE, _zero_page(image, ranges, initrd_at, len(initrd), rsdp))
     memory.write(_GDT, struct.pack("<4Q", 0, 0, _CODE, _DATA))
-    _write_page_tables(memory)
+    x86.write_identity_map(memory, _PAGE_TABLES, _MAPPED_GIB)
 
 
 def _place_initrd(image: LinuxImage, low_end: int, size: int) -> int:
@@ -112,30 +109,14 @@ def e820(ranges: Sequence[Range]) -> list[tuple[int, int, int]]:
     ]
 
 
-def _write_page_tables(memory: GuestMemory) -> None:
-    """The first 4 GiB, one to one."""
-    memory.write(_PML4, struct.pack("<Q", _PDPT | _PRESENT_WRITABLE))
-    directories = [_DIRECTORIES + n * PAGE_SIZE for n in range(4)]
-    memory.write(_PDPT, struct.pack("<4Q", *(at | _PRESENT_WRITABLE for at in directories)))
-    entries = (n << 21 | _PRESENT_WRITABLE | _LARGE for n in range(4 * 512))
-    memory.write(_DIRECTORIES, struct.pack("<2048Q", *entries))
-
-
 def enter(image: LinuxImage, vcpu: Vcpu) -> None:
     """Set the first vCPU's registers for the kernel's 64-bit entry."""
     sregs = vcpu.get_sregs()
-    sregs.cr3 = _PML4
-    sregs.cr0 = _CR0_PE | _CR0_MP | _CR0_ET | _CR0_NE | _CR0_PG
-    sregs.cr4 = _CR4_PAE
-    sregs.efer = _EFER_LME | _EFER_LMA
-    for name in ("cs", "ds", "es", "fs", "gs", "ss"):
-        is_code = name == "cs"
-        selector = _BOOT_CS if is_code else _BOOT_DS
-        set_segment(getattr(sregs, name), is_code=is_code, selector=selector)
+    x86.enable_long_mode(sregs, cr3=_PAGE_TABLES, code_selector=_BOOT_CS, data_selector=_BOOT_DS)
     sregs.gdt.base, sregs.gdt.limit = _GDT, 0x1F
     sregs.idt.base, sregs.idt.limit = 0, 0
     vcpu.set_sregs(sregs)
     regs = vcpu.get_regs()
-    regs.rip, regs.rsi, regs.rflags = image.entry, _ZERO_PAGE, 1 << 1
+    regs.rip, regs.rsi, regs.rflags = image.entry, _ZERO_PAGE, x86.RFLAGS_FIXED
     regs.rsp = _ZERO_PAGE + 2 * PAGE_SIZE
     vcpu.set_regs(regs)

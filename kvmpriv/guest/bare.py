@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..cdefs import kvm as k
 from ..memory import HostMemory
-from . import boot, crash
+from . import crash, exceptions, loader
 from .crash import GuestCrash, GuestTimeout
 from .image import Mode
 
@@ -34,7 +34,7 @@ _TRANSMITTER_EMPTY = 0x60
 class Machine:
     """A guest with `memory_size` bytes of memory, `image` loaded, ready to run.
 
-    `memory_size` is page aligned; `arguments` reach the guest as :mod:`kvmpriv.guest.boot` says;
+    `memory_size` is page aligned; `arguments` reach the guest as :mod:`kvmpriv.guest.loader` says;
     `output` is given what the guest prints.  ImageError, OSError and ValueError when the guest
     can't be made; nothing is left behind then.
     """
@@ -60,7 +60,7 @@ class Machine:
             self.vcpu = stack.enter_context(self.vm.create_vcpu())
             if image.mode is Mode.LONG:
                 self.vcpu.set_cpuid2(kvm.get_supported_cpuid())
-            boot.load(image, self.memory, self.vcpu, arguments)
+            loader.load(image, self.memory, self.vcpu, arguments)
             self._stack = stack.pop_all()
 
     def run(self, timeout: float | None = None) -> int:
@@ -92,7 +92,7 @@ class Machine:
                         self._output(vcpu.exit().data)
                     elif port == EXIT_PORT:
                         return int(vcpu.exit().data[0])
-                    elif port == boot.CRASH_PORT:
+                    elif port == exceptions.CRASH_PORT:
                         raise self._exception()
                 elif reason == k.KVM_EXIT_HLT:
                     return 0
@@ -112,7 +112,7 @@ class Machine:
         k.ffi.memmove(target, bytes((value,)) * (io.size * io.count), io.size * io.count)
 
     def _exception(self) -> GuestCrash:
-        exception = boot.read_exception(self._image.mode, self.memory, self.vcpu)
+        exception = loader.read_exception(self._image.mode, self.memory, self.vcpu)
         if exception is None:
             return self._crash("it wrote to the port of the exception handlers by itself")
         return self._crash(crash.describe(exception, self.vcpu), exception=exception)
@@ -121,7 +121,7 @@ class Machine:
         self,
         why: str,
         kind: type[GuestCrash] = GuestCrash,
-        exception: boot.Exception_ | None = None,
+        exception: exceptions.GuestException | None = None,
     ) -> GuestCrash:
         return kind(why, crash.report(self.vcpu, self.memory, why, exception))
 
