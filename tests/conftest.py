@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 import kvmpriv
-from private.base import REQUIRED, check_required, kvm, missing, no_leak, open_fds, vm
+from private.support.requirements import REQUIRED, check_required
 
-__all__ = ["REQUIRED", "ROOT", "kvm", "missing", "no_leak", "open_fds", "vm"]
+pytest_plugins = ["private.support.fixtures"]
 
 ROOT = Path(__file__).resolve().parent.parent
 

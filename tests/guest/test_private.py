@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from conftest import missing
 from kvmpriv import HostMemory, Kvm, Vm, private
 from kvmpriv.cdefs import kvm as k
 from kvmpriv.cdefs import restrictedmem as rm
 from kvmpriv.exits import HypercallExit, MemoryFaultExit, MmioExit
 from kvmpriv.guest.puppet import GuestExit, Puppet
 from kvmpriv.private import PrivateAbi, PrivateFile, PrivateSlot
+from private.support.requirements import missing
 
 PAGE, MIB = 4096, 1 << 20
 GPA, OFFSET, SIZE = 4 << 30, 3 * MIB, 4 * MIB

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from conftest import open_fds
 from kvmpriv import HostMemory, Kvm, Vm
 from kvmpriv.cdefs import kvm as k
 from kvmpriv.exits import Exit, IoExit, MmioExit
 from kvmpriv.guest import GuestCrash
 from kvmpriv.guest.puppet import HOME, HOME_SIZE, GuestExit, Puppet
+from private.support.leaks import open_fds
 
 GPA, SIZE = 0x1_0000_0000, 8 << 20
 

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, missing
+from conftest import ROOT
 from kvmpriv import Kvm, private, trace
 from kvmpriv.guest.linux import Cost, LinuxMachine, load_linux, plan
 from kvmpriv.guest.linux.tap import HOST_ADDRESS, Tap
+from private.support.requirements import missing
 from unit.test_linux_image import bzimage
 
 #: Long mode: print "up", then wait for an interrupt that never comes.

@@ -19,12 +19,13 @@ from typing import Any
 
 import pytest
 
-from conftest import missing, open_fds
 from kvmpriv import HostMemory, Kvm, VcpuThread, Vm, exits
 from kvmpriv.cdefs import guest_memfd as gm
 from kvmpriv.cdefs import kvm as k
 from kvmpriv.private import guest_memfd, restrictedmem
 from kvmpriv.stats import StatsFd
+from private.support.leaks import open_fds
+from private.support.requirements import missing
 
 from .conftest import SPIN, MakeGuest, start
 

@@ -21,11 +21,12 @@ import jsonschema
 import pytest
 
 import kvmpriv
-from conftest import ROOT, open_fds
+from conftest import ROOT
 from kvmpriv.cdefs import kvm as cdefs
 from kvmpriv.private.restrictedmem import ask_memfd_restricted
 from kvmpriv.probe import VERDICTS, Report, probe
 from kvmpriv.probe.records import FAIL, PASS, SKIP
+from private.support.leaks import open_fds
 
 SCHEMA = json.loads((ROOT / "kvmpriv/probe/schema.json").read_text())
 NOBODY = 65534

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import kvmpriv
-from conftest import ROOT, missing
+from conftest import ROOT
+from private.support.requirements import missing
 
 README = (ROOT / "README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from conftest import missing
 from kvmpriv import HostMemory, Kvm
 from kvmpriv.guest import GuestCrash, GuestTimeout, ImageError, Machine, Mode, load_flat
+from private.support.requirements import missing
 
 MIB = 1 << 20
 RUN = (sys.executable, "-m", "kvmpriv", "run")

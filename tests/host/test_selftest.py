@@ -16,7 +16,7 @@ import jsonschema
 import pytest
 
 import kvmpriv
-from conftest import ROOT, missing
+from conftest import ROOT
 from kvmpriv.cdefs import guest_memfd as gm
 from kvmpriv.private.restrictedmem import ask_memfd_restricted
 from kvmpriv.selftest.records import (
@@ -29,6 +29,7 @@ from kvmpriv.selftest.records import (
     SKIPPED,
     TIMEOUT,
 )
+from private.support.requirements import missing
 from unit.ktap import parse
 
 SCHEMA = json.loads((ROOT / "kvmpriv/selftest/schema.json").read_text())
@@ -585,8 +586,9 @@ def test_the_wheel_has_the_suite(installed: Path) -> None:
     """The same tests as the checkout, and nothing is written beside them."""
     (suite,) = installed.glob("lib/python*/site-packages/kvmpriv/_suite")
     before = files(suite)
-    names = {path.name for path in (ROOT / "tests" / "private").glob("*.py")}
-    assert {path.name for path in before if path.suffix == ".py"} == names
+    ours = ROOT / "tests" / "private"
+    names = {path.relative_to(ours) for path in ours.rglob("*.py")}
+    assert {path.relative_to(suite) for path in before if path.suffix == ".py"} == names
     assert in_wheel(installed, "--list") == (0, run("--list").stdout, "")
     assert files(suite) == before
 
@@ -631,8 +633,8 @@ def test_the_wheel_with_tests_that_fail(installed: Path) -> None:
     broken = suite / "test_broken.py"
     broken.write_text(
         "import os\n"
-        "from .defects import DEFECTS, known_defect\n"
-        "from .helpers import rule\n"
+        "from .support.defects import DEFECTS, known_defect\n"
+        "from .support.rules import rule\n"
         "@rule('broken.known')\ndef test_known(): known_defect(next(iter(DEFECTS)), 'seen')\n"
         "@rule('broken.dies')\ndef test_dies(): os.abort()\n"
         "@rule('broken.leaks')\ndef test_leaks(no_leak): os.dup(0)\n"

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from conftest import open_fds
 from kvmpriv import HostMemory, Kvm, Vcpu, VcpuThread, wakeup
 from kvmpriv.cdefs import kvm as k
+from private.support.leaks import open_fds
 
 from .conftest import OUT_LOOP, SPIN, MakeGuest, start
 

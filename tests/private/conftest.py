@@ -2,34 +2,38 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
-from functools import cache
 
 import pytest
 
 import kvmpriv
-from kvmpriv import HostMemory, Kvm, Vm
+from kvmpriv import HostMemory, Kvm, Vm, private
 from kvmpriv.cdefs import guest_memfd as gm
-from kvmpriv.private import restrictedmem
 from kvmpriv.private.guest_memfd import GuestMemfd
 from kvmpriv.private.restrictedmem import RestrictedMem
 from kvmpriv.selftest.kernel_log import TAINT, KernelLog
 
-from .base import check_required, kvm, missing, no_leak, open_kvm, vm
-from .defects import DEFECTS, known_defect
-from .helpers import HOOK, PAGE, GuestMemfdSlots, RestrictedSlots, errno_of, hook
-from .looks import look_for
-
-__all__ = ["kvm", "no_leak", "vm"]  # fixtures for all tests here
-
-#: The kernel that runs, by its name in scripts/kernel: known by it to be mended.
-MENDED = os.environ.get("KVMPRIV_KERNEL") in ("restrictedmem", "restrictedmem-debug")
+from .support import fixtures
+from .support.arch_hook import HOOK, hook
+from .support.defect_detectors import look_for
+from .support.defects import DEFECTS, known_defect
+from .support.kernels import (
+    MENDED,
+    VM_TYPES,
+    MakeVm,
+    accepts_private_slots,
+    require_guest_memfd,
+    require_v9,
+    says_of_private_slots,
+    takes_guest_memfd,
+)
+from .support.requirements import check_required, missing
+from .support.rigs import MakeRig, Rig
+from .support.slot_requests import GuestMemfdSlots, RestrictedSlots
+from .support.syscalls import PAGE
 
 KERNEL_LOG = KernelLog()
-
-VM_TYPES = {"default": gm.KVM_X86_DEFAULT_VM, "sw_protected": gm.KVM_X86_SW_PROTECTED_VM}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -48,6 +52,8 @@ def pytest_configure(config: pytest.Config) -> None:
     ):
         config.addinivalue_line("markers", line)
     check_required()
+    if not config.pluginmanager.is_registered(fixtures):  # the checkout's own conftest did it
+        config.pluginmanager.register(fixtures)
 
 
 def pytest_report_header() -> list[str]:
@@ -107,39 +113,11 @@ def v9() -> None:
     require_v9()
 
 
-def ask_for_v9() -> str:
-    """What system call 451 answers: EINVAL, if it is memfd_restricted(2)."""
-    return errno_of(restrictedmem.ask_memfd_restricted())
-
-
-def require_v9() -> None:
-    if ask_for_v9() != "EINVAL":
-        missing("restrictedmem", f"system call 451 answers {ask_for_v9()}")
-
-
 @pytest.fixture
 def file(v9: None) -> Iterator[RestrictedMem]:
     """A restrictedmem file without a size."""
     with RestrictedMem() as made:
         yield made
-
-
-MakeVm = Callable[[], Vm]
-
-
-@cache
-def says_of_private_slots() -> str:
-    """What a VM that should accept KVM_MEM_PRIVATE says."""
-    with hook(on=True), Kvm() as kvm, kvm.create_vm() as vm, RestrictedMem() as file:
-        return RestrictedSlots(vm, file, 0).set()
-
-
-def accepts_private_slots() -> bool:
-    """Whether there are VMs with v9's private memory here."""
-    try:
-        return ask_for_v9() == "EINVAL" and says_of_private_slots() == "ok"
-    except OSError:  # no KVM
-        return False
 
 
 @pytest.fixture
@@ -192,17 +170,33 @@ def refused_slots(refusing_vm: Vm, file: RestrictedMem, memory: HostMemory) -> R
     return RestrictedSlots(refusing_vm, file, memory.userspace_addr)
 
 
+# -- by either ABI ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=list(private.ABIS))
+def make_rig(request: pytest.FixtureRequest, kvm: Kvm) -> Iterator[MakeRig]:
+    """Makes rigs, by each ABI that the kernel has: with `cpus=`, `irqchip=`."""
+    abi = private.ABIS[request.param]
+    if abi is private.restrictedmem:
+        make_vm = request.getfixturevalue("make_private_vm")
+    else:
+        if not kvm.check_extension(gm.KVM_CAP_VM_TYPES) >> gm.KVM_X86_SW_PROTECTED_VM & 1:
+            missing("guest_memfd", "no VM type here has private memory")
+
+        def make_vm() -> Vm:
+            return stack.enter_context(abi.create_vm(kvm))
+
+    with ExitStack() as stack:
+        yield lambda **how: Rig(stack, abi, make_vm(), kvm, **how)
+
+
+@pytest.fixture
+def rig(make_rig: MakeRig) -> Rig:
+    """A rig of one vCPU."""
+    return make_rig()
+
+
 # -- guest_memfd ---------------------------------------------------------------------------------
-
-
-@cache
-def takes_guest_memfd(vm_type: int) -> int:
-    """1 if VMs of a type take guest_memfd slots, 0 if not, -1 if there are no such VMs."""
-    try:
-        with Kvm() as kvm, kvm.create_vm(vm_type) as vm:
-            return int(vm.check_extension(gm.KVM_CAP_GUEST_MEMFD) > 0)
-    except OSError:
-        return -1
 
 
 @pytest.fixture
@@ -210,12 +204,6 @@ def guest_memfd_kvm(kvm: Kvm) -> Kvm:
     """A KVM in which some type of VM takes guest_memfd slots."""
     require_guest_memfd()
     return kvm
-
-
-def require_guest_memfd() -> None:
-    if not any(takes_guest_memfd(number) == 1 for number in VM_TYPES.values()):
-        open_kvm().close()  # or it is KVM that is missing
-        missing("guest_memfd", "no type of VM has KVM_CAP_GUEST_MEMFD")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -11,25 +11,12 @@ import pytest
 
 from kvmpriv import HostMemory, private
 
-from .helpers import (
-    BIG,
-    GIB,
-    HOLE,
-    KEEP_SIZE,
-    MIB,
-    PAGE,
-    SLACK,
-    Unevictable,
-    eventually,
-    fallocate,
-    in_cgroup,
-    in_child,
-    meminfo,
-    rule,
-)
-from .rigs import Rig, make_rig, only, rig
-
-__all__ = ["make_rig", "rig"]
+from .support.accounting import BIG, SLACK, Unevictable, meminfo
+from .support.processes import in_cgroup, in_child
+from .support.races import eventually
+from .support.rigs import Rig, only
+from .support.rules import rule
+from .support.syscalls import GIB, HOLE, KEEP_SIZE, MIB, PAGE, fallocate
 
 pytestmark = pytest.mark.usefixtures("no_leak")
 

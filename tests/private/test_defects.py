@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from .defects import DEFECTS, known_defect
-from .helpers import rule
-from .looks import LOOKS, look_for
+from .support.defect_detectors import LOOKS, look_for
+from .support.defects import DEFECTS, known_defect
+from .support.rules import rule
 
 
 def _parameter(name: str) -> object:

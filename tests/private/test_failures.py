@@ -16,32 +16,16 @@ from kvmpriv import HostMemory, Kvm, private
 from kvmpriv.guest.puppet import GuestExit
 from kvmpriv.private import PrivateAbi, PrivateSlot
 
-from .base import open_fds
-from .helpers import (
-    BIG,
-    GIB,
-    MIB,
-    PAGE,
-    FailNth,
-    Unevictable,
-    answer,
-    beside,
-    child_status,
-    errno_of,
-    eventually,
-    failing_allocations,
-    fault_injection,
-    hook,
-    in_cgroup,
-    in_child,
-    rule,
-    vms_alive,
-    within_cpu_time,
-)
-from .looks import huge_pages, need_large_pages
-from .rigs import LARGE, Rig, make_rig, only, rig
-
-__all__ = ["make_rig", "rig"]
+from .support.accounting import BIG, Unevictable, vms_alive
+from .support.arch_hook import hook
+from .support.defect_detectors import huge_pages, need_large_pages
+from .support.fault_injection import FailNth, failing_allocations, fault_injection
+from .support.leaks import open_fds
+from .support.processes import child_status, in_cgroup, in_child
+from .support.races import beside, eventually, within_cpu_time
+from .support.rigs import LARGE, Rig, only
+from .support.rules import rule
+from .support.syscalls import GIB, MIB, PAGE, answer, errno_of
 
 pytestmark = pytest.mark.usefixtures("no_leak")
 

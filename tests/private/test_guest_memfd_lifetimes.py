@@ -14,23 +14,12 @@ from kvmpriv import Kvm
 from kvmpriv.cdefs import guest_memfd as gm
 from kvmpriv.private.guest_memfd import GuestMemfd
 
-from .helpers import (
-    BIG,
-    GIB,
-    HOLE,
-    KEEP_SIZE,
-    PAGE,
-    GuestMemfdSlots,
-    Unevictable,
-    address_of,
-    answer,
-    eventually,
-    fallocate,
-    files_open,
-    in_child,
-    rule,
-    vms_alive,
-)
+from .support.accounting import BIG, Unevictable, files_open, vms_alive
+from .support.processes import in_child
+from .support.races import eventually
+from .support.rules import rule
+from .support.slot_requests import GuestMemfdSlots
+from .support.syscalls import GIB, HOLE, KEEP_SIZE, PAGE, address_of, answer, fallocate
 
 if TYPE_CHECKING:
     from kvmpriv import Vm

@@ -16,11 +16,14 @@ from kvmpriv.cdefs import guest_memfd as gm
 from kvmpriv.cdefs import kvm as k
 from kvmpriv.private.guest_memfd import GuestMemfd
 
-from .base import missing
-from .helpers import (
-    BIG,
+from .support.accounting import BIG, Unevictable
+from .support.file_operations import mapping, operations
+from .support.processes import child_status
+from .support.requirements import missing
+from .support.rules import rule
+from .support.slot_requests import FILE_OVERLAP, Edge, GuestMemfdSlots
+from .support.syscalls import (
     COLLAPSE,
-    FILE_OVERLAP,
     GIB,
     HOLE,
     INSERT,
@@ -34,18 +37,11 @@ from .helpers import (
     PUNCH_HOLE,
     UNSHARE,
     ZERO,
-    Edge,
-    GuestMemfdSlots,
-    Unevictable,
     address_of,
     answer,
     call,
-    child_status,
     errno_of,
     fallocate,
-    mapping,
-    operations,
-    rule,
 )
 
 if TYPE_CHECKING:

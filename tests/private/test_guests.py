@@ -18,9 +18,7 @@ from kvmpriv.exits import MemoryFaultExit, MmioExit
 from kvmpriv.guest.puppet import GuestExit
 from kvmpriv.private import restrictedmem
 
-from .base import missing
-from .conftest import MakeVm
-from .guests import (
+from .support.guests import (
     GPA,
     MIB,
     OFFSET,
@@ -31,8 +29,10 @@ from .guests import (
     RestrictedGuest,
     fault_of,
 )
-from .helpers import ROUNDS, beside, rounds
-from .rigs import run_again
+from .support.kernels import MakeVm
+from .support.races import ROUNDS, beside, rounds
+from .support.requirements import missing
+from .support.rigs import run_again
 
 MakeGuest = Callable[..., PrivateGuest]
 

@@ -21,8 +21,12 @@ import pytest
 from kvmpriv import HostMemory, Kvm, libc, private
 from kvmpriv.cdefs import kvm as k
 
-from .base import missing
-from .helpers import (
+from .support.arch_hook import hook
+from .support.processes import child_status, in_child
+from .support.requirements import missing
+from .support.rigs import Marker, Rig
+from .support.rules import rule
+from .support.syscalls import (
     GIB,
     MAP_PRIVATE,
     MAP_SHARED,
@@ -32,17 +36,10 @@ from .helpers import (
     address_of,
     answer,
     call,
-    child_status,
-    hook,
-    in_child,
-    rule,
 )
-from .rigs import Marker, Rig, make_rig, rig
 
 if TYPE_CHECKING:
     from kvmpriv.private import PrivateAbi
-
-__all__ = ["make_rig", "rig"]
 
 pytestmark = pytest.mark.usefixtures("no_leak")
 

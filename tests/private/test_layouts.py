@@ -11,11 +11,10 @@ from kvmpriv import Kvm
 from kvmpriv.exits import MemoryFaultExit, MmioExit
 from kvmpriv.guest.puppet import GuestExit
 
-from .helpers import GIB, MIB, PAGE, answer, rule
-from .looks import huge_pages, need_large_pages
-from .rigs import LARGE, MakeRig, Rig, make_rig, only, rig
-
-__all__ = ["make_rig", "rig"]
+from .support.defect_detectors import huge_pages, need_large_pages
+from .support.rigs import LARGE, MakeRig, Rig, only
+from .support.rules import rule
+from .support.syscalls import GIB, MIB, PAGE, answer
 
 pytestmark = pytest.mark.usefixtures("no_leak")
 

@@ -26,31 +26,15 @@ from kvmpriv.guest.puppet import GuestExit, Puppet
 from kvmpriv.private import PrivateAbi, PrivateFile
 from kvmpriv.private.guest_memfd import GuestMemfd
 
-from .base import missing
-from .conftest import takes_guest_memfd
-from .helpers import (
-    BIG,
-    FILE_OVERLAP,
-    GIB,
-    HOLE,
-    KEEP_SIZE,
-    MIB,
-    PAGE,
-    GuestMemfdSlots,
-    RestrictedSlots,
-    Slots,
-    Unevictable,
-    answer,
-    eventually,
-    fallocate,
-    in_child,
-    rounds,
-    rule,
-    vms_alive,
-)
-from .rigs import MakeRig, Rig, make_rig, rig
-
-__all__ = ["make_rig", "rig"]
+from .support.accounting import BIG, Unevictable, vms_alive
+from .support.kernels import takes_guest_memfd
+from .support.processes import in_child
+from .support.races import eventually, rounds
+from .support.requirements import missing
+from .support.rigs import MakeRig, Rig
+from .support.rules import rule
+from .support.slot_requests import FILE_OVERLAP, GuestMemfdSlots, RestrictedSlots, Slots
+from .support.syscalls import GIB, HOLE, KEEP_SIZE, MIB, PAGE, answer, fallocate
 
 pytestmark = pytest.mark.usefixtures("no_leak")
 
@@ -423,7 +407,7 @@ def test_killed_in_the_middle(make_rig: MakeRig) -> None:
 
 def _live(abi: PrivateAbi, write_end: int) -> None:
     """A guest that runs, memory that is converted, punched and filled, until the end."""
-    from .helpers import hook
+    from .support.arch_hook import hook
 
     with Kvm() as kvm:
         with hook(on=True):

@@ -21,12 +21,15 @@ from kvmpriv import Kvm
 from kvmpriv.private import guest_memfd
 from kvmpriv.private.guest_memfd import GuestMemfd
 
-from .base import missing
-from .conftest import VM_TYPES, require_v9, takes_guest_memfd
-from .helpers import FILE_OVERLAP, answer, hook, rule
-from .model import PAGE, Model, Outcome
-from .model_driver import FILE_SIZE
-from .model_search import EXAMPLES_MIN, STEPS_MIN, search, write_script
+from .support.arch_hook import hook
+from .support.kernels import VM_TYPES, require_v9, takes_guest_memfd
+from .support.model import PAGE, Model, Outcome
+from .support.model_driver import FILE_SIZE
+from .support.model_search import EXAMPLES_MIN, STEPS_MIN, search, write_script
+from .support.requirements import missing
+from .support.rules import rule
+from .support.slot_requests import FILE_OVERLAP
+from .support.syscalls import answer
 
 #: Seconds, where nobody has said.
 SECONDS = 10.0

@@ -15,10 +15,11 @@ from kvmpriv.exits import HypercallExit, MemoryFaultExit, MmioExit
 from kvmpriv.guest.puppet import GuestExit, PuppetCpu
 from kvmpriv.private import PrivateFile, serve_conversion
 
-from .helpers import BIG, GIB, MIB, PAGE, SLACK, Unevictable, eventually, rule
-from .rigs import LARGE, MakeRig, Rig, make_rig, rig
-
-__all__ = ["make_rig", "rig"]
+from .support.accounting import BIG, SLACK, Unevictable
+from .support.races import eventually
+from .support.rigs import LARGE, MakeRig, Rig
+from .support.rules import rule
+from .support.syscalls import GIB, MIB, PAGE
 
 pytestmark = pytest.mark.usefixtures("no_leak")
 

@@ -14,11 +14,10 @@ from kvmpriv.guest.puppet import Puppet
 from kvmpriv.private import guest_memfd
 from kvmpriv.private.guest_memfd import GuestMemfd
 
-from .base import missing
-from .helpers import GIB, PAGE, fallocate, rule
-from .rigs import LARGE, MakeRig, make_rig, only, rig
-
-__all__ = ["make_rig", "rig"]
+from .support.requirements import missing
+from .support.rigs import LARGE, MakeRig, only
+from .support.rules import rule
+from .support.syscalls import GIB, PAGE, fallocate
 
 pytestmark = pytest.mark.usefixtures("no_leak")
 

@@ -20,22 +20,12 @@ from kvmpriv.guest.crash import GuestCrash
 from kvmpriv.guest.puppet import Puppet, PuppetCpu
 from kvmpriv.private.restrictedmem import RestrictedMem
 
-from .base import missing
-from .helpers import (
-    GIB,
-    PAGE,
-    GuestMemfdSlots,
-    RestrictedSlots,
-    Slots,
-    address_of,
-    answer,
-    errno_of,
-    eventually,
-    rule,
-)
-from .rigs import Rig, make_rig, rig
-
-__all__ = ["make_rig", "rig"]
+from .support.races import eventually
+from .support.requirements import missing
+from .support.rigs import Rig
+from .support.rules import rule
+from .support.slot_requests import GuestMemfdSlots, RestrictedSlots, Slots
+from .support.syscalls import GIB, PAGE, address_of, answer, errno_of
 
 pytestmark = pytest.mark.usefixtures("no_leak")
 

@@ -10,10 +10,11 @@ from kvmpriv import HostMemory, private
 from kvmpriv.cdefs import kvm as k
 from kvmpriv.exits import MmioExit
 
-from .helpers import BIG, GIB, MIB, PAGE, ROUNDS, Unevictable, beside, rounds, rule
-from .rigs import MakeRig, Rig, make_rig, rig, run_again
-
-__all__ = ["make_rig", "rig"]
+from .support.accounting import BIG, Unevictable
+from .support.races import ROUNDS, beside, rounds
+from .support.rigs import MakeRig, Rig, run_again
+from .support.rules import rule
+from .support.syscalls import GIB, MIB, PAGE
 
 pytestmark = [
     pytest.mark.usefixtures("no_leak"),

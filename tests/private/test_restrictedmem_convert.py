@@ -9,7 +9,9 @@ import pytest
 
 from kvmpriv.cdefs import kvm as k
 
-from .helpers import GIB, NOWHERE, PAGE, RestrictedSlots, address_of, errno_of, rule
+from .support.rules import rule
+from .support.slot_requests import RestrictedSlots
+from .support.syscalls import GIB, NOWHERE, PAGE, address_of, errno_of
 
 if TYPE_CHECKING:
     from kvmpriv import Vm

@@ -16,9 +16,13 @@ from kvmpriv import libc
 from kvmpriv.cdefs import restrictedmem as rm
 from kvmpriv.private.restrictedmem import RestrictedMem
 
-from .base import missing
-from .helpers import (
-    BIG,
+from .support.accounting import BIG, Unevictable, meminfo
+from .support.file_operations import OPERATIONS as ALL_OPERATIONS
+from .support.file_operations import operations
+from .support.processes import child_status, in_child
+from .support.requirements import missing
+from .support.rules import rule
+from .support.syscalls import (
     COLLAPSE,
     HOLE,
     INSERT,
@@ -28,16 +32,9 @@ from .helpers import (
     PUNCH_HOLE,
     UNSHARE,
     ZERO,
-    Unevictable,
     answer,
-    child_status,
     fallocate,
-    in_child,
-    meminfo,
-    operations,
-    rule,
 )
-from .helpers import OPERATIONS as ALL_OPERATIONS
 
 pytestmark = pytest.mark.usefixtures("no_leak", "v9")
 

@@ -15,25 +15,13 @@ from kvmpriv.cdefs import kvm as k
 from kvmpriv.cdefs import restrictedmem as rm
 from kvmpriv.private.restrictedmem import RestrictedMem
 
-from .helpers import (
-    BIG,
-    GIB,
-    HOLE,
-    KEEP_SIZE,
-    MIB,
-    PAGE,
-    RestrictedSlots,
-    Unevictable,
-    answer,
-    beside,
-    eventually,
-    fallocate,
-    hook,
-    in_child,
-    rounds,
-    rule,
-    vms_alive,
-)
+from .support.accounting import BIG, Unevictable, vms_alive
+from .support.arch_hook import hook
+from .support.processes import in_child
+from .support.races import beside, eventually, rounds
+from .support.rules import rule
+from .support.slot_requests import RestrictedSlots
+from .support.syscalls import GIB, HOLE, KEEP_SIZE, MIB, PAGE, answer, fallocate
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -18,12 +18,12 @@ from kvmpriv.exits import MemoryFaultExit
 from kvmpriv.guest.puppet import GuestExit
 from kvmpriv.private.restrictedmem import RestrictedMem
 
-from .base import missing
-from .helpers import GIB, MIB, PAGE, RestrictedSlots, rule
-from .looks import huge_pages
-from .rigs import LARGE, MakeRig, Rig, make_rig, only, rig, run_again
-
-__all__ = ["make_rig", "rig"]
+from .support.defect_detectors import huge_pages
+from .support.requirements import missing
+from .support.rigs import LARGE, MakeRig, Rig, only, run_again
+from .support.rules import rule
+from .support.slot_requests import RestrictedSlots
+from .support.syscalls import GIB, MIB, PAGE
 
 pytestmark = pytest.mark.usefixtures("no_leak")
 

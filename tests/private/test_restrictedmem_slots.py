@@ -16,22 +16,12 @@ from kvmpriv.cdefs import kvm as k
 from kvmpriv.cdefs import restrictedmem as rm
 from kvmpriv.private.restrictedmem import RestrictedMem
 
-from .base import missing
-from .helpers import (
-    BIG,
-    GIB,
-    NOWHERE,
-    PAGE,
-    Edge,
-    RestrictedSlots,
-    Unevictable,
-    address_of,
-    errno_of,
-    fallocate,
-    files_open,
-    rule,
-    set_with_late_flags,
-)
+from .support.accounting import BIG, Unevictable, files_open
+from .support.requirements import missing
+from .support.rules import rule
+from .support.slot_requests import Edge, RestrictedSlots
+from .support.syscalls import GIB, NOWHERE, PAGE, address_of, errno_of, fallocate
+from .support.userfaultfd import set_with_late_flags
 
 if TYPE_CHECKING:
     from kvmpriv import HostMemory, Kvm, Vm

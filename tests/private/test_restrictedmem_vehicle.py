@@ -13,14 +13,15 @@ from kvmpriv.exits import MemoryFaultExit, MmioExit
 from kvmpriv.guest.puppet import GuestExit
 from kvmpriv.private.restrictedmem import RestrictedMem
 
-from .base import missing
-from .helpers import GIB, HOOK, MIB, PAGE, RestrictedSlots, hook, rule
-from .rigs import Rig, make_rig, only, rig
+from .support.arch_hook import HOOK, hook
+from .support.requirements import missing
+from .support.rigs import Rig, only
+from .support.rules import rule
+from .support.slot_requests import RestrictedSlots
+from .support.syscalls import GIB, MIB, PAGE
 
 if TYPE_CHECKING:
     from kvmpriv import Kvm, Vm
-
-__all__ = ["make_rig", "rig"]
 
 pytestmark = pytest.mark.usefixtures("no_leak")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from .helpers import rule
+from .support.rules import rule
 
 
 @rule("suite.rules")

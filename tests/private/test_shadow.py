@@ -20,11 +20,10 @@ from kvmpriv.cdefs import kvm as k
 from kvmpriv.exits import IoExit, MmioExit
 from kvmpriv.guest.crash import GuestCrash
 
-from .base import missing
-from .helpers import GIB, MIB, PAGE, rule
-from .rigs import LARGE, MakeRig, Rig, make_rig, rig
-
-__all__ = ["make_rig", "rig"]
+from .support.requirements import missing
+from .support.rigs import LARGE, MakeRig, Rig
+from .support.rules import rule
+from .support.syscalls import GIB, MIB, PAGE
 
 pytestmark = pytest.mark.usefixtures("no_leak")
 

@@ -12,16 +12,15 @@ from kvmpriv.cdefs import kvm as k
 from kvmpriv.exits import IoExit, MemoryFaultExit, MmioExit
 from kvmpriv.guest.puppet import GuestExit
 
-from .base import missing
-from .helpers import GIB, PAGE, answer, rule
-from .looks import huge_pages
-from .rigs import LARGE, Rig, make_rig, only, rig
+from .support.defect_detectors import huge_pages
+from .support.requirements import missing
+from .support.rigs import LARGE, Rig, only
+from .support.rules import rule
+from .support.syscalls import GIB, PAGE, answer
 
 if TYPE_CHECKING:
     from kvmpriv import HostMemory
     from kvmpriv.private import PrivateFile
-
-__all__ = ["make_rig", "rig"]
 
 pytestmark = pytest.mark.usefixtures("no_leak")
 

@@ -9,9 +9,10 @@ from types import ModuleType
 
 import pytest
 
-from conftest import ROOT, missing
+from conftest import ROOT
 from kvmpriv import declare
 from kvmpriv.cdefs import guest_memfd, kvm, restrictedmem, restrictedmem_v10
+from private.support.requirements import missing
 
 from . import abi, layouts
 

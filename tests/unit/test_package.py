@@ -9,14 +9,20 @@ import venv
 import zipfile
 from pathlib import Path
 
-from conftest import missing
+from private.support.requirements import missing
 
 
 def test_the_wheel_is_pure_python(wheel: Path) -> None:
     assert wheel.name.endswith("-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert not [name for name in names if name.endswith((".so", ".c", ".pyc"))]
-    needs = ("cdefs/kvm.py", "guest/ready.py", "probe/schema.json", "py.typed", "_suite/base.py")
+    needs = (
+        "cdefs/kvm.py",
+        "guest/ready.py",
+        "probe/schema.json",
+        "py.typed",
+        "_suite/support/rules.py",
+    )
     for needed in needs:
         assert f"kvmpriv/{needed}" in names
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from private.model import PAGE, READONLY, Bytes, Model, pieces
-from private.model_driver import differ, shown, sparse
-from private.model_search import _literal
+from private.support.model import PAGE, READONLY, Bytes, Model, pieces
+from private.support.model_driver import differ, shown, sparse
+from private.support.model_search import _literal
 
 GPA, OFFSET, MEMORY, FILE_SIZE = 64 * PAGE, 8 * PAGE, 0, 1 << 20
 GOOD: dict[str, Any] = {

@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 import pytest
 from hypothesis import strategies as st
 
-from private import model_search
-from private.model import Model
-from private.model_driver import FILE_SIZE, PAGE
-from private.model_search import (
+from private.support import model_search
+from private.support.model import Model
+from private.support.model_driver import FILE_SIZE, PAGE
+from private.support.model_search import (
     EXAMPLES_MIN,
     LAYOUTS,
     SMALL,

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from private import base, conftest
+from private import conftest
+from private.support import requirements
 
 #: One that is not expected would end the test here, too, and as no failure.
 OUTCOMES = (pytest.skip.Exception, pytest.fail.Exception)
@@ -19,7 +20,7 @@ TESTS = Path(__file__).resolve().parents[1]
 def test_every_name_is_known_and_used() -> None:
     words, names = set(), set()
     for path in TESTS.rglob("*.py"):
-        if path in (TESTS / "private/base.py", Path(__file__)):
+        if path in (TESTS / "private/support/requirements.py", Path(__file__)):
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -29,8 +30,8 @@ def test_every_name_is_known_and_used() -> None:
                 if isinstance(name, ast.Constant):
                     names.add(name.value)
     assert len(names) > 30
-    assert names <= base.NAMES
-    assert words >= base.NAMES, "or no test can lack it"
+    assert names <= requirements.NAMES
+    assert words >= requirements.NAMES, "or no test can lack it"
 
 
 @pytest.mark.parametrize(
@@ -44,20 +45,20 @@ def test_every_name_is_known_and_used() -> None:
     ],
 )
 def test_what_can_be_required(text: str, unknown: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "REQUIRED", base.names_in(text))
+    monkeypatch.setattr(requirements, "REQUIRED", requirements.names_in(text))
     if unknown:
         with pytest.raises(pytest.UsageError, match=f"^KVMPRIV_REQUIRE: {unknown}"):
-            base.check_required()
+            requirements.check_required()
         return
-    base.check_required()
+    requirements.check_required()
     for name in filter(None, map(str.strip, text.split(","))):
         with pytest.raises(OUTCOMES, match=f"^KVMPRIV_REQUIRE={name}, but it is"):
-            base.missing(name, "it is so")
+            requirements.missing(name, "it is so")
 
 
 def test_a_skip_nobody_could_require() -> None:
     with pytest.raises((AssertionError, *OUTCOMES), match=r"^'bogus' is not in NAMES"):
-        base.missing("bogus", "it is so")
+        requirements.missing("bogus", "it is so")
 
 
 def test_danger_can_be_required(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,6 +69,6 @@ def test_danger_can_be_required(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     with pytest.raises(OUTCOMES, match=r"^dangerous: it wedges \(--dangerous runs it"):
         conftest.pytest_runtest_setup(item)
-    monkeypatch.setattr(base, "REQUIRED", {"dangerous"})
+    monkeypatch.setattr(requirements, "REQUIRED", {"dangerous"})
     with pytest.raises(OUTCOMES, match=r"^KVMPRIV_REQUIRE=dangerous, but it wedges"):
         conftest.pytest_runtest_setup(item)

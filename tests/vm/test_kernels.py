@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, missing
+from conftest import ROOT
 from kvmpriv.cdefs import restrictedmem
+from private.support.requirements import missing
 from unit import abi, layouts
 
 SCRIPTS = ROOT / "scripts"

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from conftest import missing
+from private.support.requirements import missing
 
 if TYPE_CHECKING:
     from types import ModuleType

@@ -20,25 +20,14 @@ from kvmpriv.guest.puppet import GuestExit, Puppet
 from kvmpriv.private import PrivateSlot, restrictedmem
 from kvmpriv.private.restrictedmem import RestrictedMem
 
-from .base import missing
+from .accounting import BIG, meminfo
+from .arch_hook import hook
 from .defects import DEFECTS
-from .helpers import (
-    BIG,
-    GIB,
-    MIB,
-    PAGE,
-    CpuTimeError,
-    RestrictedSlots,
-    address_of,
-    answer,
-    beside,
-    errno_of,
-    failing_allocations,
-    hook,
-    meminfo,
-    rounds,
-    within_cpu_time,
-)
+from .fault_injection import failing_allocations
+from .races import CpuTimeError, beside, rounds, within_cpu_time
+from .requirements import missing
+from .slot_requests import RestrictedSlots
+from .syscalls import GIB, MIB, PAGE, address_of, answer, errno_of
 
 __all__ = ["LOOKS", "huge_pages", "look_for", "mapped"]
 

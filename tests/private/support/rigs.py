@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmpriv import HostMemory, Kvm, private
-from kvmpriv.cdefs import guest_memfd as gm
+from kvmpriv import HostMemory, Kvm
 from kvmpriv.exits import MemoryFaultExit
 from kvmpriv.guest.puppet import Puppet
 
-from .base import missing
-from .helpers import MIB
+from .syscalls import MIB
 
 if TYPE_CHECKING:
     from kvmpriv import Vm
     from kvmpriv.guest.puppet import PuppetCpu
     from kvmpriv.private import PrivateAbi, PrivateFile, PrivateSlot
-
-__all__ = ["LARGE", "MakeRig", "Marker", "Rig", "make_rig", "only", "rig", "run_again"]
 
 #: A large page.
 LARGE = 2 * MIB
@@ -118,29 +114,6 @@ class Marker:
 
 
 MakeRig = Callable[..., Rig]
-
-
-@pytest.fixture(params=list(private.ABIS))
-def make_rig(request: pytest.FixtureRequest, kvm: Kvm) -> Iterator[MakeRig]:
-    """Makes rigs, by each ABI that the kernel has: with `cpus=`, `irqchip=`."""
-    abi = private.ABIS[request.param]
-    if abi is private.restrictedmem:
-        make_vm = request.getfixturevalue("make_private_vm")
-    else:
-        if not kvm.check_extension(gm.KVM_CAP_VM_TYPES) >> gm.KVM_X86_SW_PROTECTED_VM & 1:
-            missing("guest_memfd", "no VM type here has private memory")
-
-        def make_vm() -> Vm:
-            return stack.enter_context(abi.create_vm(kvm))
-
-    with ExitStack() as stack:
-        yield lambda **how: Rig(stack, abi, make_vm(), kvm, **how)
-
-
-@pytest.fixture
-def rig(make_rig: MakeRig) -> Rig:
-    """A rig of one vCPU."""
-    return make_rig()
 
 
 def only(name: str) -> pytest.MarkDecorator:

@@ -1,0 +1,1 @@
+"""What the tests of private memory share; no test is in here."""

@@ -1,0 +1,52 @@
+"""Fixtures for every test, here and in the checkout's other folders: a pytest plugin."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+
+import pytest
+
+import kvmpriv
+
+from .kernels import open_kvm
+from .leaks import kvm_mappings, open_fds
+
+
+@pytest.fixture
+def kvm() -> Iterator[kvmpriv.Kvm]:
+    """The host's KVM."""
+    with open_kvm() as opened:
+        yield opened
+
+
+@pytest.fixture
+def vm(kvm: kvmpriv.Kvm) -> Iterator[kvmpriv.Vm]:
+    """A default VM without memory."""
+    with kvm.create_vm() as made:
+        yield made
+
+
+@pytest.fixture
+def no_leak() -> Iterator[Callable[[], None]]:
+    """Fails the test if descriptors or mappings of KVM are left behind at its end.
+
+    Garbage is collected only where something seems to be left: in an emulated machine that takes
+    longer than most tests.
+    """
+    fds, maps = open_fds(), kvm_mappings()
+
+    def left() -> tuple[dict[int, str], int]:
+        opened = {number: what for number, what in open_fds().items() if number not in fds}
+        return opened, max(kvm_mappings() - maps, 0)
+
+    def check() -> None:
+        opened, mapped = left()
+        if opened or mapped:
+            gc.collect()
+            opened, mapped = left()
+        assert not opened, f"descriptors left open: {opened}"
+        assert not mapped, "mappings of KVM's files left"
+
+    yield check
+    check()

@@ -1,0 +1,92 @@
+"""System calls by name, their constants, and the errno that each returned."""
+
+from __future__ import annotations
+
+import errno as _errno
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from kvmpriv import libc
+from kvmpriv.cdefs import kvm as k
+
+if TYPE_CHECKING:
+    from kvmpriv.fd import Fd
+
+PAGE = 4096
+MIB = 1 << 20
+GIB = 1 << 30
+
+PROT_NONE, PROT_READ, PROT_WRITE, PROT_EXEC = 0, 1, 2, 4
+MAP_SHARED, MAP_PRIVATE = 1, 2
+KEEP_SIZE, PUNCH_HOLE, COLLAPSE, ZERO, INSERT, UNSHARE = 1, 2, 8, 16, 32, 64
+HOLE = PUNCH_HOLE | KEEP_SIZE
+AT_FDCWD, AT_EMPTY_PATH, AT_SYMLINK_FOLLOW = -100, 0x1000, 0x400
+
+#: x86-64's system calls that Python does not have, or does with a stat(2) before them.
+NUMBERS = {
+    "lseek": 8,
+    "mmap": 9,
+    "mprotect": 10,
+    "munmap": 11,
+    "pread64": 17,
+    "pwrite64": 18,
+    "readv": 19,
+    "writev": 20,
+    "read": 0,
+    "write": 1,
+    "sendfile": 40,
+    "fcntl": 72,
+    "fsetxattr": 190,
+    "fgetxattr": 193,
+    "readahead": 187,
+    "fadvise64": 221,
+    "linkat": 265,
+    "splice": 275,
+    "sync_file_range": 277,
+    "preadv": 295,
+    "pwritev": 296,
+    "syncfs": 306,
+    "execveat": 322,
+    "userfaultfd": 323,
+    "copy_file_range": 326,
+    "preadv2": 327,
+    "pwritev2": 328,
+}
+#: An address at which nothing can be.
+NOWHERE = 1 << 63
+
+
+def errno_of(number: int) -> str:
+    """An errno's name; "ok" for 0."""
+    if number == _errno.EOPNOTSUPP:
+        return "EOPNOTSUPP"  # Python calls it by its other name
+    return _errno.errorcode.get(number, str(number)) if number else "ok"
+
+
+def answer(call: Callable[[], Any]) -> str:
+    """What the kernel says: "ok", or the name of the errno."""
+    try:
+        call()
+    except OSError as error:
+        return errno_of(error.errno or 0)
+    return "ok"
+
+
+def call(name: str, *arguments: int) -> int:
+    """A system call by its name; OSError when it fails."""
+    result = libc.syscall(NUMBERS[name], *arguments)
+    if result < 0:
+        raise libc.os_error(libc.last_errno(), name)
+    return result
+
+
+def fallocate(file: Fd | int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2); OSError when it fails."""
+    number = file if isinstance(file, int) else file.fileno()
+    if libc.fallocate(number, mode, offset, length) < 0:
+        raise libc.os_error(libc.last_errno(), "fallocate")
+
+
+def address_of(buffer: Any) -> int:
+    """Where a cffi object is."""
+    return int(k.ffi.cast("uintptr_t", buffer))
