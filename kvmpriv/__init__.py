@@ -3,16 +3,22 @@
 from typing import TYPE_CHECKING, Any
 
 from . import private
+from .cpuid import CpuidEntry
+from .errors import ArgumentError, ClosedError
 from .kvm import Kvm
 from .memory import HostMemory
-from .vcpu import CpuidEntry, Vcpu, VcpuThread
-from .vm import Slot, Vm
+from .slots import Slot
+from .threads import VcpuThread
+from .vcpu import Vcpu
+from .vm import Vm
 
 if TYPE_CHECKING:
     from .cdecl import DeclarationError, Declared, declare
     from .exits import exit_name
 
 __all__ = [
+    "ArgumentError",
+    "ClosedError",
     "CpuidEntry",
     "DeclarationError",
     "Declared",

@@ -6,7 +6,9 @@ import errno as _errno
 import os
 from typing import Any, NamedTuple, TypeVar
 
-from .cdefs import guest_memfd, kvm, restrictedmem_v10
+from .cdefs import guest_memfd as guest_memfd_h
+from .cdefs import kvm as kvm_h
+from .cdefs import restrictedmem_v10 as restrictedmem_v10_h
 from .libc import ioctl as _ioctl
 from .libc import last_errno, os_error, set_errno
 
@@ -14,12 +16,12 @@ __all__ = ["REQUEST_NAMES", "Fd", "Struct", "Structs", "describe", "new_struct"]
 
 #: Names for messages.  Where generations use a number twice, mainline's name wins.
 REQUEST_NAMES: dict[int, str] = {
-    **restrictedmem_v10.REQUESTS,
-    **guest_memfd.REQUESTS,
-    **kvm.REQUESTS,
+    **restrictedmem_v10_h.REQUESTS,
+    **guest_memfd_h.REQUESTS,
+    **kvm_h.REQUESTS,
 }
 
-_ffi = kvm.ffi  # any FFI can cast any pointer
+_ffi = kvm_h.ffi  # any FFI can cast any pointer
 _UINTPTR = _ffi.typeof("uintptr_t")
 #: What a pointer's type points to, in bytes.
 _sizes: dict[Any, int] = {}

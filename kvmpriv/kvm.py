@@ -5,18 +5,18 @@ from __future__ import annotations
 import errno as _errno
 import os
 
-from .cdefs import kvm
+from .cdefs import kvm as kvm_h
+from .cpuid import CpuidEntry, read_cpuid_growing
 from .fd import Fd
 from .libc import ioctl as _ioctl
 from .libc import last_errno, os_error
-from .vcpu import CpuidEntry, read_cpuid_growing
 from .vm import Vm
-from .wakeup import uninterrupted
+from .wakeup import SignalsBlocked
 
 __all__ = ["Kvm"]
 
-_ffi = kvm.ffi
-_CHECK_EXTENSION = kvm.KVM_CHECK_EXTENSION
+_ffi = kvm_h.ffi
+_CHECK_EXTENSION = kvm_h.KVM_CHECK_EXTENSION
 
 
 class Kvm(Fd):
@@ -31,20 +31,20 @@ class Kvm(Fd):
 
     def __init__(self, path: str | os.PathLike[str] = "/dev/kvm") -> None:
         name = os.fspath(path)
-        with uninterrupted():
+        with SignalsBlocked():
             try:
                 fd = os.open(name, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
             except OSError as error:
                 raise OSError(error.errno, f"{error.strerror}{_hint(error.errno)}", name) from None
             super().__init__(fd)
         try:
-            version = _ioctl(fd, kvm.KVM_GET_API_VERSION, 0)
+            version = _ioctl(fd, kvm_h.KVM_GET_API_VERSION, 0)
             if version < 0:
                 errno = last_errno()
                 raise OSError(errno, f"not KVM: KVM_GET_API_VERSION: {os.strerror(errno)}", name)
-            if version != kvm.KVM_API_VERSION:
+            if version != kvm_h.KVM_API_VERSION:
                 raise OSError(_errno.EPROTO, f"KVM's API version is {version}, not 12", name)
-            self._vcpu_mmap_size: int = _ioctl(fd, kvm.KVM_GET_VCPU_MMAP_SIZE, 0)
+            self._vcpu_mmap_size: int = _ioctl(fd, kvm_h.KVM_GET_VCPU_MMAP_SIZE, 0)
             if self._vcpu_mmap_size < 0:
                 errno = last_errno()
                 raise OSError(errno, f"KVM_GET_VCPU_MMAP_SIZE: {os.strerror(errno)}", name)
@@ -54,7 +54,7 @@ class Kvm(Fd):
 
     def get_api_version(self) -> int:
         """12, since 2007."""
-        return self.ioctl(kvm.KVM_GET_API_VERSION)
+        return self.ioctl(kvm_h.KVM_GET_API_VERSION)
 
     def get_vcpu_mmap_size(self) -> int:
         """How many bytes of a vCPU's fd are to be mapped: struct kvm_run and what follows it."""
@@ -76,28 +76,28 @@ class Kvm(Fd):
         OSError: EINVAL for a type that is not offered, ENOMEM, EMFILE.
         """
         while True:
-            with uninterrupted():
-                fd: int = _ioctl(self._fd, kvm.KVM_CREATE_VM, vm_type)
+            with SignalsBlocked():
+                fd: int = _ioctl(self._fd, kvm_h.KVM_CREATE_VM, vm_type)
                 if fd >= 0:
                     return Vm(fd, self._vcpu_mmap_size)
                 if last_errno() != _errno.EINTR or self._fd < 0:
-                    raise self._error(kvm.KVM_CREATE_VM, vm_type)
+                    raise self._error(kvm_h.KVM_CREATE_VM, vm_type)
 
     def get_supported_cpuid(self) -> list[CpuidEntry]:
         """The CPUID leaves that KVM can give a guest here."""
-        return read_cpuid_growing(self, kvm.KVM_GET_SUPPORTED_CPUID)
+        return read_cpuid_growing(self, kvm_h.KVM_GET_SUPPORTED_CPUID)
 
     def get_emulated_cpuid(self) -> list[CpuidEntry]:
         """The CPUID leaves that KVM emulates, slower than the hardware would."""
-        return read_cpuid_growing(self, kvm.KVM_GET_EMULATED_CPUID)
+        return read_cpuid_growing(self, kvm_h.KVM_GET_EMULATED_CPUID)
 
     def get_msr_index_list(self) -> list[int]:
         """The model specific registers that a guest's state consists of."""
-        return self._msr_list(kvm.KVM_GET_MSR_INDEX_LIST)
+        return self._msr_list(kvm_h.KVM_GET_MSR_INDEX_LIST)
 
     def get_msr_feature_index_list(self) -> list[int]:
         """The model specific registers that say what the host can do."""
-        return self._msr_list(kvm.KVM_GET_MSR_FEATURE_INDEX_LIST)
+        return self._msr_list(kvm_h.KVM_GET_MSR_FEATURE_INDEX_LIST)
 
     def _msr_list(self, request: int) -> list[int]:
         count = 0

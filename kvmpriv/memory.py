@@ -6,13 +6,13 @@ import mmap
 import os
 from typing import Any
 
-from .cdefs import kvm
+from .cdefs import kvm as kvm_h
 
 __all__ = ["PAGE_SIZE", "HostMemory"]
 
 PAGE_SIZE = 4096
 _MAP_NORESERVE = 0x4000  # <asm-generic/mman-common.h>; the mmap module has it from 3.12 only
-_ffi = kvm.ffi
+_ffi = kvm_h.ffi
 
 
 class HostMemory:

@@ -3,26 +3,26 @@
 import os
 from typing import NamedTuple
 
-from .cdefs import kvm
+from .cdefs import kvm as kvm_h
 from .fd import Fd
 
 __all__ = ["StatsDesc", "StatsFd"]
 
-_ffi = kvm.ffi
+_ffi = kvm_h.ffi
 
 _UNITS = {
-    kvm.KVM_STATS_UNIT_NONE: "",
-    kvm.KVM_STATS_UNIT_BYTES: "bytes",
-    kvm.KVM_STATS_UNIT_SECONDS: "seconds",
-    kvm.KVM_STATS_UNIT_CYCLES: "cycles",
-    kvm.KVM_STATS_UNIT_BOOLEAN: "boolean",
+    kvm_h.KVM_STATS_UNIT_NONE: "",
+    kvm_h.KVM_STATS_UNIT_BYTES: "bytes",
+    kvm_h.KVM_STATS_UNIT_SECONDS: "seconds",
+    kvm_h.KVM_STATS_UNIT_CYCLES: "cycles",
+    kvm_h.KVM_STATS_UNIT_BOOLEAN: "boolean",
 }
 _TYPES = {
-    kvm.KVM_STATS_TYPE_CUMULATIVE: "cumulative",
-    kvm.KVM_STATS_TYPE_INSTANT: "instant",
-    kvm.KVM_STATS_TYPE_PEAK: "peak",
-    kvm.KVM_STATS_TYPE_LINEAR_HIST: "linear histogram",
-    kvm.KVM_STATS_TYPE_LOG_HIST: "logarithmic histogram",
+    kvm_h.KVM_STATS_TYPE_CUMULATIVE: "cumulative",
+    kvm_h.KVM_STATS_TYPE_INSTANT: "instant",
+    kvm_h.KVM_STATS_TYPE_PEAK: "peak",
+    kvm_h.KVM_STATS_TYPE_LINEAR_HIST: "linear histogram",
+    kvm_h.KVM_STATS_TYPE_LOG_HIST: "logarithmic histogram",
 }
 
 
@@ -66,11 +66,11 @@ class StatsFd(Fd):
             desc = _ffi.cast("struct kvm_stats_desc *", keep + number * each)
             name = _ffi.string(desc.name, header.name_size)
             assert isinstance(name, bytes)
-            pow2 = desc.flags & kvm.KVM_STATS_BASE_MASK == kvm.KVM_STATS_BASE_POW2
+            pow2 = desc.flags & kvm_h.KVM_STATS_BASE_MASK == kvm_h.KVM_STATS_BASE_POW2
             self.descriptors[name.decode()] = StatsDesc(
                 name.decode(),
-                _TYPES.get(desc.flags & kvm.KVM_STATS_TYPE_MASK, "unknown"),
-                _UNITS.get(desc.flags & kvm.KVM_STATS_UNIT_MASK, "unknown"),
+                _TYPES.get(desc.flags & kvm_h.KVM_STATS_TYPE_MASK, "unknown"),
+                _UNITS.get(desc.flags & kvm_h.KVM_STATS_UNIT_MASK, "unknown"),
                 2 if pow2 else 10,
                 desc.exponent,
                 desc.size,

@@ -8,27 +8,27 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Mapping
 from fcntl import ioctl as _enter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from . import wakeup
-from .cdefs import kvm
+from .cdefs import kvm as kvm_h
 from .cdefs.kvm import KVM_EXIT_INTR, KVM_RUN
+from .cpuid import CpuidEntry, read_cpuid_growing
 from .faults import FAULT_LAYOUTS
 from .fd import Fd
 from .libc import ioctl as _ioctl
 from .libc import last_errno, os_error, tgkill
-from .wakeup import uninterrupted
+from .wakeup import SignalsBlocked
 
 if TYPE_CHECKING:
+    from .slots import Lifeline
     from .stats import StatsFd
-    from .vm import Lifeline
 
-__all__ = ["CpuidEntry", "Vcpu", "VcpuThread"]
+__all__ = ["Vcpu"]
 
-_ffi = kvm.ffi
+_ffi = kvm_h.ffi
 
 # After a world switch every cache line counts: without a third argument fcntl.ioctl issues
 # KVM_RUN at a sixth of ctypes' cost.  From Python 3.14 on it hides EINTR and calls again, and so
@@ -46,40 +46,7 @@ class _Here(threading.local):
 _here = _Here()
 
 
-class CpuidEntry(NamedTuple):
-    """One leaf: struct kvm_cpuid_entry2."""
-
-    function: int
-    index: int  # type: ignore[assignment]  # hides tuple.index
-    flags: int
-    eax: int
-    ebx: int
-    ecx: int
-    edx: int
-
-
-def read_cpuid(cpuid: Any) -> list[CpuidEntry]:
-    """The entries of a ``struct kvm_cpuid2``."""
-    return [
-        CpuidEntry(e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx)
-        for e in cpuid.entries[0 : cpuid.nent]
-    ]
-
-
-def read_cpuid_growing(fd: Fd, request: int) -> list[CpuidEntry]:
-    """Ask for a CPUID list with room for more and more entries, as KVM can't say how many."""
-    room = 64
-    while True:
-        cpuid = _ffi.new("struct kvm_cpuid2 *", {"nent": room, "entries": room})
-        errno = fd.ioctl_errno(request, cpuid)
-        if not errno:
-            return read_cpuid(cpuid)
-        if errno != _errno.E2BIG or room > 4096:
-            fd.ioctl(request, cpuid)  # raises
-        room *= 2
-
-
-class _ClosedPage:
+class _ClosedKvmRun:
     """What is in the place of struct kvm_run once the vCPU is closed: every use says so.
 
     A __getattr__ of Vcpu itself would do, and make each attribute that run() looks at slower.
@@ -116,9 +83,11 @@ class Vcpu(Fd):
         super().__init__(fd)
         try:
             self._mmap = mmap.mmap(fd, mmap_size)
-            #: ``struct kvm_run *``, read and written in place.  A part of it (``page.io``) does
+            #: ``struct kvm_run *``, read and written in place.  A part of it (``kvm_run.io``) does
             #: not keep it alive: take it anew after each run, and never after close.
-            self.page: Any = _ffi.from_buffer("struct kvm_run *", self._mmap, require_writable=True)
+            self.kvm_run: Any = _ffi.from_buffer(
+                "struct kvm_run *", self._mmap, require_writable=True
+            )
         except BaseException:
             super().close()
             raise
@@ -131,8 +100,8 @@ class Vcpu(Fd):
         """KVM_RUN: enter the guest until the next exit; returns the exit reason.
 
         The reason is a plain int, one of ``KVM_EXIT_*`` or a number that kvmpriv does not know;
-        :meth:`exit` decodes it, :attr:`page` has it in place.  KVM_EXIT_INTR says that a signal or
-        a kick ended the call: Python's signal handlers have run by then.  A memory fault is an
+        :meth:`exit` decodes it, :attr:`kvm_run` has it in place.  KVM_EXIT_INTR means that a signal
+        or a kick ended the call: Python's signal handlers have run by then.  A memory fault is an
         exit, also where KVM_RUN fails with EFAULT to report it (guest_memfd).
 
         Raises OSError with KVM_RUN's errno, RuntimeError when another thread runs this vCPU,
@@ -151,7 +120,7 @@ class Vcpu(Fd):
                 _enter(self._fd, KVM_RUN)
             elif _ioctl(self._fd, KVM_RUN, 0) != 0:
                 return self._no_ordinary_exit(last_errno())
-            return self.page.exit_reason  # type: ignore[no-any-return]
+            return self.kvm_run.exit_reason  # type: ignore[no-any-return]
         except (OSError, ValueError) as error:
             # Signal handlers run in _enter: what they raise has their frames, and is not KVM's.
             if error.__traceback__ is None or error.__traceback__.tb_next is not None:
@@ -168,7 +137,7 @@ class Vcpu(Fd):
         if self._errno:
             # KVM leaves exit_reason alone when KVM_RUN fails: an old one must not be seen twice.
             self._errno = 0
-            self.page.exit_reason = kvm.KVM_EXIT_UNKNOWN
+            self.kvm_run.exit_reason = kvm_h.KVM_EXIT_UNKNOWN
         if self._prepared is not me:
             wakeup.prepare_thread()
             if wakeup.in_main_thread():
@@ -179,13 +148,13 @@ class Vcpu(Fd):
     def _no_ordinary_exit(self, errno: int) -> int:
         if errno == _errno.EBADF and self._fd < 0:
             raise self._closed_error() from None
-        page = self.page
+        run = self.kvm_run
         if errno in (_errno.EINTR, _errno.EAGAIN):
             # Cleared only where the interruption is reported: a kick is never swallowed.
-            page.immediate_exit = 0
-            page.exit_reason = KVM_EXIT_INTR
+            run.immediate_exit = 0
+            run.exit_reason = KVM_EXIT_INTR
             return KVM_EXIT_INTR
-        reason: int = page.exit_reason
+        reason: int = run.exit_reason
         layout = FAULT_LAYOUTS.get(reason)
         if layout is not None and errno in layout.errnos:
             self._errno = errno
@@ -197,7 +166,7 @@ class Vcpu(Fd):
         from .exits import decode
 
         self.fileno()
-        return decode(self.page, self._errno)
+        return decode(self.kvm_run, self._errno)
 
     def kick(self) -> None:
         """Make :meth:`run`, in whichever thread, return KVM_EXIT_INTR: now, or as soon as called.
@@ -212,7 +181,7 @@ class Vcpu(Fd):
             self._interrupt()
 
     def _interrupt(self) -> None:
-        self.page.immediate_exit = 1
+        self.kvm_run.immediate_exit = 1
         if self._runner:
             tgkill(self._tid, wakeup.KICK_SIGNAL)
 
@@ -220,7 +189,7 @@ class Vcpu(Fd):
         """Close the vCPU; one that is running elsewhere is called back first."""
         if self._runner.get("thread") is _here.me:
             raise RuntimeError("a vCPU can't be closed by a signal handler that interrupts its run")
-        with uninterrupted():
+        with SignalsBlocked():
             with self._kick_lock:
                 fd, self._fd = self._fd, -1
             if fd >= 0:
@@ -233,7 +202,7 @@ class Vcpu(Fd):
                 self._interrupt()
                 time.sleep(0.0005)
         finally:
-            self.page = _ClosedPage()
+            self.kvm_run = _ClosedKvmRun()
             del self._mmap
             os.close(fd)
             if self._lifeline is not None:
@@ -268,61 +237,63 @@ class Vcpu(Fd):
 
     def get_regs(self) -> Any:
         """The general purpose registers: a ``struct kvm_regs *``."""
-        return self._get(kvm.KVM_GET_REGS, "struct kvm_regs *")
+        return self._get(kvm_h.KVM_GET_REGS, "struct kvm_regs *")
 
     def set_regs(self, regs: Any) -> None:
-        self.ioctl(kvm.KVM_SET_REGS, regs)
+        self.ioctl(kvm_h.KVM_SET_REGS, regs)
 
     def get_sregs(self) -> Any:
         """Segments, control registers, EFER: a ``struct kvm_sregs *``."""
-        return self._get(kvm.KVM_GET_SREGS, "struct kvm_sregs *")
+        return self._get(kvm_h.KVM_GET_SREGS, "struct kvm_sregs *")
 
     def set_sregs(self, sregs: Any) -> None:
-        self.ioctl(kvm.KVM_SET_SREGS, sregs)
+        self.ioctl(kvm_h.KVM_SET_SREGS, sregs)
 
     def get_fpu(self) -> Any:
-        return self._get(kvm.KVM_GET_FPU, "struct kvm_fpu *")
+        return self._get(kvm_h.KVM_GET_FPU, "struct kvm_fpu *")
 
     def set_fpu(self, fpu: Any) -> None:
-        self.ioctl(kvm.KVM_SET_FPU, fpu)
+        self.ioctl(kvm_h.KVM_SET_FPU, fpu)
 
     def get_lapic(self) -> Any:
-        return self._get(kvm.KVM_GET_LAPIC, "struct kvm_lapic_state *")
+        return self._get(kvm_h.KVM_GET_LAPIC, "struct kvm_lapic_state *")
 
     def set_lapic(self, lapic: Any) -> None:
-        self.ioctl(kvm.KVM_SET_LAPIC, lapic)
+        self.ioctl(kvm_h.KVM_SET_LAPIC, lapic)
 
     def get_vcpu_events(self) -> Any:
-        return self._get(kvm.KVM_GET_VCPU_EVENTS, "struct kvm_vcpu_events *")
+        return self._get(kvm_h.KVM_GET_VCPU_EVENTS, "struct kvm_vcpu_events *")
 
     def set_vcpu_events(self, events: Any) -> None:
-        self.ioctl(kvm.KVM_SET_VCPU_EVENTS, events)
+        self.ioctl(kvm_h.KVM_SET_VCPU_EVENTS, events)
 
     def get_debugregs(self) -> Any:
-        return self._get(kvm.KVM_GET_DEBUGREGS, "struct kvm_debugregs *")
+        return self._get(kvm_h.KVM_GET_DEBUGREGS, "struct kvm_debugregs *")
 
     def set_debugregs(self, debugregs: Any) -> None:
-        self.ioctl(kvm.KVM_SET_DEBUGREGS, debugregs)
+        self.ioctl(kvm_h.KVM_SET_DEBUGREGS, debugregs)
 
     def get_xcrs(self) -> Any:
-        return self._get(kvm.KVM_GET_XCRS, "struct kvm_xcrs *")
+        return self._get(kvm_h.KVM_GET_XCRS, "struct kvm_xcrs *")
 
     def set_xcrs(self, xcrs: Any) -> None:
-        self.ioctl(kvm.KVM_SET_XCRS, xcrs)
+        self.ioctl(kvm_h.KVM_SET_XCRS, xcrs)
 
     def get_mp_state(self) -> int:
         """One of ``KVM_MP_STATE_*``."""
-        state = self._get(kvm.KVM_GET_MP_STATE, "struct kvm_mp_state *")
+        state = self._get(kvm_h.KVM_GET_MP_STATE, "struct kvm_mp_state *")
         return int(state.mp_state)
 
     def set_mp_state(self, mp_state: int) -> None:
-        self.ioctl(kvm.KVM_SET_MP_STATE, _ffi.new("struct kvm_mp_state *", {"mp_state": mp_state}))
+        self.ioctl(
+            kvm_h.KVM_SET_MP_STATE, _ffi.new("struct kvm_mp_state *", {"mp_state": mp_state})
+        )
 
     def get_tsc_khz(self) -> int:
-        return self.ioctl(kvm.KVM_GET_TSC_KHZ)
+        return self.ioctl(kvm_h.KVM_GET_TSC_KHZ)
 
     def set_tsc_khz(self, khz: int) -> None:
-        self.ioctl(kvm.KVM_SET_TSC_KHZ, khz)
+        self.ioctl(kvm_h.KVM_SET_TSC_KHZ, khz)
 
     def get_msrs(self, indices: Iterable[int]) -> dict[int, int]:
         """Read model specific registers: index -> value.
@@ -331,13 +302,13 @@ class Vcpu(Fd):
         """
         wanted = list(indices)
         msrs = self._msrs([(index, 0) for index in wanted])
-        self._all_done(self.ioctl(kvm.KVM_GET_MSRS, msrs), wanted, "read")
+        self._all_done(self.ioctl(kvm_h.KVM_GET_MSRS, msrs), wanted, "read")
         return {entry.index: entry.data for entry in msrs.entries[0 : len(wanted)]}
 
     def set_msrs(self, values: Mapping[int, int]) -> None:
         """Write model specific registers, in order.  OSError (EINVAL) names the first refused."""
         msrs = self._msrs(list(values.items()))
-        self._all_done(self.ioctl(kvm.KVM_SET_MSRS, msrs), list(values), "write")
+        self._all_done(self.ioctl(kvm_h.KVM_SET_MSRS, msrs), list(values), "write")
 
     @staticmethod
     def _msrs(pairs: list[tuple[int, int]]) -> Any:
@@ -353,7 +324,7 @@ class Vcpu(Fd):
             raise OSError(_errno.EINVAL, f"KVM does not {verb} MSR {indices[done]:#x}")
 
     def get_cpuid2(self) -> list[CpuidEntry]:
-        return read_cpuid_growing(self, kvm.KVM_GET_CPUID2)
+        return read_cpuid_growing(self, kvm_h.KVM_GET_CPUID2)
 
     def set_cpuid2(self, entries: Iterable[CpuidEntry]) -> None:
         """What CPUID says in the guest; :meth:`Kvm.get_supported_cpuid` is a start."""
@@ -362,32 +333,32 @@ class Vcpu(Fd):
         for target, entry in zip(cpuid.entries[0 : len(wanted)], wanted, strict=True):
             for name, value in entry._asdict().items():
                 setattr(target, name, value)
-        self.ioctl(kvm.KVM_SET_CPUID2, cpuid)
+        self.ioctl(kvm_h.KVM_SET_CPUID2, cpuid)
 
     # -- events and the rest -------------------------------------------------------------------
 
     def interrupt(self, irq: int) -> None:
         """KVM_INTERRUPT: queue vector `irq` (0 to 255); without an in-kernel irqchip only."""
-        self.ioctl(kvm.KVM_INTERRUPT, _ffi.new("struct kvm_interrupt *", {"irq": irq}))
+        self.ioctl(kvm_h.KVM_INTERRUPT, _ffi.new("struct kvm_interrupt *", {"irq": irq}))
 
     def nmi(self) -> None:
-        self.ioctl(kvm.KVM_NMI)
+        self.ioctl(kvm_h.KVM_NMI)
 
     def translate(self, linear_address: int) -> int | None:
         """The guest physical address behind a linear one; None where no page is mapped."""
         translation = _ffi.new("struct kvm_translation *", {"linear_address": linear_address})
-        self.ioctl(kvm.KVM_TRANSLATE, translation)
+        self.ioctl(kvm_h.KVM_TRANSLATE, translation)
         return int(translation.physical_address) if translation.valid else None
 
     def set_guest_debug(self, control: int) -> None:
         """KVM_SET_GUEST_DEBUG with ``KVM_GUESTDBG_*`` flags, 0 to end it."""
         self.ioctl(
-            kvm.KVM_SET_GUEST_DEBUG, _ffi.new("struct kvm_guest_debug *", {"control": control})
+            kvm_h.KVM_SET_GUEST_DEBUG, _ffi.new("struct kvm_guest_debug *", {"control": control})
         )
 
     def kvmclock_ctrl(self) -> None:
         """Tell a kvmclock guest that it was stopped; OSError (EINVAL) when it uses none."""
-        self.ioctl(kvm.KVM_KVMCLOCK_CTRL)
+        self.ioctl(kvm_h.KVM_KVMCLOCK_CTRL)
 
     def enable_cap(self, cap: int, *args: int, flags: int = 0) -> None:
         enable_cap(self, cap, args, flags)
@@ -396,8 +367,8 @@ class Vcpu(Fd):
         """The vCPU's counters."""
         from .stats import StatsFd
 
-        with uninterrupted():
-            return StatsFd(self.ioctl(kvm.KVM_GET_STATS_FD))
+        with SignalsBlocked():
+            return StatsFd(self.ioctl(kvm_h.KVM_GET_STATS_FD))
 
     def _get(self, request: int, kind: str) -> Any:
         value = _ffi.new(kind)
@@ -408,69 +379,6 @@ class Vcpu(Fd):
 def enable_cap(fd: Fd, cap: int, args: tuple[int, ...], flags: int) -> None:
     """KVM_ENABLE_CAP on a VM or a vCPU: up to four arguments of 64 bits."""
     fd.ioctl(
-        kvm.KVM_ENABLE_CAP,
+        kvm_h.KVM_ENABLE_CAP,
         _ffi.new("struct kvm_enable_cap *", {"cap": cap, "flags": flags, "args": list(args)}),
     )
-
-
-#: Told of each exit; a result other than None ends the run and becomes its result.
-ExitHandler = Callable[[Vcpu, int], Any]
-
-
-class VcpuThread(threading.Thread):
-    """Runs a vCPU in a thread of its own until `handler` has a result.
-
-    `handler(vcpu, reason)` is called in that thread for each exit but KVM_EXIT_INTR; None means to
-    go on.  As a context manager it starts the thread and, however the block ends, stops it:
-
-        with VcpuThread(vcpu, handler) as thread:
-            print(thread.result())
-    """
-
-    def __init__(self, vcpu: Vcpu, handler: ExitHandler) -> None:
-        super().__init__(name=f"vcpu{vcpu.vcpu_id}", daemon=True)
-        self._vcpu = vcpu
-        self._handler = handler
-        self._stopping = False
-        self._result: Any = None
-        self._error: BaseException | None = None
-
-    def run(self) -> None:
-        """What the thread does; `start` calls it."""
-        try:
-            while not self._stopping:
-                reason = self._vcpu.run()
-                if reason == KVM_EXIT_INTR:
-                    continue
-                self._result = self._handler(self._vcpu, reason)
-                if self._result is not None:
-                    return
-        except BaseException as error:  # noqa: BLE001  # result() raises it
-            self._error = error
-
-    def stop(self) -> None:
-        """Call the vCPU back and wait for the thread.  What it raised is kept for `result`."""
-        self._stopping = True
-        while self.is_alive():
-            with suppress(ValueError):  # closed: its run has ended or is ending
-                self._vcpu.kick()
-            self.join(0.05)
-
-    def result(self, timeout: float | None = None) -> Any:
-        """Wait for the handler's result (None if stopped); raises what the thread raised.
-
-        TimeoutError after `timeout` seconds: the vCPU runs on.
-        """
-        self.join(timeout)
-        if self.is_alive():
-            raise TimeoutError(f"vCPU {self._vcpu.vcpu_id} still runs after {timeout} s")
-        if self._error is not None:
-            raise self._error
-        return self._result
-
-    def __enter__(self) -> VcpuThread:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()

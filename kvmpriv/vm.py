@@ -4,137 +4,23 @@ from __future__ import annotations
 
 import errno as _errno
 import os
-import threading
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Protocol
-from weakref import WeakSet
+from typing import TYPE_CHECKING, Any
 
-from .cdefs import kvm
+from .cdefs import kvm as kvm_h
 from .fd import Fd, Struct, Structs
 from .libc import ioctl as _ioctl
 from .memory import PAGE_SIZE, HostMemory
+from .slots import Held, Lifeline, Slot, without
 from .vcpu import Vcpu, enable_cap
-from .wakeup import uninterrupted
+from .wakeup import SignalsBlocked
 
 if TYPE_CHECKING:
     from .stats import StatsFd
 
-__all__ = ["Held", "Lifeline", "Slot", "Vm", "slots_alive"]
+__all__ = ["Vm"]
 
-_ffi = kvm.ffi
+_ffi = kvm_h.ffi
 _REGIONS = Structs(_ffi.typeof("struct kvm_userspace_memory_region *"))
-
-
-class Held(Protocol):
-    """What a slot keeps alive: host memory, a private file."""
-
-    def hold(self) -> None: ...
-    def release(self) -> None: ...
-
-
-def _without(things: tuple[Held, ...], others: tuple[Held, ...]) -> tuple[Held, ...]:
-    return tuple(thing for thing in things if thing not in others)
-
-
-#: Of all VMs: whoever frees memory looks for others that use it.
-_living: WeakSet[Lifeline] = WeakSet()
-
-
-class Lifeline:
-    """Keeps what the slots use until the VM and the last of its vCPUs are closed.
-
-    A VM's fd may be closed while a vCPU runs on: the kernel's VM goes with the last of its fds,
-    and so does what we hold for it.
-    """
-
-    def __init__(self) -> None:
-        #: Re-entrant: a signal handler may come in the middle and use the VM itself.
-        self.lock = threading.RLock()
-        #: slot number -> the slot, which has been told to hold what it uses
-        self.slots: dict[int, Slot] = {}
-        self._users = 1
-        _living.add(self)
-
-    def join(self) -> None:
-        with self.lock:
-            self._users += 1
-
-    def leave(self) -> None:
-        with self.lock:
-            self._users -= 1
-            if self._users == 0:
-                _living.discard(self)
-                for slot in self.slots.values():
-                    held, slot.held = slot.held, ()
-                    for thing in held:
-                        thing.release()
-
-
-def slots_alive() -> Iterator[Slot]:
-    """The slots of every VM of this process, as far as they were set through an object."""
-    while True:
-        try:
-            lifelines = list(_living)
-        except RuntimeError:  # another thread has made a VM
-            continue
-        for lifeline in lifelines:
-            yield from list(lifeline.slots.values())
-        return
-
-
-class Slot:
-    """A memory slot of a VM; :meth:`delete` takes it away.
-
-    `slot` is KVM's number for it (address space in bits 16 to 31); `guest_phys_addr` and
-    `memory_size` in bytes; `held` what it keeps alive; `userspace_addr` where its memory is in this
-    process, or 0.
-    """
-
-    def __init__(
-        self,
-        vm: Vm,
-        slot: int,
-        guest_phys_addr: int,
-        memory_size: int,
-        flags: int = 0,
-        held: tuple[Held, ...] = (),
-        userspace_addr: int = 0,
-    ) -> None:
-        self.vm = vm
-        self.slot = slot
-        self.guest_phys_addr = guest_phys_addr
-        self.memory_size = memory_size
-        self.flags = flags
-        self.held = held
-        self.userspace_addr = userspace_addr
-
-    @property
-    def deleted(self) -> bool:
-        """Whether the VM has no such slot any more, or another one by its number."""
-        return self.vm.slots.get(self.slot) is not self
-
-    @property
-    def end(self) -> int:
-        """The first guest physical address behind the slot."""
-        return self.guest_phys_addr + self.memory_size
-
-    def delete(self) -> None:
-        """Take the slot away from the guest.  Nothing happens when it is gone already."""
-        if not self.deleted:
-            try:
-                self.vm.delete_slot(self)
-            except OSError as error:
-                # EINVAL: the kernel has no such slot; an interrupted call may have deleted it.
-                if error.errno != _errno.EINVAL:
-                    raise
-                self.vm.forget_slot(self)
-
-    def __repr__(self) -> str:
-        return (
-            f"<Slot {self.slot}{' DELETED' if self.deleted else ''}: "
-            f"{self.guest_phys_addr:#x}…{self.end:#x}"
-            f"{f' flags {self.flags:#x}' if self.flags else ''}>"
-        )
 
 
 class Vm(Fd):
@@ -154,7 +40,7 @@ class Vm(Fd):
 
     def close(self) -> None:
         """Close the VM's fd.  Its vCPUs and their memory live until they are closed too."""
-        with uninterrupted(), self._lifeline.lock:
+        with SignalsBlocked(), self._lifeline.lock:
             if not self.closed:
                 super().close()
                 self._lifeline.leave()
@@ -167,9 +53,9 @@ class Vm(Fd):
 
     def check_extension(self, cap: int) -> int:
         """What this VM can do, as an int: 0 no, 1 yes, or more than that says the capability."""
-        result: int = _ioctl(self._fd, kvm.KVM_CHECK_EXTENSION, cap)
+        result: int = _ioctl(self._fd, kvm_h.KVM_CHECK_EXTENSION, cap)
         if result < 0:
-            raise self._error(kvm.KVM_CHECK_EXTENSION, cap)
+            raise self._error(kvm_h.KVM_CHECK_EXTENSION, cap)
         return result
 
     def enable_cap(self, cap: int, *args: int, flags: int = 0) -> None:
@@ -181,8 +67,8 @@ class Vm(Fd):
 
         OSError: EEXIST for an id in use, EINVAL for one beyond KVM_CAP_MAX_VCPU_ID.
         """
-        with uninterrupted():
-            fd = self.ioctl(kvm.KVM_CREATE_VCPU, vcpu_id)
+        with SignalsBlocked():
+            fd = self.ioctl(kvm_h.KVM_CREATE_VCPU, vcpu_id)
             return Vcpu(fd, self._vcpu_mmap_size, self._lifeline, vcpu_id)
 
     # -- memory --------------------------------------------------------------------------------
@@ -241,7 +127,7 @@ class Vm(Fd):
     def _set_region(self, slot: Slot) -> None:
         where = (slot.guest_phys_addr, slot.memory_size, slot.userspace_addr)
         region = _REGIONS.take((slot.slot, slot.flags, *where))
-        self.set_region(kvm.KVM_SET_USER_MEMORY_REGION, region, slot)
+        self.set_region(kvm_h.KVM_SET_USER_MEMORY_REGION, region, slot)
         _REGIONS.give_back(region)
 
     def set_region(self, request: int, region: Struct, slot: Slot) -> None:
@@ -263,7 +149,7 @@ class Vm(Fd):
                     self.forget_slot(old)
                 return
             if old is not None:
-                new, left = _without(own, old.held), _without(old.held, own)
+                new, left = without(own, old.held), without(old.held, own)
                 slot.held = (*own, *left)
             for thing in new:
                 thing.hold()
@@ -285,7 +171,7 @@ class Vm(Fd):
 
     def delete_slot(self, slot: Slot) -> None:
         """KVM_SET_USER_MEMORY_REGION of 0 bytes, for a slot of `slots`."""
-        request, number = kvm.KVM_SET_USER_MEMORY_REGION, slot.slot
+        request, number = kvm_h.KVM_SET_USER_MEMORY_REGION, slot.slot
         region = _REGIONS.take((number, 0, 0, 0, 0))
         with self.slots_lock:
             if _ioctl(self._fd, request, region.address) < 0:
@@ -306,7 +192,7 @@ class Vm(Fd):
     def free_slot(self, address_space: int = 0) -> int:
         """The lowest slot number that is not in use.  OSError (ENOSPC) when there is none."""
         number = address_space << 16
-        limit = number + self.check_extension(kvm.KVM_CAP_NR_MEMSLOTS)
+        limit = number + self.check_extension(kvm_h.KVM_CAP_NR_MEMSLOTS)
         while number in self.slots:
             number += 1
         if number >= limit:
@@ -344,7 +230,7 @@ class Vm(Fd):
         size = self.slots[slot].memory_size // PAGE_SIZE
         bitmap = _ffi.new("unsigned char[]", (size + 63) // 64 * 8)
         self.ioctl(
-            kvm.KVM_GET_DIRTY_LOG,
+            kvm_h.KVM_GET_DIRTY_LOG,
             _ffi.new("struct kvm_dirty_log *", {"slot": slot, "dirty_bitmap": bitmap}),
         )
         return bytes(_ffi.buffer(bitmap))
@@ -353,35 +239,35 @@ class Vm(Fd):
 
     def set_tss_addr(self, address: int) -> None:
         """Where Intel's real mode emulation may have three pages; below 4 GiB."""
-        self.ioctl(kvm.KVM_SET_TSS_ADDR, address)
+        self.ioctl(kvm_h.KVM_SET_TSS_ADDR, address)
 
     def set_identity_map_addr(self, address: int) -> None:
         """Where Intel's real mode emulation may have one more page; below 4 GiB."""
-        self.ioctl(kvm.KVM_SET_IDENTITY_MAP_ADDR, _ffi.new("__u64 *", address))
+        self.ioctl(kvm_h.KVM_SET_IDENTITY_MAP_ADDR, _ffi.new("__u64 *", address))
 
     def create_irqchip(self) -> None:
         """Two PICs, an IOAPIC, and a local APIC for each vCPU made afterwards, in the kernel."""
-        self.ioctl(kvm.KVM_CREATE_IRQCHIP)
+        self.ioctl(kvm_h.KVM_CREATE_IRQCHIP)
 
     def create_pit2(self, flags: int = 0) -> None:
         """An i8254 in the kernel; needs the irqchip."""
-        self.ioctl(kvm.KVM_CREATE_PIT2, _ffi.new("struct kvm_pit_config *", {"flags": flags}))
+        self.ioctl(kvm_h.KVM_CREATE_PIT2, _ffi.new("struct kvm_pit_config *", {"flags": flags}))
 
     def irq_line(self, irq: int, level: int) -> None:
         """Raise (1) or lower (0) an input of the in-kernel irqchip."""
         self.ioctl(
-            kvm.KVM_IRQ_LINE, _ffi.new("struct kvm_irq_level *", {"irq": irq, "level": level})
+            kvm_h.KVM_IRQ_LINE, _ffi.new("struct kvm_irq_level *", {"irq": irq, "level": level})
         )
 
     def set_gsi_routing(self, entries: list[dict[str, Any]]) -> None:
         """Replace the routing table; each entry a dict of struct kvm_irq_routing_entry."""
         routing = _ffi.new("struct kvm_irq_routing *", {"nr": len(entries), "entries": entries})
-        self.ioctl(kvm.KVM_SET_GSI_ROUTING, routing)
+        self.ioctl(kvm_h.KVM_SET_GSI_ROUTING, routing)
 
     def irqfd(self, fd: int, gsi: int, *, flags: int = 0, resamplefd: int = 0) -> None:
         """An eventfd that raises `gsi` when written to."""
         self.ioctl(
-            kvm.KVM_IRQFD,
+            kvm_h.KVM_IRQFD,
             _ffi.new(
                 "struct kvm_irqfd *",
                 {"fd": fd, "gsi": gsi, "flags": flags, "resamplefd": resamplefd},
@@ -393,7 +279,7 @@ class Vm(Fd):
     ) -> None:
         """An eventfd that a guest's write to `addr` signals, without an exit."""
         self.ioctl(
-            kvm.KVM_IOEVENTFD,
+            kvm_h.KVM_IOEVENTFD,
             _ffi.new(
                 "struct kvm_ioeventfd *",
                 {"fd": fd, "addr": addr, "len": length, "datamatch": datamatch, "flags": flags},
@@ -405,19 +291,19 @@ class Vm(Fd):
         message = _ffi.new("struct kvm_msi *")
         message.address_lo, message.address_hi = address & 0xFFFFFFFF, address >> 32
         message.data = data
-        return self.ioctl(kvm.KVM_SIGNAL_MSI, message)
+        return self.ioctl(kvm_h.KVM_SIGNAL_MSI, message)
 
     def get_clock(self) -> Any:
         clock = _ffi.new("struct kvm_clock_data *")
-        self.ioctl(kvm.KVM_GET_CLOCK, clock)
+        self.ioctl(kvm_h.KVM_GET_CLOCK, clock)
         return clock
 
     def set_clock(self, clock: Any) -> None:
-        self.ioctl(kvm.KVM_SET_CLOCK, clock)
+        self.ioctl(kvm_h.KVM_SET_CLOCK, clock)
 
     def get_stats_fd(self) -> StatsFd:
         """The VM's counters."""
         from .stats import StatsFd
 
-        with uninterrupted():
-            return StatsFd(self.ioctl(kvm.KVM_GET_STATS_FD))
+        with SignalsBlocked():
+            return StatsFd(self.ioctl(kvm_h.KVM_GET_STATS_FD))

@@ -35,7 +35,7 @@ from typing import Protocol
 from . import libc
 from .fd import Fd
 
-__all__ = ["KICK_SIGNAL", "prepare_thread", "uninterrupted", "unwatch", "watch"]
+__all__ = ["KICK_SIGNAL", "SignalsBlocked", "prepare_thread", "unwatch", "watch"]
 
 #: Interrupts KVM_RUN; 34 on x86-64 with glibc.
 KICK_SIGNAL: int = signal.SIGRTMIN
@@ -53,10 +53,11 @@ def prepare_thread() -> None:
     libc.pthread_sigmask_unblock(KICK_SIGNAL)
 
 
-class uninterrupted:  # used as a statement
-    """Signals wait while a descriptor has no owner, before it has one or after: it would be lost.
+class SignalsBlocked:
+    """Blocks signals while a raw descriptor is between two owners.
 
-    A signal that the kernel gives to another thread of ours is not held back.
+    A signal handler that raises at that moment would leak the descriptor.  Only the calling thread
+    is protected: a signal that the kernel delivers to another thread of the process is not blocked.
     """
 
     def __enter__(self) -> None:
@@ -85,7 +86,7 @@ def in_main_thread() -> bool:
 def watch(vcpu: Kickable) -> None:
     """Kick `vcpu` whenever a signal with a Python handler comes.  In the main thread only."""
     global _watch
-    with uninterrupted(), _lock:
+    with SignalsBlocked(), _lock:
         _watched.add(vcpu)
         if _watch is None:
             _watch = _SignalWatch()

@@ -79,15 +79,15 @@ class Machine:
         if timer is not None:
             timer.daemon = True
             timer.start()
-        vcpu, page = self.vcpu, self.vcpu.page
+        vcpu, run = self.vcpu, self.vcpu.kvm_run
         try:
             while True:
                 reason = vcpu.run()
                 if reason == k.KVM_EXIT_IO:
-                    if page.io.direction == k.KVM_EXIT_IO_IN:
-                        self._port_in(page)
+                    if run.io.direction == k.KVM_EXIT_IO_IN:
+                        self._port_in(run)
                         continue
-                    port = page.io.port
+                    port = run.io.port
                     if port == SERIAL_PORT:
                         self._output(vcpu.exit().data)
                     elif port == EXIT_PORT:
@@ -105,10 +105,10 @@ class Machine:
                 timer.cancel()
 
     @staticmethod
-    def _port_in(page: Any) -> None:
-        io = page.io
+    def _port_in(run: Any) -> None:
+        io = run.io
         value = _TRANSMITTER_EMPTY if io.port == _LINE_STATUS else 0xFF
-        target = k.ffi.cast("unsigned char *", page) + io.data_offset
+        target = k.ffi.cast("unsigned char *", run) + io.data_offset
         k.ffi.memmove(target, bytes((value,)) * (io.size * io.count), io.size * io.count)
 
     def _exception(self) -> GuestCrash:

@@ -49,8 +49,9 @@ from .ready import PUPPET
 from .x86 import LARGE_PAGE, PTE_LARGE, PTE_PRESENT_WRITABLE
 
 if TYPE_CHECKING:
+    from ..cpuid import CpuidEntry
     from ..private import PrivateAbi
-    from ..vcpu import CpuidEntry, Vcpu
+    from ..vcpu import Vcpu
     from ..vm import Vm
 
 __all__ = ["HOME", "HOME_SIZE", "GuestExit", "Puppet", "PuppetCpu"]
@@ -378,15 +379,15 @@ class PuppetCpu:
         """Run until the command is done."""
         stopped = self._run_on()
         if stopped is not None:
-            # Not there: whoever keeps the exception would keep `page`, and with it the vCPU's.
+            # Not there: whoever keeps the exception would keep `run`, and with it the vCPU's.
             raise stopped
 
     def _run_on(self) -> GuestExit | GuestCrash | None:
-        vcpu, page = self.vcpu, self.vcpu.page
+        vcpu, run = self.vcpu, self.vcpu.kvm_run
         while True:
             reason = vcpu.run()
             if reason == k.KVM_EXIT_IO:
-                port = page.io.port
+                port = run.io.port
                 if port == self.done_port:
                     return None
                 if port == exceptions.CRASH_PORT:

@@ -12,11 +12,12 @@ from weakref import WeakKeyDictionary
 
 from .. import libc
 from ..fd import Fd
-from ..vm import Slot, slots_alive
+from ..slots import Slot, slots_alive
 
 if TYPE_CHECKING:
     from ..memory import HostMemory
-    from ..vm import Held, Vm
+    from ..slots import Held
+    from ..vm import Vm
 
 __all__ = [
     "NotFreedError",

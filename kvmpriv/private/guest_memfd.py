@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from ..cdefs import guest_memfd
 from ..faults import FaultLayout, register_fault_layout
 from ..fd import Structs, new_struct
-from ..vm import Slot
-from ..wakeup import uninterrupted
+from ..slots import Slot
+from ..wakeup import SignalsBlocked
 from .backing import PrivateFile, PrivateSlot, converted
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class GuestMemfd(PrivateFile):
         argument = new_struct(_CREATE, {"size": size, "flags": flags})
         self.size = size
         self.flags = flags
-        with uninterrupted():
+        with SignalsBlocked():
             super().__init__(vm.ioctl(guest_memfd.KVM_CREATE_GUEST_MEMFD, argument))
         try:
             os.set_inheritable(self._fd, False)  # noqa: FBT003  # the ioctl has no flag for it

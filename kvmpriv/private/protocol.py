@@ -144,7 +144,7 @@ def serve_conversion(abi: PrivateAbi, vm: Vm, vcpu: Vcpu, exit_: Any) -> bool:
             not_freed = error
         except OSError as error:
             errno = error.errno or _errno.EIO
-    vcpu.page.hypercall.ret = -errno & 0xFFFF_FFFF_FFFF_FFFF
+    vcpu.kvm_run.hypercall.ret = -errno & 0xFFFF_FFFF_FFFF_FFFF
     _warn(not_freed)
     return True
 

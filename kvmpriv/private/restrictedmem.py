@@ -13,8 +13,8 @@ from .. import libc
 from ..cdefs import kvm, restrictedmem
 from ..faults import FaultLayout, register_fault_layout
 from ..fd import Structs, new_struct
-from ..vm import Slot
-from ..wakeup import uninterrupted
+from ..slots import Slot
+from ..wakeup import SignalsBlocked
 from .backing import PrivateFile, PrivateSlot, check_loff, converted
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class RestrictedMem(PrivateFile):
             if errno in (0, _errno.EBADF):
                 errno = _errno.ENOSYS
             raise libc.os_error(errno, "memfd_restricted")
-        with uninterrupted():
+        with SignalsBlocked():
             fd = libc.syscall(_SYS_MEMFD_RESTRICTED, 0)
             if fd < 0:
                 raise libc.os_error(libc.last_errno(), "memfd_restricted(0)")

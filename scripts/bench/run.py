@@ -313,8 +313,8 @@ class Bench:
                 guest_.store(gpa, 8, 0x1234)
                 guest_.load(gpa, 8)
                 vcpu = guest_.vcpu
-                page, done, reason = vcpu.page, guest_.done_port, cdefs.KVM_EXIT_IO
-                io = page.io
+                run, done, reason = vcpu.kvm_run, guest_.done_port, cdefs.KVM_EXIT_IO
+                io = run.io
 
                 def ours() -> float:
                     start = perf_counter_ns()
@@ -474,9 +474,9 @@ def need_probe() -> None:
 
 def handle_in_place(vcpu: Vcpu, exits: int) -> int:
     """What the C loop does: reason, port, and the byte that the guest wrote."""
-    page = vcpu.page
-    io = page.io
-    data = cdefs.ffi.cast("unsigned char *", page)
+    run = vcpu.kvm_run
+    io = run.io
+    data = cdefs.ffi.cast("unsigned char *", run)
     reason, port = cdefs.KVM_EXIT_IO, guest.PORT
     total = 0
     for _ in range(exits):

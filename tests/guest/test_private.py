@@ -481,7 +481,7 @@ def test_memory_where_there_was_none(abi: PrivateAbi, vm: Vm, file: PrivateFile)
         with pytest.raises(GuestExit) as stopped:
             guest.load(GPA, 1)
         assert isinstance(stopped.value.exit, MmioExit)
-        guest.vcpu.page.mmio.data[0] = 0x77
+        guest.vcpu.kvm_run.mmio.data[0] = 0x77
         assert guest.resume() == 0x77
         abi.convert(vm, GPA, SIZE, private=True)
         slot = abi.bind(vm, GPA, SIZE, file, OFFSET)

@@ -96,7 +96,7 @@ def test_exits_on_the_way(guest: Puppet) -> None:
     assert stopped.value.cpu is guest
     with pytest.raises(RuntimeError, match="a command is under way"):
         guest.load(GPA, 4)
-    guest.vcpu.page.mmio.data = b"\x78\x56\x34\x12\0\0\0\0"
+    guest.vcpu.kvm_run.mmio.data = b"\x78\x56\x34\x12\0\0\0\0"
     assert guest.resume() == 0x12345678
     with pytest.raises(RuntimeError, match="no command is under way"):
         guest.resume()
@@ -116,8 +116,8 @@ def test_a_server_settles_exits(guest: Puppet) -> None:
 
     def serve(cpu: Puppet, exit_: IoExit) -> bool:
         asked.append((exit_.port, exit_.size))
-        io = cpu.vcpu.page.io
-        target = k.ffi.cast("unsigned char *", cpu.vcpu.page) + io.data_offset
+        io = cpu.vcpu.kvm_run.io
+        target = k.ffi.cast("unsigned char *", cpu.vcpu.kvm_run) + io.data_offset
         k.ffi.memmove(target, b"\x0d\xf0\xad\x8b", exit_.size)
         return True
 
@@ -261,7 +261,7 @@ def test_what_resume_returns(guest: Puppet, memory: HostMemory) -> None:
         with pytest.raises(GuestExit) as stopped:
             command()
         if expected is not None:
-            guest.vcpu.page.mmio.data[0] = expected
+            guest.vcpu.kvm_run.mmio.data[0] = expected
         assert guest.resume() == expected, stopped.value.exit
 
 

@@ -502,7 +502,7 @@ def test_an_exit_of_each_kind_a_guest_can_make(make_guest: MakeGuest) -> None:
     assert vcpu.exit() == exits.MmioExit(6, True, 0xF0010, 1, b"\x77")
     assert vcpu.run() == k.KVM_EXIT_MMIO
     assert vcpu.exit() == exits.MmioExit(6, False, 0xF0020, 2, b"")
-    vcpu.page.mmio.data = b"\xcd\xab" + bytes(6)
+    vcpu.kvm_run.mmio.data = b"\xcd\xab" + bytes(6)
     assert vcpu.run() == k.KVM_EXIT_HLT
     assert vcpu.get_regs().rax & 0xFFFF == 0xABCD
     assert str(vcpu.exit()) == "KVM_EXIT_HLT"
@@ -527,8 +527,8 @@ def test_use_after_close_of_every_object(kvm: Kvm) -> None:
                 vcpu.kick,
                 vcpu.get_regs,
                 lambda: vcpu.ioctl_errno(k.KVM_RUN),
-                lambda: vcpu.page.exit_reason,
-                lambda: setattr(vcpu.page, "immediate_exit", 1),
+                lambda: vcpu.kvm_run.exit_reason,
+                lambda: setattr(vcpu.kvm_run, "immediate_exit", 1),
             ],
         ),
         (
@@ -669,10 +669,10 @@ def test_fork_while_a_thread_runs_a_vcpu(make_guest: MakeGuest) -> None:
                 vcpu.close()
                 os._exit(7)
             os._exit(1)
-        interrupted.append(vcpu.page.immediate_exit)
+        interrupted.append(vcpu.kvm_run.immediate_exit)
         assert os.waitpid(child, 0)[1] == 7 << 8
         assert thread.is_alive()
-        assert vcpu.page.immediate_exit == 0
+        assert vcpu.kvm_run.immediate_exit == 0
     assert interrupted == [0]
 
 

@@ -279,7 +279,7 @@ def test_a_kick_before_the_run(make_guest: MakeGuest) -> None:
     vcpu.kick()
     assert vcpu.run() == k.KVM_EXIT_INTR
     assert str(vcpu.exit()) == "KVM_EXIT_INTR"
-    assert vcpu.page.immediate_exit == 0
+    assert vcpu.kvm_run.immediate_exit == 0
 
 
 def test_a_kick_from_a_signal_handler(make_guest: MakeGuest) -> None:

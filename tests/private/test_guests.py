@@ -257,7 +257,7 @@ def test_a_guest_that_wants_the_other_kind_exits(v9_guest: RestrictedGuest, want
         v9_guest.guest.read(gpa + 3, 2)
     fault = stopped.value.exit
     assert fault == MemoryFaultExit(38, gpa, PAGE, wants, int(wants), 0, "restrictedmem")
-    assert v9_guest.guest.vcpu.page.exit_reason == 38
+    assert v9_guest.guest.vcpu.kvm_run.exit_reason == 38
     for _ in range(3):
         with pytest.raises(GuestExit) as again:
             v9_guest.guest.resume()
@@ -308,7 +308,7 @@ def test_the_hypercalls_errors(v9_guest: RestrictedGuest) -> None:
         call(k.KVM_HC_MAP_GPA_RANGE, GPA, 2, k.KVM_MAP_GPA_RANGE_ENCRYPTED)
     exit_ = stopped.value.exit
     assert (exit_.nr, exit_.args[:3], exit_.longmode) == (12, (GPA, 2, 16), True)
-    v9_guest.guest.vcpu.page.hypercall.ret = 5
+    v9_guest.guest.vcpu.kvm_run.hypercall.ret = 5
     assert v9_guest.guest.resume() == 5
     with pytest.raises(GuestExit):
         call(k.KVM_HC_MAP_GPA_RANGE, GPA, 1, k.KVM_MAP_GPA_RANGE_DECRYPTED)

@@ -721,7 +721,7 @@ def test_found_in_the_kernels_memory(scene: Scene) -> None:
     if os.geteuid():
         missing("root", "/proc/kcore can't be read")
     # Where the kernel takes pages from for itself, KVM has had struct kvm_run from, too.
-    likely = [frame * PAGE for frame in frames(address_of(scene.guest.vcpu.page), 2 * PAGE)]
+    likely = [frame * PAGE for frame in frames(address_of(scene.guest.vcpu.kvm_run), 2 * PAGE)]
     assert likely
     assert all(likely), "no page frame numbers are to be seen"
     scene.judge(scene.memory.read(MEMORY_OFFSET, SIZE))

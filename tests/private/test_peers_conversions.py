@@ -64,7 +64,7 @@ class Ground:
                 change(self.in_file(gpa), pages * PAGE)
             self.rig.convert(gpa, pages * PAGE, private=wanted)
             self.asked[number] += 1
-            cpu.vcpu.page.hypercall.ret = 0
+            cpu.vcpu.kvm_run.hypercall.ret = 0
             return True
 
         return serve
@@ -226,7 +226,7 @@ class Window:
         gpa, pages, attributes = exit_.args[:3]
         wanted = bool(attributes & k.KVM_MAP_GPA_RANGE_ENCRYPTED)
         self.rig.convert(gpa, pages * PAGE, private=wanted)
-        cpu.vcpu.page.hypercall.ret = 0
+        cpu.vcpu.kvm_run.hypercall.ret = 0
         return True
 
     def convert(self, offset: int, size: int, *, private: bool) -> None:
@@ -400,7 +400,7 @@ def test_a_slot_that_comes_and_goes_under_a_private_page(rig: Rig) -> None:
             with pytest.raises(GuestExit) as stopped:
                 guest.load(GPA, 8)
             assert isinstance(stopped.value.exit, MmioExit)
-            guest.vcpu.page.mmio.data = bytes(8)
+            guest.vcpu.kvm_run.mmio.data = bytes(8)
             assert guest.resume() == 0
         rig.convert(GPA, BIG, private=True)
         slot = rig.bind(GPA, BIG, file)

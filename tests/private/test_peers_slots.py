@@ -130,7 +130,7 @@ class Watch:
 
     def _serve(self, cpu: PuppetCpu, exit_: Any) -> bool:
         if isinstance(exit_, MmioExit):
-            k.ffi.memmove(cpu.vcpu.page.mmio.data, NOBODY.to_bytes(8, "little"), 8)
+            k.ffi.memmove(cpu.vcpu.kvm_run.mmio.data, NOBODY.to_bytes(8, "little"), 8)
         elif not isinstance(exit_, MemoryFaultExit):
             return False
         return not self._over.is_set()

@@ -82,7 +82,7 @@ def test_the_exits_padding(rig: Rig) -> None:
     with pytest.raises(GuestExit) as stopped:
         rig.guest.load(GPA + 8, 8)
     assert stopped.value.exit == expected
-    run = k.ffi.buffer(rig.guest.vcpu.page)
+    run = k.ffi.buffer(rig.guest.vcpu.kvm_run)
     for _ in range(3):
         run[32:56] = b"\xff" * 24
         with pytest.raises(GuestExit) as stopped:
@@ -107,7 +107,9 @@ def test_a_read_only_slot_keeps_the_secret(rig: Rig) -> None:
             rig.guest.store(at, 8, secret)
         fault = stopped.value.exit
         assert (fault.reason, fault.gpa, fault.size, fault.private) == (38, at & -PAGE, PAGE, True)
-        assert secret.to_bytes(8, "little") not in bytes(k.ffi.buffer(rig.guest.vcpu.page)), touched
+        assert secret.to_bytes(8, "little") not in bytes(k.ffi.buffer(rig.guest.vcpu.kvm_run)), (
+            touched
+        )
         rig.guest.reset()
         assert rig.guest.load(at, 8) == 0
     rig.convert(GPA, MIB, private=False)
@@ -131,5 +133,5 @@ def test_the_errors_of_an_enabled_hypercall(rig: Rig) -> None:
         with pytest.raises(GuestExit) as stopped:
             rig.guest.hypercall(CALL, gpa, pages, encrypted)
         assert stopped.value.exit.args[:3] == (gpa, pages, encrypted)
-        rig.guest.vcpu.page.hypercall.ret = 0
+        rig.guest.vcpu.kvm_run.hypercall.ret = 0
         assert rig.guest.resume() == 0

@@ -182,7 +182,7 @@ def test_emulated_writes(shadowed: Shadowed) -> None:
 
     def serve(_: object, exit_: IoExit) -> bool:
         assert (exit_.is_write, exit_.port, exit_.size) == (False, PORT, 4)
-        page = shadowed.guest.vcpu.page
+        page = shadowed.guest.vcpu.kvm_run
         start = k.ffi.cast("char *", page) + page.io.data_offset
         k.ffi.buffer(start, 4)[:] = b"came"
         return True

@@ -78,7 +78,7 @@ def test_a_private_write_to_a_read_only_slot(flagged: Flagged, first: str) -> No
             with pytest.raises(GuestExit) as stopped:
                 guest.resume()
         assert stopped.value.exit == expected
-        page = bytes(k.ffi.buffer(guest.vcpu.page))
+        page = bytes(k.ffi.buffer(guest.vcpu.kvm_run))
         assert value not in page, "what the guest holds to be private is not told"
         assert value[:4] not in page
     assert flagged.memory.read(0, flagged.memory.size) == bytes(flagged.memory.size)

@@ -129,7 +129,7 @@ class Walk:
 
     def say_fault(self, when: str, call: Callable[[], Any]) -> None:
         say(f"{when}.exit", self._run(call))
-        page = self.guest.vcpu.page
+        page = self.guest.vcpu.kvm_run
         fault = rm.ffi.cast("struct kvm_run_memory_fault *", k.ffi.addressof(page.hw))
         for field in ("flags", "padding", "gpa", "size"):
             say(f"{when}.{field}", getattr(fault, field))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ...cdefs import kvm as k
 
 if TYPE_CHECKING:
-    from ...vcpu import CpuidEntry
+    from ...cpuid import CpuidEntry
 
 __all__ = ["for_cpu"]
 

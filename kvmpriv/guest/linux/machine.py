@@ -23,7 +23,7 @@ from ...exits import HypercallExit, exit_name
 from ...memory import PAGE_SIZE, HostMemory
 from ...private import serve_conversion
 from ...stats import StatsFd
-from ...vcpu import VcpuThread
+from ...threads import VcpuThread
 from .. import crash
 from ..bare import EXIT_PORT
 from ..image import ImageError
@@ -371,7 +371,7 @@ class LinuxMachine:
 
     def _serve(self, number: int, vcpu: Vcpu) -> Callable[[Vcpu, int], Outcome | None]:
         exits, record = self._exits, self._record
-        raw = memoryview(k.ffi.buffer(vcpu.page, self._kvm_run_size)).cast("B")
+        raw = memoryview(k.ffi.buffer(vcpu.kvm_run, self._kvm_run_size)).cast("B")
         io_of, mmio_of = _IO.unpack_from, _MMIO.unpack_from
         read_port, write_port = self.ports.read, self.ports.write
         read_mmio, write_mmio = self.mmio.read, self.mmio.write
@@ -420,7 +420,7 @@ class LinuxMachine:
         assert self._record is not None
         assert self._abi is not None
         if isinstance(exit_, HypercallExit):
-            if vcpu.page.hypercall.ret != 0:
+            if vcpu.kvm_run.hypercall.ret != 0:
                 return
             gpa, size = exit_.args[0], exit_.args[1] * PAGE_SIZE
             private, by = bool(exit_.args[2] & k.KVM_MAP_GPA_RANGE_ENCRYPTED), "hypercall"
@@ -433,7 +433,7 @@ class LinuxMachine:
 
     def _other_exit(self, number: int, vcpu: Vcpu, reason: int) -> None:
         """An exit that no guest in good health causes, or a conversion."""
-        if reason == k.KVM_EXIT_SYSTEM_EVENT and vcpu.page.system_event.type in (
+        if reason == k.KVM_EXIT_SYSTEM_EVENT and vcpu.kvm_run.system_event.type in (
             k.KVM_SYSTEM_EVENT_SHUTDOWN,
             k.KVM_SYSTEM_EVENT_RESET,
         ):

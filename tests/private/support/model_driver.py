@@ -316,7 +316,7 @@ class Driver:
         if cpu not in self.stopped:
             return "nothing to resume"
         chosen = self.guest.cpus[cpu]
-        chosen.vcpu.page.mmio.data = bytes(8)  # the answer, should it be asked for one
+        chosen.vcpu.kvm_run.mmio.data = bytes(8)  # the answer, should it be asked for one
         outcome = chosen.resume()
         name, _ = self.stopped.pop(cpu)
         return None if name in ("store", "write", "fill") else outcome
