@@ -360,13 +360,14 @@ def declare(header_text: str) -> Declared:
     """
     import cffi
 
-    from .cdefs import kvm, source
+    from .cdefs import kvm as kvm_h
+    from .cdefs import source
     from .fd import REQUEST_NAMES
 
     core = source.KVM
     for tag in re.findall(r"\bstruct\s+(\w+)\s*\{", header_text):
         core = re.sub(rf"^struct {tag} \{{.*?^\}};", "", core, flags=re.DOTALL | re.MULTILINE)
-    known = {name: value for name, value in vars(kvm).items() if isinstance(value, int)}
+    known = {name: value for name, value in vars(kvm_h).items() if isinstance(value, int)}
     ffi = cffi.FFI()
     ffi.cdef(core)
     parsed = parse(header_text, ffi, known)

@@ -6,7 +6,7 @@ generations of private memory say (:mod:`kvmpriv.faults`).
 
 from typing import Any, NamedTuple
 
-from .cdefs import kvm
+from .cdefs import kvm as kvm_h
 from .faults import FAULT_LAYOUTS, FaultLayout
 
 __all__ = [
@@ -25,11 +25,11 @@ __all__ = [
     "exit_name",
 ]
 
-_ffi = kvm.ffi
+_ffi = kvm_h.ffi
 
 _NAMES: dict[int, str] = {
     value: name
-    for name, value in vars(kvm).items()
+    for name, value in vars(kvm_h).items()
     if name.startswith("KVM_EXIT_") and not name.startswith("KVM_EXIT_IO_")
 }
 
@@ -141,7 +141,7 @@ class FailEntryExit(NamedTuple):
 
 _SUBERRORS = {
     value: name.removeprefix("KVM_INTERNAL_ERROR_")
-    for name, value in vars(kvm).items()
+    for name, value in vars(kvm_h).items()
     if name.startswith("KVM_INTERNAL_ERROR_") and "FLAG" not in name
 }
 
@@ -164,7 +164,7 @@ class InternalErrorExit(NamedTuple):
 
 _EVENTS = {
     value: name.removeprefix("KVM_SYSTEM_EVENT_")
-    for name, value in vars(kvm).items()
+    for name, value in vars(kvm_h).items()
     if name.startswith("KVM_SYSTEM_EVENT_")
 }
 
@@ -222,15 +222,15 @@ def decode_memory_fault(run: Any, layout: FaultLayout, errno: int = 0) -> Memory
 
 _PLAIN = frozenset(
     (
-        kvm.KVM_EXIT_HLT,
-        kvm.KVM_EXIT_SHUTDOWN,
-        kvm.KVM_EXIT_INTR,
-        kvm.KVM_EXIT_IRQ_WINDOW_OPEN,
-        kvm.KVM_EXIT_NMI,
-        kvm.KVM_EXIT_SET_TPR,
-        kvm.KVM_EXIT_DIRTY_RING_FULL,
-        kvm.KVM_EXIT_AP_RESET_HOLD,
-        kvm.KVM_EXIT_X86_BUS_LOCK,
+        kvm_h.KVM_EXIT_HLT,
+        kvm_h.KVM_EXIT_SHUTDOWN,
+        kvm_h.KVM_EXIT_INTR,
+        kvm_h.KVM_EXIT_IRQ_WINDOW_OPEN,
+        kvm_h.KVM_EXIT_NMI,
+        kvm_h.KVM_EXIT_SET_TPR,
+        kvm_h.KVM_EXIT_DIRTY_RING_FULL,
+        kvm_h.KVM_EXIT_AP_RESET_HOLD,
+        kvm_h.KVM_EXIT_X86_BUS_LOCK,
     )
 )
 
@@ -243,35 +243,35 @@ def decode(run: Any, errno: int = 0) -> Any:
     reason = run.exit_reason
     if reason in _PLAIN:
         return Exit(reason)
-    if reason == kvm.KVM_EXIT_IO:
+    if reason == kvm_h.KVM_EXIT_IO:
         io = run.io
-        is_write = io.direction == kvm.KVM_EXIT_IO_OUT
+        is_write = io.direction == kvm_h.KVM_EXIT_IO_OUT
         data = b""
         if is_write:
             start = _ffi.cast("char *", run) + io.data_offset
             data = _ffi.buffer(start, io.size * io.count)[:]
         return IoExit(reason, is_write, io.port, io.size, io.count, data)
-    if reason == kvm.KVM_EXIT_MMIO:
+    if reason == kvm_h.KVM_EXIT_MMIO:
         mmio = run.mmio
         size = min(mmio.len, 8)
         data = bytes(mmio.data[0:size]) if mmio.is_write else b""
         return MmioExit(reason, bool(mmio.is_write), mmio.phys_addr, mmio.len, data)
-    if reason == kvm.KVM_EXIT_HYPERCALL:
+    if reason == kvm_h.KVM_EXIT_HYPERCALL:
         call = run.hypercall
         return HypercallExit(reason, call.nr, tuple(call.args), bool(call.longmode & 1))
     if reason in FAULT_LAYOUTS:
         return decode_memory_fault(run, FAULT_LAYOUTS[reason], errno)
-    if reason == kvm.KVM_EXIT_FAIL_ENTRY:
+    if reason == kvm_h.KVM_EXIT_FAIL_ENTRY:
         entry = run.fail_entry
         return FailEntryExit(reason, entry.hardware_entry_failure_reason, entry.cpu)
-    if reason == kvm.KVM_EXIT_INTERNAL_ERROR:
+    if reason == kvm_h.KVM_EXIT_INTERNAL_ERROR:
         return _decode_internal_error(run)
-    if reason == kvm.KVM_EXIT_SYSTEM_EVENT:
+    if reason == kvm_h.KVM_EXIT_SYSTEM_EVENT:
         event = run.system_event
         return SystemEventExit(reason, event.type, tuple(event.data)[: min(event.ndata, 16)])
-    if reason in (kvm.KVM_EXIT_X86_RDMSR, kvm.KVM_EXIT_X86_WRMSR):
+    if reason in (kvm_h.KVM_EXIT_X86_RDMSR, kvm_h.KVM_EXIT_X86_WRMSR):
         return MsrExit(reason, run.msr.index, run.msr.data, run.msr.reason)
-    if reason == kvm.KVM_EXIT_DEBUG:
+    if reason == kvm_h.KVM_EXIT_DEBUG:
         arch = run.debug.arch
         return DebugExit(reason, arch.exception, arch.pc, arch.dr6, arch.dr7)
     return OtherExit(reason, _ffi.buffer(_ffi.addressof(run.hw), 256)[:])
@@ -283,9 +283,9 @@ def _decode_internal_error(run: Any) -> InternalErrorExit:
     instruction = b""
     failure = run.emulation_failure
     if (
-        error.suberror == kvm.KVM_INTERNAL_ERROR_EMULATION
+        error.suberror == kvm_h.KVM_INTERNAL_ERROR_EMULATION
         and ndata >= 3  # flags, and two words that hold the size and the bytes
-        and failure.flags & kvm.KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES
+        and failure.flags & kvm_h.KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES
     ):
         instruction = bytes(failure.insn_bytes[0 : min(failure.insn_size, 15)])
     return InternalErrorExit(

@@ -13,7 +13,7 @@ from contextlib import ExitStack, suppress
 from threading import Timer
 from typing import TYPE_CHECKING, Any
 
-from ..cdefs import kvm as k
+from ..cdefs import kvm as kvm_h
 from ..memory import HostMemory
 from . import crash, exceptions, loader
 from .crash import GuestCrash, GuestTimeout
@@ -83,8 +83,8 @@ class Machine:
         try:
             while True:
                 reason = vcpu.run()
-                if reason == k.KVM_EXIT_IO:
-                    if run.io.direction == k.KVM_EXIT_IO_IN:
+                if reason == kvm_h.KVM_EXIT_IO:
+                    if run.io.direction == kvm_h.KVM_EXIT_IO_IN:
                         self._port_in(run)
                         continue
                     port = run.io.port
@@ -94,9 +94,9 @@ class Machine:
                         return int(vcpu.exit().data[0])
                     elif port == exceptions.CRASH_PORT:
                         raise self._exception()
-                elif reason == k.KVM_EXIT_HLT:
+                elif reason == kvm_h.KVM_EXIT_HLT:
                     return 0
-                elif reason != k.KVM_EXIT_INTR:
+                elif reason != kvm_h.KVM_EXIT_INTR:
                     raise self._crash(crash.describe_exit(vcpu.exit()))
                 elif expired:
                     raise self._crash(f"still running after {timeout:g} s", GuestTimeout)
@@ -108,8 +108,8 @@ class Machine:
     def _port_in(run: Any) -> None:
         io = run.io
         value = _TRANSMITTER_EMPTY if io.port == _LINE_STATUS else 0xFF
-        target = k.ffi.cast("unsigned char *", run) + io.data_offset
-        k.ffi.memmove(target, bytes((value,)) * (io.size * io.count), io.size * io.count)
+        target = kvm_h.ffi.cast("unsigned char *", run) + io.data_offset
+        kvm_h.ffi.memmove(target, bytes((value,)) * (io.size * io.count), io.size * io.count)
 
     def _exception(self) -> GuestCrash:
         exception = loader.read_exception(self._image.mode, self.memory, self.vcpu)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..cdefs import kvm as k
+from ..cdefs import kvm as kvm_h
 from .x86 import EFER_LMA
 
 if TYPE_CHECKING:
@@ -54,9 +54,9 @@ def describe(exception: GuestException, vcpu: Vcpu) -> str:
 
 def describe_exit(exit_: Any) -> str:
     """An exit that nobody expected."""
-    if exit_.reason == k.KVM_EXIT_SHUTDOWN:
+    if exit_.reason == kvm_h.KVM_EXIT_SHUTDOWN:
         return "triple fault (KVM_EXIT_SHUTDOWN)"
-    if exit_.reason == k.KVM_EXIT_MMIO:
+    if exit_.reason == kvm_h.KVM_EXIT_MMIO:
         return f"no memory there: {exit_}"
     return str(exit_)
 

@@ -38,7 +38,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..cdefs import kvm as k
+from ..cdefs import kvm as kvm_h
 from ..kvm import Kvm
 from ..libc import os_error
 from ..memory import PAGE_SIZE, HostMemory
@@ -138,7 +138,7 @@ class PuppetCpu:
         # Port and memory-mapped I/O is complete only when KVM_RUN is entered once more (api.rst);
         # registers set before that would be overwritten.
         self.vcpu.kick()
-        while self.vcpu.run() != k.KVM_EXIT_INTR:
+        while self.vcpu.run() != kvm_h.KVM_EXIT_INTR:
             self.vcpu.kick()
         cell = self._cell
         for at in range(len(self._mailbox)):
@@ -151,7 +151,7 @@ class PuppetCpu:
             gdt=cell + _SEGMENTS,
             idt=_IDT,
         )
-        regs = k.ffi.new("struct kvm_regs *")
+        regs = kvm_h.ffi.new("struct kvm_regs *")
         regs.rip, regs.rsp, regs.rbx, regs.rflags = _CODE, cell + _STACK_END, cell + _MAILBOX, 2
         self.vcpu.set_regs(regs)
         self._enter()
@@ -306,7 +306,9 @@ class PuppetCpu:
             raise ValueError("this puppet was made without the ABI of its private memory (abi=)")
         if size % PAGE_SIZE:
             raise ValueError(f"{size:#x} bytes are not a number of pages")
-        attributes = k.KVM_MAP_GPA_RANGE_ENCRYPTED if private else k.KVM_MAP_GPA_RANGE_DECRYPTED
+        attributes = (
+            kvm_h.KVM_MAP_GPA_RANGE_ENCRYPTED if private else kvm_h.KVM_MAP_GPA_RANGE_DECRYPTED
+        )
 
         def judge(answer: int) -> None:
             if answer:
@@ -314,7 +316,7 @@ class PuppetCpu:
                 errno = _errno.ENOSYS if answer == -_KVM_ENOSYS else -answer
                 raise os_error(errno, f"KVM_HC_MAP_GPA_RANGE({gpa:#x}, {size:#x} bytes, {kind})")
 
-        self._hypercall(judge, k.KVM_HC_MAP_GPA_RANGE, gpa, size // PAGE_SIZE, attributes)
+        self._hypercall(judge, kvm_h.KVM_HC_MAP_GPA_RANGE, gpa, size // PAGE_SIZE, attributes)
 
     def halt(self) -> None:
         """HLT.  It is an exit; `resume` goes on behind it."""
@@ -386,22 +388,22 @@ class PuppetCpu:
         vcpu, run = self.vcpu, self.vcpu.kvm_run
         while True:
             reason = vcpu.run()
-            if reason == k.KVM_EXIT_IO:
+            if reason == kvm_h.KVM_EXIT_IO:
                 port = run.io.port
                 if port == self.done_port:
                     return None
                 if port == exceptions.CRASH_PORT:
                     return self._exception()
-            elif reason == k.KVM_EXIT_INTR:
+            elif reason == kvm_h.KVM_EXIT_INTR:
                 continue
             exit_ = vcpu.exit()
             self.exits.append(exit_)
             if self.serve is not None and self.serve(self, exit_):
                 continue
             if reason in (
-                k.KVM_EXIT_SHUTDOWN,
-                k.KVM_EXIT_FAIL_ENTRY,
-                k.KVM_EXIT_INTERNAL_ERROR,
+                kvm_h.KVM_EXIT_SHUTDOWN,
+                kvm_h.KVM_EXIT_FAIL_ENTRY,
+                kvm_h.KVM_EXIT_INTERNAL_ERROR,
             ):
                 return self._crash(crash.describe_exit(exit_))
             return GuestExit(self, exit_)
@@ -456,8 +458,8 @@ class Puppet(PuppetCpu):
         self.abi = abi
         self._implicit = implicit
         self.hypercall_instruction = hypercall_instruction or _hypercall_instruction()
-        if abi is not None and vm.check_extension(k.KVM_CAP_EXIT_HYPERCALL):
-            vm.enable_cap(k.KVM_CAP_EXIT_HYPERCALL, 1 << k.KVM_HC_MAP_GPA_RANGE)
+        if abi is not None and vm.check_extension(kvm_h.KVM_CAP_EXIT_HYPERCALL):
+            vm.enable_cap(kvm_h.KVM_CAP_EXIT_HYPERCALL, 1 << kvm_h.KVM_HC_MAP_GPA_RANGE)
         if cpuid is None:
             with Kvm() as kvm:
                 cpuid = kvm.get_supported_cpuid()
@@ -488,7 +490,7 @@ class Puppet(PuppetCpu):
 
         def serve(cpu: PuppetCpu, exit_: Any) -> bool:
             served = self._implicit or abi.ACCESS_FOLLOWS_STATE
-            served = served or exit_.reason == k.KVM_EXIT_HYPERCALL
+            served = served or exit_.reason == kvm_h.KVM_EXIT_HYPERCALL
             return served and serve_conversion(abi, self.vm, cpu.vcpu, exit_)
 
         return serve

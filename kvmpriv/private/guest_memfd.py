@@ -10,7 +10,7 @@ import errno as _errno
 import os
 from typing import TYPE_CHECKING
 
-from ..cdefs import guest_memfd
+from ..cdefs import guest_memfd as guest_memfd_h
 from ..faults import FaultLayout, register_fault_layout
 from ..fd import Structs, new_struct
 from ..slots import Slot
@@ -39,10 +39,10 @@ __all__ = [
     "set_user_memory_region2",
 ]
 
-_REGIONS = Structs(guest_memfd.ffi.typeof("struct kvm_userspace_memory_region2 *"))
-_CREATE = guest_memfd.ffi.typeof("struct kvm_create_guest_memfd *")
-_ATTRIBUTES = guest_memfd.ffi.typeof("struct kvm_memory_attributes *")
-_PRE_FAULT = guest_memfd.ffi.typeof("struct kvm_pre_fault_memory *")
+_REGIONS = Structs(guest_memfd_h.ffi.typeof("struct kvm_userspace_memory_region2 *"))
+_CREATE = guest_memfd_h.ffi.typeof("struct kvm_create_guest_memfd *")
+_ATTRIBUTES = guest_memfd_h.ffi.typeof("struct kvm_memory_attributes *")
+_PRE_FAULT = guest_memfd_h.ffi.typeof("struct kvm_pre_fault_memory *")
 
 NAME = "guest_memfd"
 
@@ -57,11 +57,11 @@ ACCESS_FOLLOWS_STATE = True
 #: KVM_RUN fails with EFAULT (EHWPOISON for a poisoned page) and describes the fault in kvm_run.
 FAULT_LAYOUT = FaultLayout(
     abi=NAME,
-    reason=guest_memfd.KVM_EXIT_MEMORY_FAULT,
+    reason=guest_memfd_h.KVM_EXIT_MEMORY_FAULT,
     struct="struct kvm_run_memory_fault",
-    ffi=guest_memfd.ffi,
-    private_flag=guest_memfd.KVM_MEMORY_EXIT_FLAG_PRIVATE,
-    errnos=frozenset((_errno.EFAULT, guest_memfd.EHWPOISON)),
+    ffi=guest_memfd_h.ffi,
+    private_flag=guest_memfd_h.KVM_MEMORY_EXIT_FLAG_PRIVATE,
+    errnos=frozenset((_errno.EFAULT, guest_memfd_h.EHWPOISON)),
 )
 register_fault_layout(FAULT_LAYOUT)
 
@@ -83,7 +83,7 @@ class GuestMemfd(PrivateFile):
         self.size = size
         self.flags = flags
         with SignalsBlocked():
-            super().__init__(vm.ioctl(guest_memfd.KVM_CREATE_GUEST_MEMFD, argument))
+            super().__init__(vm.ioctl(guest_memfd_h.KVM_CREATE_GUEST_MEMFD, argument))
         try:
             os.set_inheritable(self._fd, False)  # noqa: FBT003  # the ioctl has no flag for it
         except BaseException:
@@ -101,7 +101,7 @@ def set_user_memory_region2(
     guest_memfd_offset: int = 0,
     *,
     memory_offset: int = 0,
-    flags: int = guest_memfd.KVM_MEM_GUEST_MEMFD,
+    flags: int = guest_memfd_h.KVM_MEM_GUEST_MEMFD,
 ) -> Slot:
     """KVM_SET_USER_MEMORY_REGION2.
 
@@ -115,7 +115,7 @@ def set_user_memory_region2(
     new = Slot(vm, slot, guest_phys_addr, memory_size, flags, held, userspace_addr)
     fields = (slot, flags, guest_phys_addr, memory_size, userspace_addr, guest_memfd_offset)
     region = _REGIONS.take((*fields, fd & 0xFFFFFFFF))
-    vm.set_region(guest_memfd.KVM_SET_USER_MEMORY_REGION2, region, new)
+    vm.set_region(guest_memfd_h.KVM_SET_USER_MEMORY_REGION2, region, new)
     _REGIONS.give_back(region)
     return new
 
@@ -127,7 +127,7 @@ def set_memory_attributes(vm: Vm, address: int, size: int, attributes: int) -> N
     or an attribute that this VM does not have, ENOTTY where KVM has none.
     """
     argument = new_struct(_ATTRIBUTES, (address, size, attributes, 0))
-    vm.ioctl(guest_memfd.KVM_SET_MEMORY_ATTRIBUTES, argument)
+    vm.ioctl(guest_memfd_h.KVM_SET_MEMORY_ATTRIBUTES, argument)
 
 
 def pre_fault_memory(vcpu: Vcpu, gpa: int, size: int) -> int:
@@ -136,7 +136,7 @@ def pre_fault_memory(vcpu: Vcpu, gpa: int, size: int) -> int:
     OSError: ENOENT where no slot is, EINVAL for a bad range, ENOTTY before Linux 6.11.
     """
     argument = new_struct(_PRE_FAULT, {"gpa": gpa, "size": size})
-    vcpu.ioctl(guest_memfd.KVM_PRE_FAULT_MEMORY, argument)
+    vcpu.ioctl(guest_memfd_h.KVM_PRE_FAULT_MEMORY, argument)
     return int(argument.size)
 
 
@@ -145,7 +145,7 @@ def pre_fault_memory(vcpu: Vcpu, gpa: int, size: int) -> int:
 
 def create_vm(kvm: Kvm) -> Vm:
     """A VM of type KVM_X86_SW_PROTECTED_VM.  OSError: EINVAL where KVM has no such VMs."""
-    return kvm.create_vm(guest_memfd.KVM_X86_SW_PROTECTED_VM)
+    return kvm.create_vm(guest_memfd_h.KVM_X86_SW_PROTECTED_VM)
 
 
 def create_file(vm: Vm, size: int) -> GuestMemfd:
@@ -182,14 +182,14 @@ def bind(
                 slot=vm.free_slot(),
                 flags=flags,
             )
-    flags |= guest_memfd.KVM_MEM_GUEST_MEMFD
+    flags |= guest_memfd_h.KVM_MEM_GUEST_MEMFD
     new = PrivateSlot(
         vm, slot, guest_phys_addr, memory_size, flags, file, offset, memory, memory_offset
     )
     fd = file.fileno()
     fields = (slot, flags, guest_phys_addr, memory_size, new.userspace_addr, offset, fd)
     region = _REGIONS.take(fields)
-    vm.set_region(guest_memfd.KVM_SET_USER_MEMORY_REGION2, region, new)
+    vm.set_region(guest_memfd_h.KVM_SET_USER_MEMORY_REGION2, region, new)
     _REGIONS.give_back(region)
     return new
 
@@ -197,7 +197,7 @@ def bind(
 def convert(vm: Vm, gpa: int, size: int, *, private: bool, keep: bool = False) -> None:
     """By KVM_SET_MEMORY_ATTRIBUTES."""
     with vm.slots_lock:
-        attributes = guest_memfd.KVM_MEMORY_ATTRIBUTE_PRIVATE if private else 0
+        attributes = guest_memfd_h.KVM_MEMORY_ATTRIBUTE_PRIVATE if private else 0
         set_memory_attributes(vm, gpa, size, attributes)
         converted(vm, gpa, size, private=private, keep=keep)
 

@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
 
-from ..cdefs import kvm as k
+from ..cdefs import kvm as kvm_h
 from ..exits import HypercallExit, MemoryFaultExit
 from ..memory import PAGE_SIZE
 from .backing import NotFreedError, PrivateSlot, conversions
@@ -130,13 +130,13 @@ def serve_conversion(abi: PrivateAbi, vm: Vm, vcpu: Vcpu, exit_: Any) -> bool:
         _last_faults[vcpu] = exit_, conversions.get(vm, 0), times
         _warn(not_freed)
         return True
-    if not isinstance(exit_, HypercallExit) or exit_.nr != k.KVM_HC_MAP_GPA_RANGE:
+    if not isinstance(exit_, HypercallExit) or exit_.nr != kvm_h.KVM_HC_MAP_GPA_RANGE:
         return False
     gpa, pages, attributes = exit_.args[:3]
     size = pages * PAGE_SIZE
     errno = _errno.EINVAL
     if _all_private_capable(vm, gpa, size):
-        private = bool(attributes & k.KVM_MAP_GPA_RANGE_ENCRYPTED)
+        private = bool(attributes & kvm_h.KVM_MAP_GPA_RANGE_ENCRYPTED)
         errno = 0
         try:
             abi.convert(vm, gpa, size, private=private)

@@ -10,7 +10,8 @@ import os
 from typing import TYPE_CHECKING
 
 from .. import libc
-from ..cdefs import kvm, restrictedmem
+from ..cdefs import kvm as kvm_h
+from ..cdefs import restrictedmem as restrictedmem_h
 from ..faults import FaultLayout, register_fault_layout
 from ..fd import Structs, new_struct
 from ..slots import Slot
@@ -40,8 +41,8 @@ __all__ = [
     "set_user_memory_region_ext",
 ]
 
-_REGIONS = Structs(restrictedmem.ffi.typeof("struct kvm_userspace_memory_region_ext *"))
-_RANGE = kvm.ffi.typeof("struct kvm_enc_region *")
+_REGIONS = Structs(restrictedmem_h.ffi.typeof("struct kvm_userspace_memory_region_ext *"))
+_RANGE = kvm_h.ffi.typeof("struct kvm_enc_region *")
 
 NAME = "restrictedmem"
 
@@ -54,15 +55,15 @@ ACCESS_FOLLOWS_STATE = False
 #: KVM_RUN returns 0; v10 widened `flags` over the padding, which is 0 in v9: one layout reads both.
 FAULT_LAYOUT = FaultLayout(
     abi=NAME,
-    reason=restrictedmem.KVM_EXIT_MEMORY_FAULT,
+    reason=restrictedmem_h.KVM_EXIT_MEMORY_FAULT,
     struct="struct kvm_run_memory_fault",
-    ffi=restrictedmem.ffi,
-    private_flag=restrictedmem.KVM_MEMORY_EXIT_FLAG_PRIVATE,
+    ffi=restrictedmem_h.ffi,
+    private_flag=restrictedmem_h.KVM_MEMORY_EXIT_FLAG_PRIVATE,
     errnos=frozenset(),
 )
 register_fault_layout(FAULT_LAYOUT)
 
-_SYS_MEMFD_RESTRICTED = restrictedmem.__NR_memfd_restricted  # noqa: SLF001  # the kernel's name
+_SYS_MEMFD_RESTRICTED = restrictedmem_h.__NR_memfd_restricted  # noqa: SLF001  # the kernel's name
 _BAD_FLAGS = 0xFFFFFFFF
 
 
@@ -102,7 +103,7 @@ class RestrictedMem(PrivateFile):
             super().__init__(fd)
         try:
             magic = libc.fstatfs_type(fd)
-            if magic != restrictedmem.RESTRICTEDMEM_MAGIC:
+            if magic != restrictedmem_h.RESTRICTEDMEM_MAGIC:
                 raise OSError(
                     _errno.ENOSYS,
                     f"system call 451 made a file of type {magic:#x}, not RESTRICTEDMEM_MAGIC",
@@ -129,7 +130,7 @@ def set_user_memory_region_ext(
     restricted_offset: int = 0,
     *,
     memory_offset: int = 0,
-    flags: int = restrictedmem.KVM_MEM_PRIVATE,
+    flags: int = restrictedmem_h.KVM_MEM_PRIVATE,
 ) -> Slot:
     """KVM_SET_USER_MEMORY_REGION with ``struct kvm_userspace_memory_region_ext``.
 
@@ -143,7 +144,7 @@ def set_user_memory_region_ext(
     new = Slot(vm, slot, guest_phys_addr, memory_size, flags, held, userspace_addr)
     ordinary = (slot, flags, guest_phys_addr, memory_size, userspace_addr)
     region = _REGIONS.take((ordinary, restricted_offset, fd & 0xFFFFFFFF))
-    vm.set_region(kvm.KVM_SET_USER_MEMORY_REGION, region, new)
+    vm.set_region(kvm_h.KVM_SET_USER_MEMORY_REGION, region, new)
     _REGIONS.give_back(region)
     return new
 
@@ -154,12 +155,12 @@ def memory_encrypt_reg_region(vm: Vm, gpa: int, size: int) -> None:
     Bytes, page aligned.  OSError: EINVAL for a bad range, ENOTTY where this VM has no private
     memory.  On a kernel that is not v9's the same request takes a host address: know your ABI.
     """
-    vm.ioctl(kvm.KVM_MEMORY_ENCRYPT_REG_REGION, new_struct(_RANGE, (gpa, size)))
+    vm.ioctl(kvm_h.KVM_MEMORY_ENCRYPT_REG_REGION, new_struct(_RANGE, (gpa, size)))
 
 
 def memory_encrypt_unreg_region(vm: Vm, gpa: int, size: int) -> None:
     """KVM_MEMORY_ENCRYPT_UNREG_REGION: make a range shared, on the terms of its opposite."""
-    vm.ioctl(kvm.KVM_MEMORY_ENCRYPT_UNREG_REGION, new_struct(_RANGE, (gpa, size)))
+    vm.ioctl(kvm_h.KVM_MEMORY_ENCRYPT_UNREG_REGION, new_struct(_RANGE, (gpa, size)))
 
 
 # -- the protocol: see PrivateAbi --------------------------------------------------------------
@@ -211,14 +212,14 @@ def bind(
                 slot=vm.free_slot(),
                 flags=flags,
             )
-    flags |= restrictedmem.KVM_MEM_PRIVATE
+    flags |= restrictedmem_h.KVM_MEM_PRIVATE
     new = PrivateSlot(
         vm, slot, guest_phys_addr, memory_size, flags, file, offset, memory, memory_offset
     )
     ordinary = (slot, flags, guest_phys_addr, memory_size, new.userspace_addr)
     fd = file.fileno()
     region = _REGIONS.take((ordinary, offset, fd))
-    vm.set_region(kvm.KVM_SET_USER_MEMORY_REGION, region, new)
+    vm.set_region(kvm_h.KVM_SET_USER_MEMORY_REGION, region, new)
     _REGIONS.give_back(region)
     return new
 

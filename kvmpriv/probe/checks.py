@@ -12,10 +12,10 @@ import signal
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
-from ..cdefs import guest_memfd as gmem
-from ..cdefs import kvm as shared
-from ..cdefs import restrictedmem as v9
-from ..cdefs import restrictedmem_v10 as v10
+from ..cdefs import guest_memfd as guest_memfd_h
+from ..cdefs import kvm as kvm_h
+from ..cdefs import restrictedmem as restrictedmem_h
+from ..cdefs import restrictedmem_v10 as restrictedmem_v10_h
 from ..kvm import Kvm
 from ..memory import PAGE_SIZE, HostMemory
 from ..private import guest_memfd, restrictedmem
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 __all__ = ["VM_TYPES", "run"]
 
 VM_TYPES = {
-    gmem.KVM_X86_DEFAULT_VM: "default",
-    gmem.KVM_X86_SW_PROTECTED_VM: "sw_protected",
-    gmem.KVM_X86_SEV_VM: "sev",
-    gmem.KVM_X86_SEV_ES_VM: "sev_es",
-    gmem.KVM_X86_SNP_VM: "snp",
-    gmem.KVM_X86_TDX_VM: "tdx",
+    guest_memfd_h.KVM_X86_DEFAULT_VM: "default",
+    guest_memfd_h.KVM_X86_SW_PROTECTED_VM: "sw_protected",
+    guest_memfd_h.KVM_X86_SEV_VM: "sev",
+    guest_memfd_h.KVM_X86_SEV_ES_VM: "sev_es",
+    guest_memfd_h.KVM_X86_SNP_VM: "snp",
+    guest_memfd_h.KVM_X86_TDX_VM: "tdx",
 }
 _GROUPS = ("kvm", "vm", "v9", "v10", "guest_memfd")
 
@@ -108,15 +108,15 @@ def run(device: str, host: dict[str, Any]) -> tuple[Check, ...]:
 
 
 def _check_system(out: _Recorder, system: Kvm) -> None:
-    (private_mem,) = _ask(system, v9, "KVM_CAP_PRIVATE_MEM")
+    (private_mem,) = _ask(system, restrictedmem_h, "KVM_CAP_PRIVATE_MEM")
     out.add(
         "v9/capability",
         PASS if private_mem.value else FAIL,
         "advertised" if private_mem.value else "not advertised",
         private_mem,
     )
-    (types,) = _ask(system, gmem, "KVM_CAP_VM_TYPES")
-    offered = types.value or 1 << gmem.KVM_X86_DEFAULT_VM  # before there were types
+    (types,) = _ask(system, guest_memfd_h, "KVM_CAP_VM_TYPES")
+    offered = types.value or 1 << guest_memfd_h.KVM_X86_DEFAULT_VM  # before there were types
     numbers = [bit for bit in range(32) if offered >> bit & 1]
     out.add(
         "kvm/vm_types",
@@ -135,7 +135,7 @@ def _check_system(out: _Recorder, system: Kvm) -> None:
                 continue
             with vm:
                 out.add(f"vm/{vm_type}", PASS, "made", tried=tried)
-                if number == gmem.KVM_X86_DEFAULT_VM:
+                if number == guest_memfd_h.KVM_X86_DEFAULT_VM:
                     _check_encryption(out, vm)
                     _check_v10(out, vm)
                 _check_v9_slot(out, vm, vm_type, file)
@@ -157,7 +157,7 @@ def _check_encryption(out: _Recorder, vm: Vm) -> None:
     """
     tried = "KVM_MEMORY_ENCRYPT_OP(NULL)"
     try:
-        vm.ioctl(shared.KVM_MEMORY_ENCRYPT_OP, 0)
+        vm.ioctl(kvm_h.KVM_MEMORY_ENCRYPT_OP, 0)
     except OSError as error:
         out.failed("kvm/encryption", error, tried=tried)
     else:
@@ -225,11 +225,11 @@ def _check_v9_slot(
     # Without both, bit 2 and REG_REGION are another generation's, or SEV's with a host address.
     if file is None or not out.passed("v9/capability"):
         why = "there is no v9 file" if file is None else "KVM_CAP_PRIVATE_MEM is 0"
-        if vm_type == VM_TYPES[gmem.KVM_X86_DEFAULT_VM]:  # once is enough
+        if vm_type == VM_TYPES[guest_memfd_h.KVM_X86_DEFAULT_VM]:  # once is enough
             out.add(slot_name, SKIP, why)
             out.add(conversion_name, SKIP, why)
         return
-    asked = _ask(vm, v9, "KVM_CAP_PRIVATE_MEM")
+    asked = _ask(vm, restrictedmem_h, "KVM_CAP_PRIVATE_MEM")
     tried = f"KVM_SET_USER_MEMORY_REGION(KVM_MEM_PRIVATE, offset {_OFFSET:#x})"
     with HostMemory(_SIZE) as memory:
         try:
@@ -260,17 +260,17 @@ def _check_v9_slot(
 
 
 def _check_v10(out: _Recorder, vm: Vm) -> None:
-    asked = _ask(vm, v10, "KVM_CAP_MEMORY_ATTRIBUTES")
+    asked = _ask(vm, restrictedmem_v10_h, "KVM_CAP_MEMORY_ATTRIBUTES")
     out.add(
         "v10/default/capability",
         PASS if asked[0].value else FAIL,
         "advertised" if asked[0].value else "not advertised",
         *asked,
     )
-    attributes = v10.ffi.new("__u64 *")
+    attributes = restrictedmem_v10_h.ffi.new("__u64 *")
     tried = "KVM_GET_SUPPORTED_MEMORY_ATTRIBUTES"
     try:
-        vm.ioctl(v10.KVM_GET_SUPPORTED_MEMORY_ATTRIBUTES, attributes)
+        vm.ioctl(restrictedmem_v10_h.KVM_GET_SUPPORTED_MEMORY_ATTRIBUTES, attributes)
     except OSError as error:
         out.failed("v10/default/attributes", error, tried=tried)
     else:
@@ -282,7 +282,7 @@ def _check_v10(out: _Recorder, vm: Vm) -> None:
 
 def _check_guest_memfd(out: _Recorder, vm: Vm, vm_type: str) -> None:
     prefix = f"guest_memfd/{vm_type}"
-    asked = _ask(vm, gmem, "KVM_CAP_GUEST_MEMFD")
+    asked = _ask(vm, guest_memfd_h, "KVM_CAP_GUEST_MEMFD")
     tried = f"KVM_CREATE_GUEST_MEMFD({_OFFSET + _SIZE:#x} bytes)"
     try:
         file = guest_memfd.GuestMemfd(vm, _OFFSET + _SIZE)
@@ -294,7 +294,7 @@ def _check_guest_memfd(out: _Recorder, vm: Vm, vm_type: str) -> None:
         return
     with file, HostMemory(_SIZE) as memory:
         out.add(f"{prefix}/file", PASS, "made", *asked, tried=tried)
-        asked = _ask(vm, gmem, "KVM_CAP_USER_MEMORY2")
+        asked = _ask(vm, guest_memfd_h, "KVM_CAP_USER_MEMORY2")
         tried = f"KVM_SET_USER_MEMORY_REGION2(offset {_OFFSET:#x})"
         try:
             slot = guest_memfd.set_user_memory_region2(vm, 0, _GPA, _SIZE, memory, file, _OFFSET)
@@ -312,10 +312,12 @@ def _check_guest_memfd(out: _Recorder, vm: Vm, vm_type: str) -> None:
 
 
 def _check_attributes(out: _Recorder, vm: Vm, prefix: str) -> None:
-    asked = _ask(vm, gmem, "KVM_CAP_MEMORY_ATTRIBUTES")
+    asked = _ask(vm, guest_memfd_h, "KVM_CAP_MEMORY_ATTRIBUTES")
     tried = "KVM_SET_MEMORY_ATTRIBUTES(PRIVATE, 1 page)"
     try:
-        guest_memfd.set_memory_attributes(vm, _GPA, PAGE_SIZE, gmem.KVM_MEMORY_ATTRIBUTE_PRIVATE)
+        guest_memfd.set_memory_attributes(
+            vm, _GPA, PAGE_SIZE, guest_memfd_h.KVM_MEMORY_ATTRIBUTE_PRIVATE
+        )
         tried = "KVM_SET_MEMORY_ATTRIBUTES(0, 1 page)"
         guest_memfd.set_memory_attributes(vm, _GPA, PAGE_SIZE, 0)
     except OSError as error:
@@ -327,9 +329,11 @@ def _check_attributes(out: _Recorder, vm: Vm, prefix: str) -> None:
 
 
 def _check_mmap(out: _Recorder, vm: Vm, prefix: str) -> None:
-    asked = _ask(vm, gmem, "KVM_CAP_GUEST_MEMFD_FLAGS")
-    flags = asked[0].value & (gmem.GUEST_MEMFD_FLAG_MMAP | gmem.GUEST_MEMFD_FLAG_INIT_SHARED)
-    if not flags & gmem.GUEST_MEMFD_FLAG_MMAP:
+    asked = _ask(vm, guest_memfd_h, "KVM_CAP_GUEST_MEMFD_FLAGS")
+    flags = asked[0].value & (
+        guest_memfd_h.GUEST_MEMFD_FLAG_MMAP | guest_memfd_h.GUEST_MEMFD_FLAG_INIT_SHARED
+    )
+    if not flags & guest_memfd_h.GUEST_MEMFD_FLAG_MMAP:
         out.add(f"{prefix}/mmap", SKIP, "GUEST_MEMFD_FLAG_MMAP is not offered", *asked)
         return
     tried = f"mmap of a file with flags {flags:#x}"
@@ -339,7 +343,7 @@ def _check_mmap(out: _Recorder, vm: Vm, prefix: str) -> None:
             HostMemory(PAGE_SIZE, fd=file.fileno()) as memory,
         ):
             result = "mapped"
-            if flags & gmem.GUEST_MEMFD_FLAG_INIT_SHARED:  # touching any other is SIGBUS
+            if flags & guest_memfd_h.GUEST_MEMFD_FLAG_INIT_SHARED:  # touching any other is SIGBUS
                 memory.write(0, b"kvm")
                 result = "mapped, written and read"
                 if memory.read(0, 3) != b"kvm":
@@ -353,7 +357,7 @@ def _check_mmap(out: _Recorder, vm: Vm, prefix: str) -> None:
 
 def _check_pre_fault(out: _Recorder, vm: Vm, prefix: str) -> None:
     name = f"{prefix}/pre_fault"
-    asked = _ask(vm, gmem, "KVM_CAP_PRE_FAULT_MEMORY")
+    asked = _ask(vm, guest_memfd_h, "KVM_CAP_PRE_FAULT_MEMORY")
     if not asked[0].value:
         out.add(name, SKIP, "not offered", *asked)
     elif not out.passed(f"{prefix}/slot"):

@@ -119,7 +119,7 @@ def facts(root: str = "") -> dict[str, Any]:
 
 def kvm_facts(system: Kvm) -> dict[str, Any]:
     """What KVM says of itself: nesting, and its limits."""
-    from ..cdefs import kvm
+    from ..cdefs import kvm as kvm_h
 
     try:
         ecx = {leaf.function: leaf.ecx for leaf in system.get_supported_cpuid() if leaf.index == 0}
@@ -131,11 +131,11 @@ def kvm_facts(system: Kvm) -> dict[str, Any]:
     return {
         "nesting": nesting,
         "vcpus": {
-            "recommended": system.check_extension(kvm.KVM_CAP_NR_VCPUS),
-            "max": system.check_extension(kvm.KVM_CAP_MAX_VCPUS),
-            "max_id": system.check_extension(kvm.KVM_CAP_MAX_VCPU_ID),
+            "recommended": system.check_extension(kvm_h.KVM_CAP_NR_VCPUS),
+            "max": system.check_extension(kvm_h.KVM_CAP_MAX_VCPUS),
+            "max_id": system.check_extension(kvm_h.KVM_CAP_MAX_VCPU_ID),
         },
-        "memory_slots": system.check_extension(kvm.KVM_CAP_NR_MEMSLOTS),
+        "memory_slots": system.check_extension(kvm_h.KVM_CAP_NR_MEMSLOTS),
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ...cdefs import kvm as k
+from ...cdefs import kvm as kvm_h
 
 if TYPE_CHECKING:
     from ...cpuid import CpuidEntry
@@ -15,11 +15,11 @@ __all__ = ["for_cpu"]
 # For these KVM writes into the guest's memory unasked, at addresses that may be private: there it
 # would write past what the guest reads.  (The clock is in the kernel's image, which is shared.)
 _UNASKED_WRITES = (
-    1 << k.KVM_FEATURE_ASYNC_PF
-    | 1 << k.KVM_FEATURE_ASYNC_PF_VMEXIT
-    | 1 << k.KVM_FEATURE_ASYNC_PF_INT
-    | 1 << k.KVM_FEATURE_STEAL_TIME
-    | 1 << k.KVM_FEATURE_PV_EOI
+    1 << kvm_h.KVM_FEATURE_ASYNC_PF
+    | 1 << kvm_h.KVM_FEATURE_ASYNC_PF_VMEXIT
+    | 1 << kvm_h.KVM_FEATURE_ASYNC_PF_INT
+    | 1 << kvm_h.KVM_FEATURE_STEAL_TIME
+    | 1 << kvm_h.KVM_FEATURE_PV_EOI
 )
 _TSC_DEADLINE, _HYPERVISOR, _HTT = 1 << 24, 1 << 31, 1 << 28
 
@@ -51,13 +51,13 @@ def for_cpu(
             made = leaf._replace(ecx=leaf.ecx & ~0xF0FF | cpus - 1 | shift << 12)
         elif leaf.function == 0x8000001E:
             made = leaf._replace(eax=apic_id, ebx=apic_id, ecx=0)
-        elif leaf.function == k.KVM_CPUID_FEATURES:
+        elif leaf.function == kvm_h.KVM_CPUID_FEATURES:
             made = leaf._replace(eax=leaf.eax & ~_UNASKED_WRITES)
         else:
             made = leaf
         leaves.append(made)
         if leaf.function == 0 and leaf.eax >= 0xB:
-            indexed = k.KVM_CPUID_FLAG_SIGNIFCANT_INDEX
+            indexed = kvm_h.KVM_CPUID_FLAG_SIGNIFCANT_INDEX
             for index, (bits, count, kind) in enumerate(((0, 1, 1), (shift, cpus, 2), (0, 0, 0))):
                 leaves.append(
                     leaf._replace(

@@ -18,7 +18,7 @@ from contextlib import ExitStack, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from ...cdefs import kvm as k
+from ...cdefs import kvm as kvm_h
 from ...exits import HypercallExit, exit_name
 from ...memory import PAGE_SIZE, HostMemory
 from ...private import serve_conversion
@@ -258,7 +258,7 @@ class LinuxMachine:
             self.vm.set_tss_addr(_TSS_ADDRESS)
             self.vm.set_identity_map_addr(_IDENTITY_MAP_ADDRESS)
             self.vm.create_irqchip()
-            self.vm.create_pit2(k.KVM_PIT_SPEAKER_DUMMY)
+            self.vm.create_pit2(kvm_h.KVM_PIT_SPEAKER_DUMMY)
             self._add_devices()
             found = self._add_virtio(devices, complain, stack)
             self._make_cpus(kvm, cpus, stack)
@@ -288,7 +288,7 @@ class LinuxMachine:
                 self._abi.bind(self.vm, part.gpa, part.size, file, memory=memory)
                 self._abi.convert(self.vm, part.gpa, part.size, private=True)
         if self._abi is not None:
-            self.vm.enable_cap(k.KVM_CAP_EXIT_HYPERCALL, 1 << k.KVM_HC_MAP_GPA_RANGE)
+            self.vm.enable_cap(kvm_h.KVM_CAP_EXIT_HYPERCALL, 1 << kvm_h.KVM_HC_MAP_GPA_RANGE)
         self.memory = GuestMemory(list(zip(self.ranges, self._backing, strict=True)))
 
     def _add_devices(self) -> None:
@@ -340,7 +340,7 @@ class LinuxMachine:
                     base + virtio.QUEUE_NOTIFY,
                     4,
                     datamatch=queue,
-                    flags=k.KVM_IOEVENTFD_FLAG_DATAMATCH,
+                    flags=kvm_h.KVM_IOEVENTFD_FLAG_DATAMATCH,
                 )
                 self._io.add(notify, transport, queue)
             found.append((base, virtio.SIZE, gsi))
@@ -352,7 +352,7 @@ class LinuxMachine:
 
     def _make_cpus(self, kvm: Kvm, cpus: int, stack: ExitStack) -> None:
         supported = kvm.get_supported_cpuid()
-        deadline = bool(self.vm.check_extension(k.KVM_CAP_TSC_DEADLINE_TIMER))
+        deadline = bool(self.vm.check_extension(kvm_h.KVM_CAP_TSC_DEADLINE_TIMER))
         self._kvm_run_size = kvm.get_vcpu_mmap_size()
         self.vcpus: list[Vcpu] = []
         for number in range(cpus):
@@ -363,22 +363,22 @@ class LinuxMachine:
             vcpu.set_tsc_khz(0)
             self.vcpus.append(vcpu)
         self._stats: int | None = None  # a vCPU that runs could not be asked for it any more
-        if self.vm.check_extension(k.KVM_CAP_BINARY_STATS_FD):
-            self._stats = self.vcpus[0].ioctl(k.KVM_GET_STATS_FD)
+        if self.vm.check_extension(kvm_h.KVM_CAP_BINARY_STATS_FD):
+            self._stats = self.vcpus[0].ioctl(kvm_h.KVM_GET_STATS_FD)
             stack.callback(os.close, self._stats)
 
     # -- what the guest does, in its vCPUs' threads --------------------------------------------
 
     def _serve(self, number: int, vcpu: Vcpu) -> Callable[[Vcpu, int], Outcome | None]:
         exits, record = self._exits, self._record
-        raw = memoryview(k.ffi.buffer(vcpu.kvm_run, self._kvm_run_size)).cast("B")
+        raw = memoryview(kvm_h.ffi.buffer(vcpu.kvm_run, self._kvm_run_size)).cast("B")
         io_of, mmio_of = _IO.unpack_from, _MMIO.unpack_from
         read_port, write_port = self.ports.read, self.ports.write
         read_mmio, write_mmio = self.mmio.read, self.mmio.write
 
         def serve(vcpu: Vcpu, reason: int) -> Outcome | None:
             exits[number] += 1
-            if reason == k.KVM_EXIT_IO:
+            if reason == kvm_h.KVM_EXIT_IO:
                 direction, size, port, count, at = io_of(raw, _UNION)
                 if direction and size == count == 1:  # most of all, a console being written to
                     write_port(port, 1, raw[at])
@@ -390,7 +390,7 @@ class LinuxMachine:
                         value = read_port(port, size) & (1 << 8 * size) - 1
                         raw[at : at + size] = value.to_bytes(size, "little")
                     at += size
-            elif reason == k.KVM_EXIT_MMIO:
+            elif reason == kvm_h.KVM_EXIT_MMIO:
                 address, data, size, is_write = mmio_of(raw, _UNION)
                 if is_write:
                     write_mmio(address, size, _int(data[:size], "little"))
@@ -404,10 +404,10 @@ class LinuxMachine:
         def recorded(vcpu: Vcpu, reason: int) -> Outcome | None:
             assert record is not None
             where: dict[str, int | bool] = {}
-            if reason == k.KVM_EXIT_IO:
+            if reason == kvm_h.KVM_EXIT_IO:
                 direction, _, port, *_ = io_of(raw, _UNION)
                 where = {"port": port, "write": bool(direction)}
-            elif reason == k.KVM_EXIT_MMIO:
+            elif reason == kvm_h.KVM_EXIT_MMIO:
                 address, *_, is_write = mmio_of(raw, _UNION)
                 where = {"gpa": address, "write": bool(is_write)}
             record(cpu=number, exit=exit_name(reason), **where)
@@ -423,7 +423,7 @@ class LinuxMachine:
             if vcpu.kvm_run.hypercall.ret != 0:
                 return
             gpa, size = exit_.args[0], exit_.args[1] * PAGE_SIZE
-            private, by = bool(exit_.args[2] & k.KVM_MAP_GPA_RANGE_ENCRYPTED), "hypercall"
+            private, by = bool(exit_.args[2] & kvm_h.KVM_MAP_GPA_RANGE_ENCRYPTED), "hypercall"
         elif self._abi.ACCESS_FOLLOWS_STATE:
             return
         else:
@@ -433,9 +433,9 @@ class LinuxMachine:
 
     def _other_exit(self, number: int, vcpu: Vcpu, reason: int) -> None:
         """An exit that no guest in good health causes, or a conversion."""
-        if reason == k.KVM_EXIT_SYSTEM_EVENT and vcpu.kvm_run.system_event.type in (
-            k.KVM_SYSTEM_EVENT_SHUTDOWN,
-            k.KVM_SYSTEM_EVENT_RESET,
+        if reason == kvm_h.KVM_EXIT_SYSTEM_EVENT and vcpu.kvm_run.system_event.type in (
+            kvm_h.KVM_SYSTEM_EVENT_SHUTDOWN,
+            kvm_h.KVM_SYSTEM_EVENT_RESET,
         ):
             self.reset()
             return
@@ -445,7 +445,7 @@ class LinuxMachine:
                 self._record_conversion(number, vcpu, exit_)
             return
         why = crash.describe_exit(exit_)
-        if reason != k.KVM_EXIT_FAIL_ENTRY:
+        if reason != kvm_h.KVM_EXIT_FAIL_ENTRY:
             why = crash.report(vcpu, self._backing[0], why)
         self.end(Outcome("crash", EXIT_STATUSES["crash"], f"vCPU {vcpu.vcpu_id}: {why}"))
 
