@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import venv
 import zipfile
+from email import message_from_bytes
 from pathlib import Path
 
 from private.support.requirements import missing
@@ -22,9 +24,25 @@ def test_the_wheel_is_pure_python(wheel: Path) -> None:
         "probe/schema.json",
         "py.typed",
         "_suite/support/rules.py",
+        "CHANGELOG.md",
     )
     for needed in needs:
         assert f"kvmpriv/{needed}" in names
+
+
+def test_its_metadata_fits_a_package_index(wheel: Path) -> None:
+    """A licence expression, an author and keywords; a description without links into the tree."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        metadata = message_from_bytes(archive.read(name))
+    assert metadata["License-Expression"] == "MIT"
+    assert metadata["Author"]
+    assert metadata["Keywords"]
+    description = metadata.get_payload()
+    assert isinstance(description, str)
+    assert description.startswith("# kvmpriv\n")
+    targets = re.findall(r"\]\(([^)]*)\)", description)
+    assert [target for target in targets if not target.startswith(("http", "#"))] == []
 
 
 def test_it_installs_and_runs_without_a_compiler(wheel: Path, tmp_path: Path) -> None:
