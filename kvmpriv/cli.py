@@ -11,19 +11,10 @@ from contextlib import suppress
 from importlib import import_module
 from typing import Any, NoReturn
 
-#: Ours, where a command has no better: usage, output that could not be written, Ctrl-C.
-EXIT_USAGE, EXIT_OUTPUT = 2, 3
-_SIGNALLED = 128
-_STDOUT = "standard output"
+from .commands import COMMANDS
+from .exit_status import ExitStatus
 
-#: command -> (module with add_arguments() and main(), one line of help)
-COMMANDS = {
-    "probe": ("kvmpriv.probe", "what private memory this machine can give to guests"),
-    "run": ("kvmpriv.guest.run", "bring up a guest from a flat binary or an ELF file"),
-    "boot": ("kvmpriv.guest.linux.command", "bring up Linux from a bzImage or a vmlinux"),
-    "trace": ("kvmpriv.trace", "show a recorded run, in words and as a picture"),
-    "selftest": ("kvmpriv.selftest", "hold the running kernel to the rules of private memory"),
-}
+_STDOUT = "standard output"
 
 
 class _Formatter(argparse.HelpFormatter):
@@ -43,7 +34,11 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
-        self.exit(EXIT_USAGE, f"{self.prog}: {message} (see `{self.prog} --help`)\n")
+        self.exit(ExitStatus.USAGE, f"{self.prog}: {message} (see `{self.prog} --help`)\n")
+
+
+def _module(command: str) -> Any:
+    return import_module(f".commands.{command}", __package__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,30 +50,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="kvmpriv", description="KVM guest private memory: probe it, use it, test it."
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, (module, summary) in COMMANDS.items():
+    for name, summary in COMMANDS:
         command = commands.add_parser(name, help=summary, description=summary.capitalize() + ".")
         if arguments[:1] == [name]:  # only the one that is asked for is imported
-            import_module(module).add_arguments(command)
+            _module(name).add_arguments(command)
     parsed = parser.parse_args(arguments)
     if sys.stdout is None:
         print("kvmpriv: standard output is closed", file=sys.stderr)
-        return EXIT_OUTPUT
+        return ExitStatus.UNABLE
     if argv is None:  # we are the process, and its output is ours
         _prepare_output()
     try:
-        status: int = import_module(COMMANDS[parsed.command][0]).main(parsed)
+        status: int = _module(parsed.command).main(parsed)
         sys.stdout.flush()
     except BrokenPipeError:
-        status = _SIGNALLED + 13  # as if SIGPIPE had ended us: whoever read has read enough
+        status = ExitStatus.SIGNALLED + 13  # as if SIGPIPE had ended this process
     except KeyboardInterrupt:
-        status = _SIGNALLED + 2
+        status = ExitStatus.SIGNALLED + 2
         with suppress(OSError):  # what was printed before it is no less true
             sys.stdout.flush()
     except OSError as error:
         if error.filename != _STDOUT:
             raise
         print(f"kvmpriv: {_STDOUT}: {error.strerror}", file=sys.stderr)
-        status = EXIT_OUTPUT
+        status = ExitStatus.UNABLE
     else:
         return status
     _discard_stdout()

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from ..exit_status import ExitStatus
+
 __all__ = [
-    "COULD_NOT_PROBE",
     "FAIL",
-    "NONE_USABLE",
     "PASS",
     "SCHEMA_VERSION",
     "SKIP",
-    "USABLE",
     "VERDICTS",
     "Asked",
     "Check",
@@ -35,11 +34,6 @@ VERDICTS = (
     GUEST_MEMFD_SHARED := "guest_memfd shared only",
     NONE := "none",
 )
-
-#: Exit statuses; 2 is usage.
-USABLE = 0
-NONE_USABLE = 1
-COULD_NOT_PROBE = 3
 
 
 class Asked(NamedTuple):
@@ -104,12 +98,12 @@ class Report(NamedTuple):
         return NONE
 
     @property
-    def exit_status(self) -> int:
+    def exit_status(self) -> ExitStatus:
         """0 usable private memory, 1 probed and none usable, 3 could not probe: no VM was made."""
         if self.verdict in (V9_USABLE, GUEST_MEMFD_PRIVATE):
-            return USABLE
+            return ExitStatus.OK
         made = any(check.status == PASS and check.name.startswith("vm/") for check in self.checks)
-        return NONE_USABLE if made else COULD_NOT_PROBE
+        return ExitStatus.NEGATIVE if made else ExitStatus.UNABLE
 
     def to_json(self) -> dict[str, Any]:
         """The document of ``--json``; ``schema.json`` describes it."""

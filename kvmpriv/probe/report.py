@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from typing import TYPE_CHECKING, Any
 
+from ..terminal import BOLD, DIM, GREEN, RED, YELLOW, format_size, painter, plain
 from .records import FAIL, PASS, SKIP
 
 if TYPE_CHECKING:
@@ -13,7 +12,7 @@ if TYPE_CHECKING:
 
     from .records import Check, Report
 
-__all__ = ["colour_wanted", "plain", "text"]
+__all__ = ["text"]
 
 _HEADINGS = {
     "kvm": "KVM",
@@ -33,25 +32,21 @@ _TITLES = {
     "encryption": "SEV switched on",
     "pre_fault": "pre-fault",
 }
-_COLOURS = {PASS: "32", FAIL: "31", SKIP: "33"}
-_BOLD, _DIM = "1", "2"
+_COLOURS = {PASS: GREEN, FAIL: RED, SKIP: YELLOW}
 _HOLDER = "{name} ({pid}, {user}): descriptors of {devices} devices, {vms} VMs, {vcpus} vCPUs"
 _STEP = 17  # the longest title's width
 
 
 def text(report: Report, *, colour: bool = False) -> str:
     """The verdict, the tree of checks, facts about the host; a line each, ASCII alone."""
-
-    def paint(code: str, words: str) -> str:
-        return f"\x1b[{code}m{words}\x1b[0m" if colour else words
-
-    lines = [paint(_BOLD, report.verdict)]
+    paint = painter(colour)
+    lines = [paint(BOLD, report.verdict)]
     group = vm_type = ""
     for check in report.checks:
         parts = check.name.split("/")
         if parts[0] != group:
             group, vm_type = parts[0], ""
-            lines += ["", paint(_BOLD, _HEADINGS.get(group, group))]
+            lines += ["", paint(BOLD, _HEADINGS.get(group, group))]
         indent = "  "
         if len(parts) == 3:
             if parts[1] != vm_type:
@@ -63,21 +58,10 @@ def text(report: Report, *, colour: bool = False) -> str:
         lines.append(f"{indent}{badge} {title:{_STEP - len(indent)}} {plain(_finding(check))}")
         if check.hint and check.status != PASS:
             pad = " " * (len("  [ PASS ] ") + _STEP - 1)
-            lines.append(paint(_DIM, f"{pad}hint: {plain(check.hint)}"))
-    lines += ["", paint(_BOLD, "Host")]
+            lines.append(paint(DIM, f"{pad}hint: {plain(check.hint)}"))
+    lines += ["", paint(BOLD, "Host")]
     lines += [f"  {name:{_STEP + 7}} {plain(value)}" for name, value in _facts(report)]
     return "\n".join(lines) + "\n"
-
-
-def colour_wanted() -> bool:
-    """Whether standard output is a terminal, and nobody has asked for no colours."""
-    dumb = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    return sys.stdout.isatty() and not dumb
-
-
-def plain(words: str) -> str:
-    """ASCII that no terminal or locale stumbles over; what others named may hold anything."""
-    return "".join(char if " " <= char <= "~" else ascii(char)[1:-1] for char in words)
 
 
 def _finding(check: Check) -> str:
@@ -86,18 +70,6 @@ def _finding(check: Check) -> str:
     )
     tried = f"{check.tried}: {check.result}" if check.tried else check.result
     return "; ".join(part for part in (asked, tried) if part)
-
-
-def _size(count: int | None) -> str:
-    """Bytes in the largest binary unit that leaves at least 1."""
-    if count is None:
-        return "unknown"
-    value, unit = float(count), "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if value < 1024 or unit == "TiB":
-            break
-        value /= 1024
-    return f"{value:.4g} {unit}"
 
 
 def _facts(report: Report) -> Iterator[tuple[str, str]]:
@@ -122,7 +94,7 @@ def _facts(report: Report) -> Iterator[tuple[str, str]]:
     )
     yield "memory slots of a VM", str(host["memory_slots"] or unknown)
     memory = host["memory"]
-    sizes = {name: _size(value) for name, value in memory.items()}
+    sizes = {name: format_size(value) for name, value in memory.items()}
     yield "memory", "{total}, {free} free, {available} available".format(**sizes)
     yield "huge pages", ", ".join(_hugepages(host)) or "none"
     yield (
@@ -143,7 +115,7 @@ def _facts(report: Report) -> Iterator[tuple[str, str]]:
 
 def _hugepages(host: dict[str, Any]) -> Iterator[str]:
     for pool in host["hugepages"]:
-        yield f"{_size(pool['size'])}: {pool['free']} of {pool['total']} free"
+        yield f"{format_size(pool['size'])}: {pool['free']} of {pool['total']} free"
     if host["transparent_hugepages"]:
         yield f"transparent: {host['transparent_hugepages']}"
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any, NamedTuple
 
+from ..exit_status import ExitStatus
+
 __all__ = [
-    "ALL_SKIPPED",
-    "COULD_NOT_RUN",
     "CRASHED",
     "FAILED",
     "FAILURES",
@@ -16,7 +16,6 @@ __all__ = [
     "PASSED",
     "SCHEMA_VERSION",
     "SKIPPED",
-    "SOME_FAILED",
     "TIMEOUT",
     "Planned",
     "Result",
@@ -41,9 +40,6 @@ SKIPPED = "skipped"
 #: In the order in which one of a rule's tests decides for the rule.
 FAILURES = (FAILED, CRASHED, TIMEOUT, KNOWN_DEFECT)
 _RESULTS = (*FAILURES, PASSED, SKIPPED)
-
-#: Exit statuses, as kselftest has them where it has them; 0: all that could run passed, 2: usage.
-SOME_FAILED, COULD_NOT_RUN, ALL_SKIPPED = 1, 3, 4
 
 #: Why a run that somebody stopped is not complete.
 INTERRUPTED = "interrupted"
@@ -111,14 +107,14 @@ class Run(NamedTuple):
         return tuple(_rule(name, tests[name]) for name in sorted(tests))
 
     @property
-    def exit_status(self) -> int:
-        """0, or SOME_FAILED, COULD_NOT_RUN (to the end), ALL_SKIPPED."""
+    def exit_status(self) -> ExitStatus:
+        """NEGATIVE if a test failed, UNABLE if the run ended early, ALL_SKIPPED, or OK."""
         totals = self.totals
         if any(totals[name] for name in FAILURES):
-            return SOME_FAILED
+            return ExitStatus.NEGATIVE
         if self.stopped:
-            return COULD_NOT_RUN
-        return 0 if totals[PASSED] else ALL_SKIPPED
+            return ExitStatus.UNABLE
+        return ExitStatus.OK if totals[PASSED] else ExitStatus.ALL_SKIPPED
 
     def to_json(self) -> dict[str, Any]:
         """The document of ``--json``; ``schema.json`` describes it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from ..probe.report import plain
+from ..terminal import BOLD, DIM, GREEN, MAGENTA, RED, YELLOW, painter, plain
 from .records import (
     CRASHED,
     FAILED,
@@ -20,21 +20,20 @@ from .records import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
 
     from .runner import Plan
 
 __all__ = ["compare", "ktap_end", "ktap_head", "ktap_result", "text"]
 
 _COLOURS = {
-    PASSED: "32",
-    FAILED: "31",
-    CRASHED: "31",
-    TIMEOUT: "31",
-    KNOWN_DEFECT: "35",
-    SKIPPED: "33",
+    PASSED: GREEN,
+    FAILED: RED,
+    CRASHED: RED,
+    TIMEOUT: RED,
+    KNOWN_DEFECT: MAGENTA,
+    SKIPPED: YELLOW,
 }
-_BOLD = "1"
 #: In a comparison: the run has no test of the rule.
 ABSENT = "absent"
 
@@ -90,8 +89,8 @@ def _name(words: str) -> str:
 
 def text(run: Run, note: str = "", *, colour: bool = False) -> str:
     """On what, with a note on that; what failed and why, rule x result, what is missing, sums."""
-    paint = _painter(colour)
-    lines = [paint(_BOLD, _host(run.host)), *filter(None, [note]), ""]
+    paint = painter(colour)
+    lines = [paint(BOLD, _host(run.host)), *filter(None, [note]), ""]
     for result in run.results:
         if result.result in FAILURES:
             lines.append(f"{paint(_COLOURS[result.result], result.result.upper())} {result.test}")
@@ -105,7 +104,7 @@ def text(run: Run, note: str = "", *, colour: bool = False) -> str:
         lines.append(f"{badge}  {rule.rule:{wide}}  {plain(rule.message)}".rstrip())
     missing = Counter(result.message for result in run.results if result.result == SKIPPED)
     if missing:
-        lines += ["", paint(_BOLD, "Skipped, for lack of")]
+        lines += ["", paint(BOLD, "Skipped, for lack of")]
         lines += [f"  {plain(why)} ({_count(n, 'test')})" for why, n in missing.most_common()]
     lines += ["", *_sums(run)]
     return "\n".join(lines) + "\n"
@@ -129,13 +128,13 @@ def compare(
     runs: tuple[Run, Run], names: tuple[str, str], *, colour: bool = False
 ) -> tuple[str, bool]:
     """rule x (a, b), the differences first; and whether there are any."""
-    paint = _painter(colour)
+    paint = painter(colour)
     rules = [{rule.rule: rule for rule in run.rules} for run in runs]
     every = sorted({*rules[0], *rules[1]})
     wide = max((len(name) for name in every), default=0)
     lines = []
     for letter, name, run in zip("ab", names, runs, strict=True):
-        lines.append(paint(_BOLD, f"{letter}: {_host(run.host)} ({plain(name)})"))
+        lines.append(paint(BOLD, f"{letter}: {_host(run.host)} ({plain(name)})"))
         if run.stopped:
             lines.append(f"   not complete: {plain(run.stopped)}")
     if runs[0].selection != runs[1].selection:
@@ -146,7 +145,7 @@ def compare(
         pair = [table.get(name) for table in rules]
         results = [rule.result if rule else ABSENT for rule in pair]
         differ = results[0] != results[1]
-        cells = "  ".join(paint(_COLOURS.get(said, "2"), f"{said:{_WIDTH}}") for said in results)
+        cells = "  ".join(paint(_COLOURS.get(said, DIM), f"{said:{_WIDTH}}") for said in results)
         whys = "; ".join(
             f"{letter}: {plain(rule.message)}"
             for letter, rule in zip("ab", pair, strict=True)
@@ -183,7 +182,3 @@ def _count(number: int, what: str) -> str:
 def _list(counts: dict[str, int]) -> str:
     order: Iterable[str] = (PASSED, *FAILURES, SKIPPED)
     return ", ".join(f"{counts[name]} {name}" for name in order if counts.get(name)) or "none"
-
-
-def _painter(colour: bool) -> Callable[[str, str], str]:
-    return lambda code, words: f"\x1b[{code}m{words}\x1b[0m" if colour else words

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from ..terminal import format_size
 from .record import Recording
 
 __all__ = ["Summary", "exit_kind", "summarize", "text"]
@@ -54,10 +55,6 @@ def summarize(recording: Recording) -> Summary:
     return Summary(seconds, exits, places, conversions, samples, end)
 
 
-def _size(count: int) -> str:
-    return f"{count / _MIB:.1f} MiB" if count else "0"
-
-
 def text(recording: Recording) -> Iterator[str]:
     """The summary, line by line."""
     about, found = recording.about, summarize(recording)
@@ -87,7 +84,7 @@ def text(recording: Recording) -> Iterator[str]:
         some = [event for event in found.conversions if event["convert"] == kind]
         for by in sorted({event["by"] for event in some}):
             sizes = [event["size"] for event in some if event["by"] == by]
-            yield f"  {len(sizes):>9}  to {kind}, by {by}: {_size(sum(sizes))}"
+            yield f"  {len(sizes):>9}  to {kind}, by {by}: {format_size(sum(sizes))}"
     yield ""
     yield "memory, at the end" if found.samples else "memory: never looked at"
     if found.samples:
@@ -95,11 +92,11 @@ def text(recording: Recording) -> Iterator[str]:
         for part, held in zip(about["ranges"], last["memory"], strict=True):
             yield (
                 f"  {part['gpa']:#x}…{part['gpa'] + part['size']:#x}  {part['kind']}"
-                f" ({part['purpose']}): {_size(held['resident'])} in the host's sight, at least"
-                f" {_size(held['private'])} private"
+                f" ({part['purpose']}): {format_size(held['resident'])} in the host's sight,"
+                f" at least {format_size(held['private'])} private"
             )
         most_rss = max(sample["rss"] for sample in found.samples)
         yield (
-            f"process: at most {_size(most_rss)} resident; CPU seconds of each vCPU: "
+            f"process: at most {format_size(most_rss)} resident; CPU seconds of each vCPU: "
             + ", ".join(f"{share:.2f}" for share in last["cpu"])
         )

@@ -184,7 +184,7 @@ def test_ctrl_c(tmp_path: Path) -> None:
     ("arguments", "says"),
     [
         ((), "say which IMAGE to run"),
-        (("--memory", "0", "{image}"), "its size can't be 0"),
+        (("--memory", "0", "{image}"), "the size must be more than 0"),
         (("--memory", "4097", "{image}"), "4097 is not a multiple of 4096"),
         (("--memory", "1000T", "{image}"), "1000T is more than this host has"),
         (("--memory", "much", "{image}"), "'much' is not a size"),
@@ -238,7 +238,7 @@ def test_unreadable_image(tmp_path: Path) -> None:
     image.chmod(0)
     # The interpreter may live where only root may look: change after it has started.
     program = (
-        "import gettext, locale, os, shutil, sys; import kvmpriv.guest.run, kvmpriv.cli as cli;"
+        "import gettext, locale, os, shutil, sys; import kvmpriv.commands.run, kvmpriv.cli as cli;"
         "os.seteuid(65534); sys.exit(cli.main())"
     )
     done = subprocess.run(

@@ -18,10 +18,9 @@ import pytest
 import kvmpriv
 from conftest import ROOT
 from kvmpriv.cdefs import guest_memfd as gm
+from kvmpriv.exit_status import ExitStatus
 from kvmpriv.private.restrictedmem import ask_memfd_restricted
 from kvmpriv.selftest.records import (
-    ALL_SKIPPED,
-    COULD_NOT_RUN,
     CRASHED,
     FAILED,
     KNOWN_DEFECT,
@@ -313,7 +312,7 @@ def test_selection_and_status(folder: Path) -> None:
     assert ran("a.*") == (0, everything[:3])
     assert ran("b.one", "c.??") == (0, ["test_one", "test_no"])
     assert ran("a.*", "-k", "two") == (0, everything[1:3])
-    assert ran("c.*") == (ALL_SKIPPED, ["test_no"])
+    assert ran("c.*") == (ExitStatus.ALL_SKIPPED, ["test_no"])
     listed = selftest(folder, "--list", "a.one", "a.two")
     assert listed.returncode == 0
     assert listed.stdout.splitlines() == [
@@ -365,11 +364,11 @@ def test_a_suite_that_can_not_run(folder: Path) -> None:
     (folder / "test_it.py").write_text(PASSING)
     (folder / "conftest.py").write_text("import os; os.kill(os.getpid(), 11)")
     done = selftest(folder)
-    assert (done.returncode, done.stdout) == (COULD_NOT_RUN, "")
+    assert (done.returncode, done.stdout) == (ExitStatus.UNABLE, "")
     assert "the process was ended by signal 11" in done.stderr
     (folder / "conftest.py").write_text("import time; time.sleep(600)")
     done = selftest(folder, between=5)
-    assert (done.returncode, done.stdout) == (COULD_NOT_RUN, "")
+    assert (done.returncode, done.stdout) == (ExitStatus.UNABLE, "")
     assert "it did not end in time and was killed" in done.stderr
     assert "conftest.py" in done.stderr, "where it hung"
 
@@ -390,7 +389,7 @@ def test_without_what_runs_it(lacking: list[str], expected: str) -> None:
     )
     for form in ("--list", "--ktap"):
         done = subprocess.run([sys.executable, "-c", code, form], capture_output=True, text=True)
-        assert (done.returncode, done.stdout) == (COULD_NOT_RUN, "")
+        assert (done.returncode, done.stdout) == (ExitStatus.UNABLE, "")
         assert f"{expected}: pip install 'kvmpriv[test]'" in done.stderr
 
 
@@ -601,7 +600,7 @@ def test_the_wheel_on_this_kernel(installed: Path, vm: kvmpriv.Vm) -> None:
     }
     for name, there in has.items():
         status, out, errors = in_wheel(installed, "--json", name)
-        assert (status, errors) == (0 if there else ALL_SKIPPED, "")
+        assert (status, errors) == (0 if there else ExitStatus.ALL_SKIPPED, "")
         found = json.loads(out)
         jsonschema.validate(found, SCHEMA, cls=jsonschema.Draft202012Validator)
         assert found["host"]["release"] == os.uname().release
@@ -619,7 +618,7 @@ def test_the_wheel_without_kvm(installed: Path) -> None:
     if subprocess.run([*unshare, "true"], capture_output=True).returncode:
         missing("root", "/dev/kvm can't be hidden in a mount namespace")
     status, out, errors = in_wheel(installed, "--ktap", "gm.create.*", prefix=unshare)
-    assert (status, errors) == (ALL_SKIPPED, "")
+    assert (status, errors) == (ExitStatus.ALL_SKIPPED, "")
     tests = parse(out).tests
     assert len(tests) > 3
     for ok, why in tests.values():

@@ -14,6 +14,7 @@ import kvmpriv.probe
 from kvmpriv.probe import VERDICTS, Asked, Check, Report, report
 from kvmpriv.probe.host import facts
 from kvmpriv.probe.records import FAIL, PASS, SKIP
+from kvmpriv.terminal import format_size
 
 SCHEMA = json.loads((Path(kvmpriv.probe.__file__).parent / "schema.json").read_text())
 
@@ -266,4 +267,4 @@ def test_coloured_text_is_the_plain_one(recorded: Report) -> None:
     ],
 )
 def test_sizes(count: int | None, shown: str) -> None:
-    assert report._size(count) == shown
+    assert format_size(count) == shown

@@ -15,16 +15,14 @@ import pytest
 
 import kvmpriv.selftest
 from kvmpriv import cli
+from kvmpriv.exit_status import ExitStatus
 from kvmpriv.selftest import report
 from kvmpriv.selftest.records import (
-    ALL_SKIPPED,
-    COULD_NOT_RUN,
     CRASHED,
     FAILED,
     KNOWN_DEFECT,
     PASSED,
     SKIPPED,
-    SOME_FAILED,
     TIMEOUT,
     Planned,
     Result,
@@ -98,14 +96,14 @@ def test_a_rules_message() -> None:
     ("results", "stopped", "status"),
     [
         ([PASSED, SKIPPED], "", 0),
-        ([SKIPPED, SKIPPED], "", ALL_SKIPPED),
-        ([PASSED, FAILED], "", SOME_FAILED),
-        ([PASSED, CRASHED], "", SOME_FAILED),
-        ([PASSED, TIMEOUT], "", SOME_FAILED),
-        ([PASSED, KNOWN_DEFECT], "", SOME_FAILED),
-        ([PASSED], "lost", COULD_NOT_RUN),
-        ([], "lost", COULD_NOT_RUN),
-        ([PASSED, FAILED], "lost", SOME_FAILED),
+        ([SKIPPED, SKIPPED], "", ExitStatus.ALL_SKIPPED),
+        ([PASSED, FAILED], "", ExitStatus.NEGATIVE),
+        ([PASSED, CRASHED], "", ExitStatus.NEGATIVE),
+        ([PASSED, TIMEOUT], "", ExitStatus.NEGATIVE),
+        ([PASSED, KNOWN_DEFECT], "", ExitStatus.NEGATIVE),
+        ([PASSED], "lost", ExitStatus.UNABLE),
+        ([], "lost", ExitStatus.UNABLE),
+        ([PASSED, FAILED], "lost", ExitStatus.NEGATIVE),
     ],
 )
 def test_exit_status(results: list[str], stopped: str, status: int) -> None:

@@ -76,13 +76,13 @@ exits to user space: 7, 4/s
           1  KVM_EXIT_HYPERCALL
 
 conversions: 2
-          1  to private, by fault: 1.0 MiB
-          1  to shared, by hypercall: 2.0 MiB
+          1  to private, by fault: 1 MiB
+          1  to shared, by hypercall: 2 MiB
 
 memory, at the end
-  0x0…0x8000000  shared (kernel <and> rings): 64.0 MiB in the host's sight, at least 0 private
-  0x100000000…0x118000000  private (applications): 0 in the host's sight, at least 300.0 MiB private
-process: at most 114.0 MiB resident; CPU seconds of each vCPU: 0.50, 0.25
+  0x0…0x8000000  shared (kernel <and> rings): 64 MiB in the host's sight, at least 0 B private
+  0x100000000…0x118000000  private (applications): 0 B in the host's sight, at least 300 MiB private
+process: at most 114 MiB resident; CPU seconds of each vCPU: 0.50, 0.25
 """
     )
 

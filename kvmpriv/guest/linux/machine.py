@@ -19,6 +19,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ...cdefs import kvm as kvm_h
+from ...exit_status import ExitStatus
 from ...exits import HypercallExit, exit_name
 from ...memory import PAGE_SIZE, HostMemory
 from ...private import serve_conversion
@@ -78,7 +79,12 @@ _SAID_MAX, _SAID_LINE_MAX = 1000, 4096
 _EMULATED_EVERY, _EMULATED_MIN, _EMULATED_PER_EXIT = 0.5, 20_000, 20
 
 #: How a guest may end, other than by a status of its own -> our exit status.
-EXIT_STATUSES = {"no progress": 123, "timeout": 124, "crash": 125, "panic": 126}
+EXIT_STATUSES = {
+    "no progress": ExitStatus.NO_PROGRESS,
+    "timeout": ExitStatus.TIMEOUT,
+    "crash": ExitStatus.CRASH,
+    "panic": ExitStatus.PANIC,
+}
 
 
 class Outcome(NamedTuple):

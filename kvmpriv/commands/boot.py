@@ -12,18 +12,15 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from ...kvm import Kvm
-from ...private import ABIS, PrivateAbi, choose
-from ...trace import Recorder
-from ..bare import EXIT_PORT
-from ..image import ImageError, read_file
-from ..run import EXIT_NO_KVM, EXIT_USAGE, parse_seconds, parse_size
-from . import recording
-from .console import HELP, keyboard
-from .disk import Block, Entropy
-from .kernel import LinuxImage, load_linux
-from .layout import plan
-from .machine import (
+from ..exit_status import ExitStatus
+from ..guest.bare import EXIT_PORT
+from ..guest.image import ImageError, read_file
+from ..guest.linux import recording
+from ..guest.linux.console import HELP, keyboard
+from ..guest.linux.disk import Block, Entropy
+from ..guest.linux.kernel import LinuxImage, load_linux
+from ..guest.linux.layout import plan
+from ..guest.linux.machine import (
     CPUS_MAX,
     DEFAULT_CMDLINE,
     EXIT_STATUSES,
@@ -33,9 +30,14 @@ from .machine import (
     RangeUse,
     check_pin,
 )
-from .net import Net
-from .tap import HOST_ADDRESS, PREFIX_LENGTH, Tap
-from .virtio import VirtioDevice
+from ..guest.linux.net import Net
+from ..guest.linux.tap import HOST_ADDRESS, PREFIX_LENGTH, Tap
+from ..guest.linux.virtio import VirtioDevice
+from ..kvm import Kvm
+from ..private import ABIS, PrivateAbi, choose
+from ..trace import Recorder
+from . import fail
+from ._options import parse_seconds, parse_size
 
 __all__ = ["add_arguments", "main"]
 
@@ -72,9 +74,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"{HELP}.  On ttyS1 the guest says how it ends, with the line\n"
         "`exit N`, before it turns itself off, and whatever else --json is to report; a byte on\n"
         f"port {EXIT_PORT:#x} ends it at once.\n\n"
-        f"exit status: the guest's (0 if it says none); {EXIT_USAGE} usage or a bad image;\n"
-        f"{EXIT_NO_KVM} KVM can't be used; "
-        + "; ".join(f"{status} {how}" for how, status in EXIT_STATUSES.items())
+        f"exit status: the guest's (0 if it says none); {ExitStatus.USAGE:d} usage or a bad "
+        f"image;\n{ExitStatus.UNABLE:d} KVM can't be used; "
+        + "; ".join(f"{status:d} {how}" for how, status in EXIT_STATUSES.items())
         + ";\n128 + N ended by signal N (130: by Ctrl-C or Ctrl-A x)"
     )
     add = parser.add_argument
@@ -210,15 +212,15 @@ def main(options: argparse.Namespace) -> int:
     try:
         image, initrd = _load(options)
     except ImageError as error:
-        return _fail(str(error), EXIT_USAGE)
+        return fail("boot", str(error), ExitStatus.USAGE)
     try:
         check_pin(options.pin, options.cpus)
     except ValueError as error:
-        return _fail(f"--pin: {error}", EXIT_USAGE)
+        return fail("boot", f"--pin: {error}", ExitStatus.USAGE)
     try:
         kvm = Kvm()
     except OSError as error:
-        return _fail(f"{error.filename}: {error.strerror}", EXIT_NO_KVM)
+        return fail("boot", f"{error.filename}: {error.strerror}", ExitStatus.UNABLE)
     screen = _Screen(sys.stderr if options.json else sys.stdout)
     with ExitStack() as stack:
         stack.enter_context(kvm)
@@ -227,18 +229,20 @@ def main(options: argparse.Namespace) -> int:
             try:
                 abi = choose(kvm, None if options.private == "any" else options.private)
             except OSError as error:
-                return _fail(f"{error.strerror} (`kvmpriv probe` tells more)", EXIT_NO_KVM)
+                return fail(
+                    "boot", f"{error.strerror} (`kvmpriv probe` tells more)", ExitStatus.UNABLE
+                )
         started = time.monotonic()
         try:
             ranges = plan(options.memory, private=abi is not None)
         except ValueError as error:
-            return _fail(f"--memory: {error}", EXIT_USAGE)
+            return fail("boot", f"--memory: {error}", ExitStatus.USAGE)
         recorder = None
         if options.trace is not None:
             try:
                 file = open(options.trace, "w", encoding="utf-8")  # noqa: PTH123, SIM115
             except OSError as error:
-                return _fail(f"{options.trace}: {error.strerror}", EXIT_USAGE)
+                return fail("boot", f"{options.trace}: {error.strerror}", ExitStatus.USAGE)
             what = f"Linux {image.version}"
             recorder = recording.start(file, what, ranges, cpus=options.cpus, abi=abi)
             stack.callback(recorder.close)
@@ -246,7 +250,7 @@ def main(options: argparse.Namespace) -> int:
             devices = _devices(options, screen.say)
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
-            return _fail(str(reason), EXIT_USAGE)
+            return fail("boot", str(reason), ExitStatus.USAGE)
         try:
             machine = LinuxMachine(
                 kvm,
@@ -263,9 +267,9 @@ def main(options: argparse.Namespace) -> int:
                 pin=options.pin,
             )
         except ValueError as error:
-            return _fail(f"{options.kernel}: {error}", EXIT_USAGE)
+            return fail("boot", f"{options.kernel}: {error}", ExitStatus.USAGE)
         except OSError as error:
-            return _fail(f"the guest can't be made: {error.strerror}", EXIT_NO_KVM)
+            return fail("boot", f"the guest can't be made: {error.strerror}", ExitStatus.UNABLE)
         del image, initrd  # the guest has them: they need not be here twice
         with machine:
             if abi is not None:
@@ -276,7 +280,7 @@ def main(options: argparse.Namespace) -> int:
             except OSError as error:
                 if error.filename is not None or isinstance(error, BrokenPipeError):
                     raise  # the output's, not KVM's
-                outcome = Outcome("error", EXIT_NO_KVM, str(error.strerror))
+                outcome = Outcome("error", ExitStatus.UNABLE, str(error.strerror))
             if recorder is not None:
                 recording.end(recorder, outcome)
                 if recorder.error is not None:
@@ -348,9 +352,11 @@ def _run(machine: LinuxMachine, timeout: float | None, looks: _Looks) -> Outcome
             look = looks if looks.wanted else None
             return machine.run(timeout, source, look=look, every=_LOOK_EVERY)
     except KeyboardInterrupt:
-        return Outcome("signal", 128 + signal.SIGINT, "SIGINT")
+        return Outcome("signal", ExitStatus.SIGNALLED + signal.SIGINT, "SIGINT")
     except _Signalled as signalled:
-        return Outcome("signal", 128 + signalled.number, signal.Signals(signalled.number).name)
+        return Outcome(
+            "signal", ExitStatus.SIGNALLED + signalled.number, signal.Signals(signalled.number).name
+        )
 
 
 def _show_layout(machine: LinuxMachine, abi: PrivateAbi, say: Callable[[str], object]) -> None:
@@ -402,8 +408,3 @@ def _report(
         "seconds": round(seconds, 3),
         "said": machine.said,
     }
-
-
-def _fail(message: str, status: int) -> int:
-    print(f"kvmpriv boot: {message}", file=sys.stderr)
-    return status

@@ -1,0 +1,37 @@
+"""The commands: a module for each, with `add_arguments` and `main`, and what they share."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, NamedTuple
+
+from ..terminal import printable
+
+if TYPE_CHECKING:
+    from ..exit_status import ExitStatus
+
+__all__ = ["COMMANDS", "Command", "fail"]
+
+
+class Command(NamedTuple):
+    """A command: its name, which is its module's too, and its help in one line."""
+
+    name: str
+    summary: str
+
+
+COMMANDS = (
+    Command("probe", "find out what private memory this host can give to guests"),
+    Command("run", "run a guest from a flat binary or an ELF file"),
+    Command("boot", "boot Linux from a bzImage or a vmlinux"),
+    Command("trace", "show a recorded run, as text and as a page"),
+    Command("selftest", "test the running kernel against the rules of private memory"),
+)
+
+
+def fail(command: str, message: str, status: ExitStatus) -> ExitStatus:
+    """Print the message of a command that failed to standard error; returns `status`."""
+    if sys.stderr is not None:
+        lines = "\n".join(printable(line) for line in message.splitlines())
+        print(f"kvmpriv {command}: {lines}", file=sys.stderr)
+    return status
