@@ -1,4 +1,4 @@
-"""What the README says is so: its examples run, its output is what is printed."""
+"""The README: its examples run, its printed outputs are compared, its links and paths exist."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_the_first_example(kvm: kvmpriv.Kvm, capsys: pytest.CaptureFixture[str])
 
 
 def test_private_memory(kvm: kvmpriv.Kvm, capsys: pytest.CaptureFixture[str]) -> None:
-    """It prints what its comment says, or says what is not here."""
+    """It prints what its comment shows, or raises OSError with the reason."""
     example = compile(PYTHON[1], "README.md", "exec")
     try:
         kvmpriv.private.choose(kvm)
@@ -42,7 +42,7 @@ def test_private_memory(kvm: kvmpriv.Kvm, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_declare(vm: kvmpriv.Vm) -> None:
-    """A kernel without KVM_FOO says so; everything before that works."""
+    """The kernel, which lacks KVM_FOO, answers ENOTTY; everything before that works."""
     with pytest.raises(OSError, match=r"KVM_FOO\(gpa=0x1000, flags=1\)") as refusal:
         exec(compile(PYTHON[2], "README.md", "exec"), {"kvmpriv": kvmpriv, "vm": vm})
     assert refusal.value.errno == errno.ENOTTY
@@ -75,5 +75,33 @@ def test_the_demos_output(kvm: kvmpriv.Kvm) -> None:
         position += lines[position:].index(line) + 1
 
 
-def test_its_length() -> None:
-    assert len(README.splitlines()) <= 100, "at most a page and a half"
+def test_links_and_paths_exist() -> None:
+    """Each relative link, and each path that is named as code, is in the tree."""
+    links = re.findall(r"\]\(([^)#:]+)\)", README)
+    paths = re.findall(r"`((?:scripts|tests|cdefs|kvmpriv)/[\w./]+)", README)
+    assert links
+    assert paths
+    assert [path for path in links + paths if not (ROOT / path).exists()] == []
+
+
+def test_the_make_targets_exist() -> None:
+    targets = re.findall(r"^ {4}make (\w+)", README, re.MULTILINE)
+    assert targets
+    makefile = (ROOT / "Makefile").read_text()
+    assert [name for name in targets if not re.search(rf"^{name}:", makefile, re.MULTILINE)] == []
+
+
+def test_the_continuous_integration_runs_the_documented_commands() -> None:
+    assert "\nmake test\n" in (ROOT / ".ci" / "run").read_text()
+    assert "\n    make test " in README
+
+
+@pytest.mark.parametrize("command", ["probe", "run", "boot", "trace", "selftest"])
+def test_the_options_in_the_table_of_commands_exist(command: str) -> None:
+    table = README.split("\n## Commands\n")[1].split("\n## ")[0]
+    (row,) = re.findall(rf"^\| `kvmpriv {command}\b.*", table, re.MULTILINE)
+    help_ = subprocess.run(
+        [sys.executable, "-m", "kvmpriv", command, "--help"], capture_output=True, text=True
+    )
+    for option in re.findall(r"--[a-z]+", row):
+        assert option in help_.stdout
