@@ -9,6 +9,7 @@ judge in the unit tests.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -245,21 +246,14 @@ def _logical_lines(text: str) -> list[tuple[int, str]]:
     return lines
 
 
-class Parsed(NamedTuple):
-    """What a header says: its types (for cffi), its constants, which of these are requests."""
+class _Text(NamedTuple):
+    """A header's text, divided: what cffi reads, and the macros (line number, name, body)."""
 
     types: str
-    constants: dict[str, int]
-    requests: dict[int, str]
+    macros: list[tuple[int, str, str]]
 
 
-def parse(text: str, ffi: FFI, known: Mapping[str, int]) -> Parsed:
-    """Give `ffi` the types of a header and evaluate its macros.
-
-    `known` holds constants that the text may use.  Raises DeclarationError.
-    """
-    import cffi
-
+def _divide(text: str) -> _Text:
     declarations: list[str] = []
     macros: list[tuple[int, str, str]] = []
     for number, line in _logical_lines(text):
@@ -287,6 +281,25 @@ def parse(text: str, ffi: FFI, known: Mapping[str, int]) -> Parsed:
     for _, name, body in macros:
         if re.fullmatch(r"\s*(0x[0-9a-fA-F]+|[0-9]+)\s*", body):
             types = re.sub(rf"\[\s*{name}\s*\]", f"[{body.strip()}]", types)
+    return _Text(types, macros)
+
+
+class Parsed(NamedTuple):
+    """What a header says: its types (for cffi), its constants, which of these are requests."""
+
+    types: str
+    constants: dict[str, int]
+    requests: dict[int, str]
+
+
+def parse(text: str, ffi: FFI, known: Mapping[str, int]) -> Parsed:
+    """Give `ffi` the types of a header and evaluate its macros.
+
+    `known` holds constants that the text may use.  Raises DeclarationError.
+    """
+    import cffi
+
+    types, macros = _divide(text)
     try:
         ffi.cdef(types)
     except (cffi.FFIError, cffi.CDefError) as error:
@@ -342,6 +355,15 @@ class Declared:
         return self.ffi.sizeof(type_name)
 
 
+def _header(name: str) -> str:
+    """The text of one of our own headers: from the wheel, or from the checkout."""
+    package = Path(__file__).parent
+    shipped = package / "cdefs" / "include" / f"{name}.h"
+    if shipped.exists():
+        return shipped.read_text()
+    return (package.parent / "cdefs" / f"{name}.h").read_text()
+
+
 def declare(header_text: str) -> Declared:
     """Declare structs, flags and ioctls of a kernel header, to be used by the raw layer.
 
@@ -361,10 +383,9 @@ def declare(header_text: str) -> Declared:
     import cffi
 
     from .cdefs import kvm as kvm_h
-    from .cdefs import source
     from .fd import REQUEST_NAMES
 
-    core = source.KVM
+    core = PRELUDE + _divide(_header("kvm")).types
     for tag in re.findall(r"\bstruct\s+(\w+)\s*\{", header_text):
         core = re.sub(rf"^struct {tag} \{{.*?^\}};", "", core, flags=re.DOTALL | re.MULTILINE)
     known = {name: value for name, value in vars(kvm_h).items() if isinstance(value, int)}
