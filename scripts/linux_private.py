@@ -14,13 +14,11 @@ seen there, on their way from one page to another.  So what is looked for is lon
 from __future__ import annotations
 
 import json
-import os
 import sys
-from functools import partial
 from pathlib import Path
 
 from kvmpriv import Kvm, private
-from kvmpriv.guest.linux import LinuxMachine, initrd, load_linux, plan, recording
+from kvmpriv.guest.linux import LinuxMachine, initrd, load_linux, plan
 
 SKIP = 77  # the exit status that test harnesses take for "can't be tried here"
 MIB, PAGE_SIZE = 1 << 20, 4096
@@ -46,7 +44,7 @@ OPEN = b"kvmpriv.open=what-everybody-may-read"
 
 
 def main(
-    kernel: str, name: str | None = None, mebibytes: str = "512", trace: str = os.devnull
+    kernel: str, name: str | None = None, mebibytes: str = "512", trace: str | None = None
 ) -> int:
     try:
         files = initrd.busybox(PROGRAM)
@@ -55,44 +53,38 @@ def main(
     except OSError as error:
         print(error.strerror, file=sys.stderr)
         return SKIP
-    ranges = plan(int(mebibytes) * MIB, private=True)
     with (
         kvm,
-        Path(trace).open("w") as file,
         LinuxMachine(
             kvm,
             load_linux(Path(kernel).read_bytes()),
-            ranges,
+            plan(int(mebibytes) * MIB, private=True),
             initrd=files,
             cmdline=f"quiet {OPEN.decode()}",
             abi=abi,
             output=sys.stderr.buffer.write,
-            record=(recorder := recording.start(file, "Linux", ranges, abi=abi)).event,
         ) as guest,
     ):
-        look = partial(recording.sample, recorder, guest)
-        outcome = guest.run(timeout=900, look=look, every=0.5)
-        recording.end(recorder, outcome)
+        outcome = guest.run(timeout=900, trace=trace)
         usage = guest.usage()
-        found = {marker: guest.search(marker) for marker in (SECRET, OPEN)}
+        found = {"secret": guest.search(SECRET), "open": guest.search(OPEN)}
     said = dict(line.split(" ", 1) for line in guest.said)
-    movable = int(said.get("movable", 0)) * PAGE_SIZE
     filled = int(said.get("filled", 0)) * MIB
     result = {
         "abi": abi.NAME,
         "outcome": outcome._asdict(),
-        "told": guest.cmdline,
+        "cmdline": guest.cmdline,
         "ranges": [{**use.range._asdict(), "resident": use.resident} for use in usage],
-        "movable": movable,
+        "movable": int(said.get("movable", 0)) * PAGE_SIZE,
         "filled": filled,
         "private": sum(use.private for use in usage),
-        "found": {"secret": found[SECRET], "open": found[OPEN]},
+        "found": found,
     }
     print(json.dumps(result, indent=2))
-    right = outcome.how == "off" and not found[SECRET] and found[OPEN] and filled
-    words = "hidden while private, found when shared" if right else "NOT AS IT SHOULD BE"
+    as_expected = outcome.how == "off" and not found["secret"] and found["open"] and filled
+    words = "the host found only the shared marker" if as_expected else "UNEXPECTED RESULT"
     print(words, file=sys.stderr)
-    return 0 if right else 1
+    return 0 if as_expected else 1
 
 
 if __name__ == "__main__":

@@ -15,27 +15,18 @@ from typing import Any
 from ..exit_status import ExitStatus
 from ..guest.bare import EXIT_PORT
 from ..guest.image import ImageError, read_file
-from ..guest.linux import recording
 from ..guest.linux.console import HELP, keyboard
 from ..guest.linux.disk import Block, Entropy
 from ..guest.linux.kernel import LinuxImage, load_linux
 from ..guest.linux.layout import plan
-from ..guest.linux.machine import (
-    CPUS_MAX,
-    DEFAULT_CMDLINE,
-    EXIT_STATUSES,
-    Cost,
-    LinuxMachine,
-    Outcome,
-    RangeUse,
-    check_pin,
-)
+from ..guest.linux.machine import CPUS_MAX, DEFAULT_CMDLINE, LinuxMachine, check_pin
 from ..guest.linux.net import Net
+from ..guest.linux.outcome import EXIT_STATUSES, Interrupted, Outcome
 from ..guest.linux.tap import HOST_ADDRESS, PREFIX_LENGTH, Tap
+from ..guest.linux.usage import Cost, RangeUse
 from ..guest.linux.virtio import VirtioDevice
 from ..kvm import Kvm
 from ..private import ABIS, PrivateAbi, choose
-from ..trace import Recorder
 from . import fail
 from ._options import parse_seconds, parse_size
 
@@ -43,14 +34,7 @@ __all__ = ["add_arguments", "main"]
 
 _SCHEMA_VERSION = 1
 _KERNEL_MAX = 1 << 30  # a vmlinux with everything that debuggers want to know
-_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-
-
-class _Signalled(BaseException):
-    """A signal that ends us, once all is undone."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 def parse_cpus(text: str) -> int:
@@ -197,7 +181,7 @@ def _signals() -> Iterator[None]:
     """Signals that would end us at once unwind us instead: a terminal is to be restored."""
 
     def stop(number: int, frame: Any) -> None:
-        raise _Signalled(number)
+        raise Interrupted(_signalled(signal.Signals(number)))
 
     before = {number: signal.signal(number, stop) for number in _SIGNALS}
     try:
@@ -237,15 +221,6 @@ def main(options: argparse.Namespace) -> int:
             ranges = plan(options.memory, private=abi is not None)
         except ValueError as error:
             return fail("boot", f"--memory: {error}", ExitStatus.USAGE)
-        recorder = None
-        if options.trace is not None:
-            try:
-                file = open(options.trace, "w", encoding="utf-8")  # noqa: PTH123, SIM115
-            except OSError as error:
-                return fail("boot", f"{options.trace}: {error.strerror}", ExitStatus.USAGE)
-            what = f"Linux {image.version}"
-            recorder = recording.start(file, what, ranges, cpus=options.cpus, abi=abi)
-            stack.callback(recorder.close)
         try:
             devices = _devices(options, screen.say)
         except (OSError, ValueError) as error:
@@ -263,7 +238,6 @@ def main(options: argparse.Namespace) -> int:
                 devices=devices,
                 complain=screen.say,
                 output=screen.write,
-                record=recorder.event if recorder else None,
                 pin=options.pin,
             )
         except ValueError as error:
@@ -274,18 +248,14 @@ def main(options: argparse.Namespace) -> int:
         with machine:
             if abi is not None:
                 _show_layout(machine, abi, screen.say)
-            looks = _Looks(machine, recorder, screen.say if options.watch else None)
             try:
-                outcome = _run(machine, options.timeout, looks)
+                outcome = _run(machine, options, screen)
             except OSError as error:
+                if options.trace is not None and error.filename == options.trace:
+                    return fail("boot", f"{options.trace}: {error.strerror}", ExitStatus.USAGE)
                 if error.filename is not None or isinstance(error, BrokenPipeError):
                     raise  # the output's, not KVM's
                 outcome = Outcome("error", ExitStatus.UNABLE, str(error.strerror))
-            if recorder is not None:
-                recording.end(recorder, outcome)
-                if recorder.error is not None:
-                    why = recorder.error.strerror
-                    screen.say(f"{options.trace}: {why}; the recording is cut off")
             if options.json:
                 seconds = time.monotonic() - started
                 print(json.dumps(_report(machine, outcome, seconds, abi), indent=2))
@@ -303,60 +273,51 @@ _WORDS = {
     "no progress": "the guest makes no progress",
 }
 _MIB = 1 << 20
-_LOOK_EVERY, _WATCH_EVERY = 0.25, 1.0  # seconds
 
 
-class _Looks:
-    """What is looked at while a guest runs, for --trace and --watch."""
+class _Watch:
+    """Prints what a guest uses, each time it is called."""
 
-    def __init__(
-        self,
-        machine: LinuxMachine,
-        recorder: Recorder | None,
-        say: Callable[[str], object] | None,
-    ) -> None:
+    def __init__(self, machine: LinuxMachine, say: Callable[[str], object]) -> None:
         self._machine = machine
-        self._recorder = recorder
         self._say = say
-        self.wanted = recorder is not None or say is not None
-        self._started = self._said_at = time.monotonic()
-        self._said = Cost(0, 0, (), 0.0, ())
+        self._started = self._last_at = time.monotonic()
+        self._last = Cost(0, 0, (), 0.0, ())
 
     def __call__(self) -> None:
-        if self._recorder is not None:
-            recording.sample(self._recorder, self._machine)
         now = time.monotonic()
-        passed = now - self._said_at
-        if self._say is not None and passed >= _WATCH_EVERY:
-            cost = self._machine.cost()
-            before = self._said.cpu or (0.0,) * len(cost.cpu)
-            busy = " ".join(
-                f"{100 * (after - then) / passed:.0f} %"
-                for then, after in zip(before, cost.cpu, strict=True)
-            )
-            exits = (sum(cost.exits) - sum(self._said.exits)) / passed
-            private = sum(use.private for use in _usage(self._machine))
-            self._say(
-                f"{now - self._started:.0f} s: vCPUs {busy}, {exits:.0f} exits/s,"
-                f" {cost.rss // _MIB} MiB resident ({cost.shared // _MIB} MiB shared with others)"
-                + (f", at least {private // _MIB} MiB private" if private else "")
-            )
-            self._said, self._said_at = cost, now
+        passed = now - self._last_at
+        if passed < 0.1:  # the first call, and one right after another: no time to average over
+            return
+        cost = self._machine.cost()
+        before = self._last.cpu or (0.0,) * len(cost.cpu)
+        busy = " ".join(
+            f"{100 * (after - then) / passed:.0f} %"
+            for then, after in zip(before, cost.cpu, strict=True)
+        )
+        exits = (sum(cost.exits) - sum(self._last.exits)) / passed
+        private = sum(use.private for use in _usage(self._machine))
+        self._say(
+            f"{now - self._started:.0f} s: vCPUs {busy}, {exits:.0f} exits/s,"
+            f" {cost.rss // _MIB} MiB resident ({cost.shared // _MIB} MiB shared with others)"
+            + (f", at least {private // _MIB} MiB private" if private else "")
+        )
+        self._last, self._last_at = cost, now
 
 
-def _run(machine: LinuxMachine, timeout: float | None, looks: _Looks) -> Outcome:
+def _signalled(number: signal.Signals) -> Outcome:
+    return Outcome("signal", ExitStatus.SIGNALLED + number, number.name)
+
+
+def _run(machine: LinuxMachine, options: argparse.Namespace, screen: _Screen) -> Outcome:
     try:
         with _signals(), keyboard() as source:
             if source is not None and os.isatty(source.fileno()):
                 print(f"kvmpriv boot: {HELP}", file=sys.stderr)
-            look = looks if looks.wanted else None
-            return machine.run(timeout, source, look=look, every=_LOOK_EVERY)
-    except KeyboardInterrupt:
-        return Outcome("signal", ExitStatus.SIGNALLED + signal.SIGINT, "SIGINT")
-    except _Signalled as signalled:
-        return Outcome(
-            "signal", ExitStatus.SIGNALLED + signalled.number, signal.Signals(signalled.number).name
-        )
+            look = _Watch(machine, screen.say) if options.watch else None
+            return machine.run(options.timeout, source, look=look, trace=options.trace)
+    except Interrupted as interrupted:  # before the run, or after it
+        return interrupted.outcome
 
 
 def _show_layout(machine: LinuxMachine, abi: PrivateAbi, say: Callable[[str], object]) -> None:

@@ -71,8 +71,8 @@ def test_usage(image: Path, tmp_path: Path) -> None:
         (("--kernel", image, "--disk", empty), "0 bytes are not a number of sectors of 512"),
         (("--kernel", image, "--append", "x" * 3000), "the command line has 3023 bytes"),
         (("--kernel", image, "--pin", "some"), "'some' is not a list of CPUs such as 0,1"),
-        (("--kernel", image, "--pin", "8999"), "--pin: CPU 8999 is none of those that this"),
-        (("--kernel", image, "--pin", f"{CPU},{CPU}"), "--pin: 2 CPUs for 1 vCPUs: give each one"),
+        (("--kernel", image, "--pin", "8999"), "--pin: CPU 8999 is not available to this process"),
+        (("--kernel", image, "--pin", f"{CPU},{CPU}"), "--pin: 2 CPUs for 1 vCPU: list one CPU for each vCPU"),
         (("--kernel", image, "--trace", tmp_path), "Is a directory"),
     ):
         done = boot(*arguments)
@@ -91,7 +91,7 @@ def test_the_scripts(tmp_path: Path) -> None:
         ("linux_command.py", (ends,), 1, "    scripts/linux_command.py /boot/vmlinuz"),
         ("linux_command.py", (tmp_path / "none", ""), 1, "No such file or directory: '"),
         ("linux_command.py", (os.devnull, ""), 1, "linux_command.py: the file is empty"),
-        ("linux_command.py", (ends, ""), 42, "linux_command.py: exit: by its exit port"),
+        ("linux_command.py", (ends, ""), 42, "linux_command.py: exit: wrote to port 0xf4"),
         ("linux_private.py", (), 1, "    scripts/linux_private.py KERNEL [ABI"),
         ("linux_private.py", (ends, "v8"), 1, "linux_private.py: no private memory ABI is called"),
     ):
@@ -127,7 +127,7 @@ def test_private_memory_that_the_host_refuses(kvm: Kvm, image: Path) -> None:
 def test_the_console_and_a_time_limit(image: Path) -> None:
     done = boot("--kernel", image, "--memory", "32M", "--timeout", "1")
     assert (done.returncode, done.stdout) == (124, "up\n")
-    assert done.stderr == "kvmpriv boot: the guest was ended: its time is up\n"
+    assert done.stderr == "kvmpriv boot: the guest was ended: the time limit is reached\n"
 
 
 @pytest.mark.usefixtures("kvm")
@@ -166,7 +166,7 @@ def test_words_of_ours_begin_a_line(tmp_path: Path) -> None:
     done = boot("--kernel", path, "--memory", "32M", "--timeout", "2.5", "--watch", "--json")
     assert done.returncode == 124
     prompt, *ours = [line for line in done.stderr.split("\n") if "exits/s" not in line]
-    assert [prompt, *ours] == [">", "kvmpriv boot: the guest was ended: its time is up", ""]
+    assert [prompt, *ours] == [">", "kvmpriv boot: the guest was ended: the time limit is reached", ""]
     assert re.search(r"^kvmpriv boot: \d+ s: vCPUs", done.stderr, re.M)
     done = boot("--kernel", path, "--memory", "32M", "--timeout", "1")
     assert (done.stdout, done.stderr[:13]) == (">", "kvmpriv boot:"), "each on its own stream"
@@ -177,7 +177,7 @@ def test_a_recording_on_a_full_disk(image: Path) -> None:
     """The guest goes on all the same, and the user is told."""
     done = boot("--kernel", image, "--memory", "32M", "--timeout", "1", "--trace", "/dev/full")
     assert (done.returncode, done.stdout) == (124, "up\n")
-    assert "/dev/full: No space left on device; the recording is cut off\n" in done.stderr
+    assert "/dev/full: No space left on device; the recording is incomplete\n" in done.stderr
 
 
 def test_what_a_guest_costs(kvm: Kvm) -> None:
@@ -221,7 +221,7 @@ def test_a_triple_fault(tmp_path: Path) -> None:
 
 
 def test_without_progress(kvm: Kvm, tmp_path: Path) -> None:
-    """A KVM that emulates a kernel says so; one that does not runs it until its time is up."""
+    """A KVM that emulates a kernel says so; one that does not runs it until the time limit is reached."""
     path = tmp_path / "bzImage"
     path.write_bytes(kernel(SPIN))
     done = boot("--kernel", path, "--memory", "32M", "--timeout", "5")
@@ -229,7 +229,7 @@ def test_without_progress(kvm: Kvm, tmp_path: Path) -> None:
     if done.returncode == 124:
         missing("paravirtual", "this KVM does not emulate a kernel's instructions")
     assert done.returncode == 123
-    assert "this KVM emulates a kernel's instructions one by one" in done.stderr
+    assert "this KVM emulates the guest's kernel instruction by instruction" in done.stderr
 
 
 @pytest.mark.usefixtures("kvm")

@@ -134,7 +134,7 @@ def test_two_vcpus_a_console_and_a_status(boots: dict[str, Boot]) -> None:
     boot = boots["two"]
     assert boot.status == 7, boot.stderr
     assert boot.report["said"] == ["cpus 2", "line from outside"]
-    assert boot.report["outcome"] == {"how": "off", "status": 7, "why": "turned off"}
+    assert boot.report["outcome"] == {"how": "off", "status": 7, "why": "turned itself off"}
     assert boot.report["kernel"]["kind"] == "bzImage"
     (memory,) = boot.report["memory"]
     assert 16 << 20 < memory.pop("resident") <= 256 << 20
@@ -242,7 +242,7 @@ def test_a_triple_fault(boots: dict[str, Boot]) -> None:
 def test_out_of_time(boots: dict[str, Boot]) -> None:
     boot = boots["hang"]
     assert boot.status == 124
-    assert boot.stderr == "kvmpriv boot: the guest was ended: its time is up\n"
+    assert boot.stderr == "kvmpriv boot: the guest was ended: the time limit is reached\n"
     assert "hanging" in boot.stdout
 
 

@@ -1,22 +1,39 @@
-"""Linux, brought up by a script: kernels taken apart, a machine for them, and what became of it."""
+"""Linux guests: load a kernel, give it a machine, run it, and learn how it ended.
 
-from . import initrd, recording
+from kvmpriv import Kvm
+from kvmpriv.guest.linux import LinuxMachine, initrd, load_linux, plan
+
+kernel = load_linux(Path("/boot/vmlinuz").read_bytes())
+files = initrd.busybox("uname -a; poweroff -f")
+with Kvm() as kvm, LinuxMachine(kvm, kernel, plan(256 << 20), initrd=files, output=print) as linux:
+outcome = linux.run(timeout=60)
+"""
+
+from . import initrd
+from .bus import Bus, Device
 from .kernel import LinuxImage, load_bzimage, load_linux, load_vmlinux
 from .layout import Range, plan, private_cmdline
-from .machine import EXIT_STATUSES, Cost, LinuxMachine, Outcome
+from .machine import LinuxMachine
+from .outcome import EXIT_STATUSES, Interrupted, Outcome
+from .supervisor import Input
+from .usage import Cost, RangeUse
 
 __all__ = [
     "EXIT_STATUSES",
+    "Bus",
     "Cost",
+    "Device",
+    "Input",
+    "Interrupted",
     "LinuxImage",
     "LinuxMachine",
     "Outcome",
     "Range",
+    "RangeUse",
     "initrd",
     "load_bzimage",
     "load_linux",
     "load_vmlinux",
     "plan",
     "private_cmdline",
-    "recording",
 ]

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import termios
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any
+
+from ...exit_status import ExitStatus
+from .outcome import Interrupted, Outcome
 
 __all__ = ["HELP", "Keyboard", "keyboard"]
 
@@ -18,7 +22,7 @@ HELP = "Ctrl-A x ends the guest, Ctrl-A Ctrl-A is a Ctrl-A"
 
 
 class Keyboard:
-    """Bytes from `fd` for the guest; with `escape`, Ctrl-A x is the end of them."""
+    """Reads bytes for the guest from `fd`; with `escape`, Ctrl-A x ends the guest."""
 
     def __init__(self, fd: int, *, escape: bool) -> None:
         self._fd = fd
@@ -29,7 +33,7 @@ class Keyboard:
         return self._fd
 
     def read(self) -> bytes | None:
-        """What has been typed; None at the end.  KeyboardInterrupt for Ctrl-A x."""
+        """What was typed; None at the end of the input.  Ctrl-A x raises Interrupted."""
         try:
             data = os.read(self._fd, 4096)
         except BlockingIOError:
@@ -46,7 +50,9 @@ class Keyboard:
             if self._escaped:
                 self._escaped = False
                 if byte in _QUIT:
-                    raise KeyboardInterrupt
+                    raise Interrupted(
+                        Outcome("signal", ExitStatus.SIGNALLED + signal.SIGINT, "Ctrl-A x")
+                    )
                 typed.append(byte)
             elif byte == _ESCAPE[0]:
                 self._escaped = True

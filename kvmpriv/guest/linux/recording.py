@@ -1,50 +1,74 @@
-"""What a recording says of a Linux guest, in the words of `kvmpriv.trace`."""
+"""A recording of a Linux guest's run, in the format of :mod:`kvmpriv.trace`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, TextIO
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from ...trace import Recorder
 
 if TYPE_CHECKING:
-    from ...private import PrivateAbi
-    from .layout import Range
-    from .machine import LinuxMachine, Outcome
+    from .machine import LinuxMachine
+    from .outcome import Outcome
 
-__all__ = ["end", "sample", "start"]
-
-
-def start(
-    file: TextIO, what: str, ranges: Sequence[Range], *, cpus: int = 1, abi: PrivateAbi | None
-) -> Recorder:
-    """Begin a recording in `file`; its `event` is what a LinuxMachine takes as `record`."""
-    about = {
-        "what": what,
-        "cpus": cpus,
-        "ranges": [part._asdict() for part in ranges],
-        "private_abi": abi.NAME if abi else None,
-    }
-    return Recorder(file, about)
+__all__ = ["RunRecorder"]
 
 
-def sample(recorder: Recorder, machine: LinuxMachine) -> None:
-    """Record what a guest's memory and the process are now; not where KVM has no statistics."""
-    try:
-        usage = machine.usage()
-    except OSError:
-        return
-    cost = machine.cost()
-    recorder.event(
-        memory=[{"resident": use.resident, "private": use.private} for use in usage],
-        rss=cost.rss,
-        shared=cost.shared,
-        cpu=[round(seconds, 3) for seconds in cost.cpu],
-        others=round(cost.others, 3),
-    )
+class RunRecorder:
+    """Records the run of `machine` in the file at `path`, which is created or truncated.
 
+    `complain` is called if the file can't be written to the end: the guest runs on.  OSError when
+    the file can't be opened.
+    """
 
-def end(recorder: Recorder, outcome: Outcome) -> None:
-    """Record how the guest has ended, and close."""
-    recorder.event(end=outcome.how, status=outcome.status, why=outcome.why)
-    recorder.close()
+    #: Seconds between two samples of memory and cost.
+    SAMPLE_EVERY = 0.25
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        machine: LinuxMachine,
+        complain: Callable[[str], object],
+    ) -> None:
+        self._path = os.fspath(path)
+        self._machine = machine
+        self._complain = complain
+        file = open(path, "w", encoding="utf-8")  # noqa: PTH123, SIM115  # the recorder closes it
+        version = machine.image.version
+        self._recorder = Recorder(
+            file,
+            {
+                "what": f"Linux {version}" if version else "Linux",
+                "cpus": len(machine.vcpus),
+                "ranges": [part._asdict() for part in machine.ranges],
+                "private_abi": machine.abi.NAME if machine.abi else None,
+            },
+        )
+        #: Records an event, from any thread.
+        self.event = self._recorder.event
+
+    def sample(self) -> None:
+        """Record the memory and the CPU time in use; nothing where KVM has no statistics."""
+        try:
+            usage = self._machine.usage()
+        except OSError:
+            return
+        cost = self._machine.cost()
+        self.event(
+            memory=[{"resident": use.resident, "private": use.private} for use in usage],
+            rss=cost.rss,
+            shared=cost.shared,
+            cpu=[round(seconds, 3) for seconds in cost.cpu],
+            others=round(cost.others, 3),
+        )
+
+    def end(self, outcome: Outcome) -> None:
+        """Record how the guest has ended."""
+        self.event(end=outcome.how, status=outcome.status, why=outcome.why)
+
+    def close(self) -> None:
+        self._recorder.close()
+        if self._recorder.error is not None:
+            why = self._recorder.error.strerror
+            self._complain(f"{self._path}: {why}; the recording is incomplete")

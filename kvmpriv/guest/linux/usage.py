@@ -1,0 +1,93 @@
+"""What a guest uses: memory by range, CPU time, exits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from ...memory import PAGE_SIZE
+from .layout import Range
+
+if TYPE_CHECKING:
+    from .dispatch import GuestThread
+
+__all__ = ["Cost", "RangeUse", "emulation", "mapped_bytes", "measure_cost", "range_use"]
+
+_MAPPED = {"pages_4k": PAGE_SIZE, "pages_2m": 2 << 20, "pages_1g": 1 << 30}
+# KVM emulates one instruction for nearly each exit of a guest that the processor runs.  A KVM that
+# emulates all of the guest's code emulates far more.
+_EMULATED_MIN, _EMULATED_PER_EXIT = 20_000, 20
+
+
+class RangeUse(NamedTuple):
+    """How much of a range is in use, in bytes."""
+
+    range: Range
+    #: Shared memory of the range that is populated.  Of a private range it should be 0: anything
+    #: else is shared memory that the guest does not use.
+    resident: int
+    #: Private memory that KVM has mapped into the guest.  It is a lower limit: KVM reports how
+    #: much is mapped in all, and all populated shared memory counts as mapped here.
+    private: int
+
+
+class Cost(NamedTuple):
+    """What this process has spent on a guest so far."""
+
+    #: Resident memory of the process, in bytes.
+    rss: int
+    #: The part of `rss` that is shared with a file or another process, in bytes.
+    shared: int
+    #: CPU time of each vCPU's thread, in seconds.
+    cpu: tuple[float, ...]
+    #: CPU time of all other threads, in seconds.
+    others: float
+    #: Exits to user space of each vCPU.
+    exits: tuple[int, ...]
+
+
+def mapped_bytes(stats: Mapping[str, int]) -> int:
+    """The bytes that KVM has mapped into a guest, by the statistics of its VM."""
+    return sum(stats.get(name, 0) * size for name, size in _MAPPED.items())
+
+
+def range_use(ranges: Sequence[Range], resident: Sequence[int], mapped: int) -> list[RangeUse]:
+    """What each of `ranges` uses.
+
+    `resident` is the populated shared memory of each, `mapped` what KVM has mapped in all; in
+    bytes.  KVM does not report by range: of several private ranges the first ones get all.
+    """
+    held = list(zip(ranges, resident, strict=True))
+    left = max(0, mapped - sum(size for part, size in held if part.kind == "shared"))
+    found = []
+    for part, size in held:
+        private = min(part.size, left) if part.kind == "private" else 0
+        left -= private
+        found.append(RangeUse(part, size, private))
+    return found
+
+
+def measure_cost(threads: Sequence[GuestThread], exits: Sequence[int]) -> Cost:
+    """What this process has spent so far; `threads` are those of the vCPUs."""
+    import psutil
+
+    process = psutil.Process()
+    memory = process.memory_info()
+    used = {thread.id: thread.user_time + thread.system_time for thread in process.threads()}
+    cpu = tuple(thread.seconds or used.pop(thread.native_id or 0, 0.0) for thread in threads)
+    return Cost(memory.rss, memory.shared, cpu, sum(used.values()), tuple(exits))
+
+
+def emulation(stats: Mapping[str, int]) -> str:
+    """Why Linux can't run, if KVM emulates all of the guest's code; else "".
+
+    `stats` are those of a vCPU.  A paravirtual KVM emulates a kernel that was not built for it,
+    and would take hours to boot it.
+    """
+    emulated, exits = stats.get("insn_emulation", 0), stats.get("exits", 0)
+    if emulated <= max(_EMULATED_MIN, _EMULATED_PER_EXIT * exits):
+        return ""
+    return (
+        f"this KVM emulates the guest's kernel instruction by instruction ({emulated} instructions"
+        f" in {exits} exits so far), as a paravirtual KVM does: Linux can't run"
+    )
