@@ -17,6 +17,7 @@ from .outcome import Interrupted, Outcome
 __all__ = ["HELP", "Keyboard", "keyboard"]
 
 _ESCAPE, _QUIT = b"\x01", b"xX"
+_QUIT_OUTCOME = Outcome("signal", ExitStatus.SIGNALLED + signal.SIGINT, "Ctrl-A x")
 #: What a user has to know.
 HELP = "Ctrl-A x ends the guest, Ctrl-A Ctrl-A is a Ctrl-A"
 
