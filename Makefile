@@ -26,7 +26,7 @@ test-debug: $(SETUP)  ## the suite under the debug kernels, with a clean log (an
 	scripts/suite guest_memfd --debug
 
 test-literal: $(SETUP)  ## v9 unmended, held to the suite: it names the known defects, and nothing else fails
-	$(BIN)/python scripts/literal
+	scripts/literal
 
 soak: kernels  ## the model against each kernel, an hour each (HOURS=, STEPS=, SEED=, ARTIFACTS=)
 	scripts/soak restrictedmem
@@ -39,10 +39,6 @@ check: $(SETUP)  ## lint, format, types, unit tests: under a minute
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	MYPYPATH=scripts/kernel:kvmpriv/selftest $(BIN)/mypy --config-file= --strict scripts/vm
-	MYPYPATH=scripts/kernel $(BIN)/mypy --config-file= --strict scripts/kernel/build
-	MYPYPATH=scripts/kernel $(BIN)/mypy --config-file= --strict scripts/kernel/calibrate
-	MYPYPATH=scripts/kernel $(BIN)/mypy --config-file= --strict scripts/kernel/mutate scripts/kernel/trial.py
 	$(BIN)/python -m pytest -q tests/unit
 
 kernels: $(SETUP)  ## build the kernels, or find them in the cache (~/.cache/kvmpriv)
@@ -50,8 +46,8 @@ kernels: $(SETUP)  ## build the kernels, or find them in the cache (~/.cache/kvm
 	scripts/kernel/build guest_memfd
 
 cdefs: $(SETUP)  ## write what is generated: kvmpriv/cdefs from cdefs/, the ready guest from its source
-	$(BIN)/python scripts/cdefs
-	$(BIN)/python scripts/ready-guest
+	$(BIN)/python scripts/generate/cdefs.py
+	$(BIN)/python scripts/generate/guests.py
 
 bench: $(SETUP)  ## the benchmarks, each beside C or plain Python: a table, and bench.json
 	$(BIN)/python scripts/bench/run.py

@@ -1,7 +1,7 @@
 """C declarations of a kernel ABI, evaluated without a compiler.
 
 cffi reads structs but neither ``(1UL << 2)`` nor ``_IOW(…)``; this module reads both.  It serves
-twice: ``scripts/cdefs`` writes ``kvmpriv/cdefs`` with it, and :func:`declare` lets a developer
+twice: ``make cdefs`` writes ``kvmpriv/cdefs`` with it, and :func:`declare` lets a developer
 use a struct, a flag or an ioctl of his own kernel tree the day he writes it.  A C compiler is its
 judge in the unit tests.
 """

@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-sys.path.append(str(ROOT / "scripts" / "kernel"))
-from packages import cache_root  # noqa: E402  # type: ignore[import-not-found]
+sys.path.append(str(ROOT / "scripts"))
+from kbuild.paths import cache_root  # noqa: E402
 
 #: What kvmpriv stands on: a process that imports it and does nothing.
 BASE = (sys.executable, "-c", "import cffi, ctypes")

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 
-KERNEL = Path(__file__).resolve().parents[2] / "scripts" / "kernel"
-pytestmark = pytest.mark.skipif(not KERNEL.is_dir(), reason="scripts/kernel is not in the wheel")
+from conftest import ROOT
+from kbuild import calibrate, selftests
+from kbuild.correspondence import RUNS
 
 SOURCE = """\
 static void guest_code(void)
@@ -45,23 +42,7 @@ ADDRESSES = {0x10: "test_one", 0x20: "__test_two", 0x30: "main"}
 FAILED = "==== Test Assertion Failure ====\n  prog.c:{}: fd\n  pid=1\n"
 
 
-@pytest.fixture
-def selftests(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(KERNEL))
-    return importlib.import_module("selftests")
-
-
-@pytest.fixture
-def calibrate(selftests: ModuleType) -> Any:
-    loader = importlib.machinery.SourceFileLoader("calibrate", str(KERNEL / "calibrate"))
-    spec = importlib.util.spec_from_loader("calibrate", loader)
-    assert spec
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
-
-
-def test_functions_of_a_source(selftests: Any) -> None:
+def test_functions_of_a_source() -> None:
     found = selftests.functions(SOURCE)
     assert found == {
         "guest_code": 1, "guest_test_words": 6, "test_one": 12, "__test_two": 17, "main": 24,
@@ -88,7 +69,6 @@ def test_functions_of_a_source(selftests: Any) -> None:
     ],
 )
 def test_verdicts(
-    selftests: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     status: int,
@@ -103,7 +83,7 @@ def test_verdicts(
     assert tuple(found[name].status for name in names) == expected
 
 
-def test_agreement(calibrate: Any) -> None:
+def test_agreement() -> None:
     verdict, agree = calibrate.Verdict, calibrate.agree
     assert agree(verdict("passed"), verdict("passed"))
     unmet = verdict("skipped", "Requirement not met: kvm_has_cap(KVM_CAP_GUEST_MEMFD)")
@@ -115,7 +95,7 @@ def test_agreement(calibrate: Any) -> None:
     assert not agree(verdict("not run"), verdict("skipped", "guest_memfd: no"))
 
 
-def test_our_tests_together(calibrate: Any) -> None:
+def test_our_tests_together() -> None:
     verdict, together = calibrate.Verdict, calibrate.together
     said = {
         "a.py::one[x]": verdict("passed"),
@@ -130,24 +110,22 @@ def test_our_tests_together(calibrate: Any) -> None:
     assert together([], said).status == "failed"
 
 
-def test_the_table_names_tests_that_are_there(selftests: Any) -> None:
-    runs = importlib.import_module("correspondence").RUNS
-    suite = KERNEL.parents[1] / "tests" / "private"
-    tests = {test for run in runs for ids in run.cases.values() for test in ids}
+def test_the_table_names_tests_that_are_there() -> None:
+
+    suite = ROOT / "tests" / "private"
+    tests = {test for run in RUNS for ids in run.cases.values() for test in ids}
     for test in tests:
         file, _, name = test.partition("::")
         assert f"def {name.partition('[')[0]}(" in (suite / file).read_text(), test
-    assert {run.program for run in runs} == set(selftests.PROGRAMS)
-    assert all(ids for run in runs for ids in run.cases.values())
+    assert {run.program for run in RUNS} == set(selftests.PROGRAMS)
+    assert all(ids for run in RUNS for ids in run.cases.values())
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [(["--nope"], "--nope"), (["--source", "/nowhere"], "there is no /nowhere"), (["x"], "x")],
 )
-def test_usage(
-    calibrate: Any, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
-) -> None:
+def test_usage(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
     with pytest.raises(SystemExit) as ended:
         calibrate.main(arguments)
     assert ended.value.code == 2

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
 import json
 import os
 import shutil
@@ -13,18 +11,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
-if TYPE_CHECKING:
-    from types import ModuleType
+from kbuild.errors import Refused
+from kbuild.packages import DEB_TOOLS, TOOLS, absent, ensure
+from kbuild.recipe import Plan, lost, options
+from kbuild.store import find_or_build
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts" / "kernel"
-sys.path.insert(0, str(SCRIPTS))
-
-from packages import DEB_TOOLS, TOOLS, Refused, absent, ensure  # noqa: E402
-from recipe import Plan, lost, options  # noqa: E402
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 Build = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -74,12 +69,14 @@ def tree(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def scripts(tmp_path: Path) -> Path:
-    """A copy of the scripts with a series of one patch."""
+    """A copy of the scripts with a series of one patch; its folder of data."""
     if missing := absent(TOOLS):
         pytest.skip(f"no {', '.join(missing)}")
-    copy = tmp_path / "kernel"
-    shutil.copytree(SCRIPTS, copy, ignore=shutil.ignore_patterns("restrictedmem", "__pycache__"))
-    for folder in ("abi", "mend"):
+    everything = tmp_path / "scripts"
+    ignored = shutil.ignore_patterns("restrictedmem", "breaks", "__pycache__")
+    shutil.copytree(SCRIPTS, everything, ignore=ignored)
+    copy = everything / "kernel"
+    for folder in ("abi", "fixes"):
         (copy / "restrictedmem" / folder).mkdir(parents=True)
     (copy / "restrictedmem" / "abi" / "0001-shout.patch").write_text(PATCH)
     return copy
@@ -101,7 +98,7 @@ def build(scripts: Path, tree: Path, tmp_path: Path) -> Build:
 
 def command(scripts: Path, tree: Path, *arguments: str) -> list[str]:
     words = arguments or ("restrictedmem",)
-    return [sys.executable, str(scripts / "build"), *words, "--source", str(tree)]
+    return [str(scripts / "build"), *words, "--source", str(tree)]
 
 
 def environment(tmp_path: Path) -> dict[str, str]:
@@ -111,15 +108,6 @@ def environment(tmp_path: Path) -> dict[str, str]:
 def image_of(result: subprocess.CompletedProcess[str]) -> Path:
     assert result.returncode == 0, result.stderr
     return Path(result.stdout.splitlines()[-1])
-
-
-def load(name: str, path: Path) -> ModuleType:
-    loader = importlib.machinery.SourceFileLoader(name, str(path))
-    spec = importlib.util.spec_from_loader(name, loader)
-    assert spec
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
 
 
 def test_build_publishes_and_finds_again(build: Build, tmp_path: Path) -> None:
@@ -169,18 +157,18 @@ def test_patch_that_no_longer_applies_names_patch_and_hunk(build: Build, tree: P
     assert result.stdout == ""
 
 
-def test_literal_leaves_out_what_mends(build: Build, scripts: Path) -> None:
-    mend = PATCH.replace("two", "TWO").replace("+TWO", "+2").split("@@ -8")[0]
-    (scripts / "restrictedmem" / "mend" / "0001-mend.patch").write_text(mend)
-    mended = image_of(build())
+def test_literal_leaves_out_the_fixes(build: Build, scripts: Path) -> None:
+    fix = PATCH.replace("two", "TWO").replace("+TWO", "+2").split("@@ -8")[0]
+    (scripts / "restrictedmem" / "fixes" / "0001-fix.patch").write_text(fix)
+    fixed = image_of(build())
     literal = image_of(build("restrictedmem", "--literal"))
-    assert mended.read_text().split()[1] == "2"
+    assert fixed.read_text().split()[1] == "2"
     assert literal.read_text().split()[1] == "TWO"
     assert literal.parent.name.startswith("restrictedmem-literal.")
 
 
 def test_option_that_did_not_survive_is_an_error(build: Build, scripts: Path) -> None:
-    with (scripts / "base.config").open("a") as config:
+    with (scripts / "configs" / "base.config").open("a") as config:
         config.write("CONFIG_DROPPED=y\n")
     result = build()
     assert result.returncode == 5
@@ -294,14 +282,14 @@ def wait_for(stream: object, word: str) -> None:
     ("arguments", "words"),
     [
         (["bogus"], "unknown kernel 'bogus': there are restrictedmem and guest_memfd"),
-        (["guest_memfd", "--literal"], "only restrictedmem has any"),
+        (["guest_memfd", "--literal"], "guest_memfd has none"),
         (["guest_memfd", "--config", "/nonexistent"], "there is no /nonexistent"),
         ([], "required: NAME"),
     ],
 )
 def test_usage(arguments: list[str], words: str) -> None:
     result = subprocess.run(
-        [sys.executable, str(SCRIPTS / "build"), *arguments],
+        [str(SCRIPTS / "kernel/build"), *arguments],
         capture_output=True,
         text=True,
         check=False,
@@ -321,7 +309,7 @@ def test_without_tools_what_is_missing_is_listed(tmp_path: Path, tree: Path) -> 
     empty = tmp_path / "empty"
     empty.mkdir()
     result = subprocess.run(
-        command(SCRIPTS, tree, "guest_memfd"),
+        [sys.executable, SCRIPTS / "launch.py", "build", "guest_memfd", "--source", tree],
         env={"PATH": str(empty), "KVMPRIV_CACHE": str(tmp_path / "cache")},
         capture_output=True,
         text=True,
@@ -335,12 +323,11 @@ def test_without_tools_what_is_missing_is_listed(tmp_path: Path, tree: Path) -> 
 
 
 def test_no_space(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tree: Path) -> None:
-    module = load("kernel_build", SCRIPTS / "build")
     monkeypatch.setenv("KVMPRIV_CACHE", str(tmp_path / "cache"))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2**30))
     with pytest.raises(Refused, match=r"needs 3\.5 GiB in .*, which has 1\.0") as refused:
-        module.find_or_build(Plan("guest_memfd", source=tree))
+        find_or_build(Plan("guest_memfd", source=tree))
     assert refused.value.code == 7
 
 
@@ -348,15 +335,15 @@ def test_key_follows_what_decides(
     scripts: Path, tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def key(**more: bool) -> str:
-        return Plan("restrictedmem", source=tree, here=scripts, **more).key()  # type: ignore[arg-type]
+        return Plan("restrictedmem", source=tree, data=scripts, **more).key()  # type: ignore[arg-type]
 
     seen = [key()]
     assert key() == seen[0]
     seen += [key(debug=True), key(literal=True)]
-    with (scripts / "base.config").open("a") as config:
-        config.write("# a word\n")
+    with (scripts / "configs" / "base.config").open("a") as config:
+        config.write("CONFIG_MORE=y\n")
     seen.append(key())
-    (scripts / "restrictedmem" / "mend" / "0001-x.patch").write_text("")
+    (scripts / "restrictedmem" / "fixes" / "0001-x.patch").write_text("")
     seen.append(key())
     compiler = scripts / "other-cc"
     compiler.write_text("#!/bin/sh\necho other 1.0\n")

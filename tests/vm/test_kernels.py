@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
+from kbuild.paths import cache_root
 from kvmpriv.cdefs import restrictedmem
 from private.support.requirements import missing
 from unit import abi, layouts
@@ -18,11 +19,6 @@ SCRIPTS = ROOT / "scripts"
 
 def image(name: str) -> Path:
     """A built kernel; building it is `make kernels`, not a test."""
-    sys.path.insert(0, str(SCRIPTS / "kernel"))
-    try:
-        from packages import cache_root  # type: ignore[import-not-found]
-    finally:
-        sys.path.pop(0)
     if not [*cache_root().glob(f"{name}.*/bzImage")]:
         missing(name, f"no such kernel is built: scripts/kernel/build {name}")
     built = subprocess.run(
@@ -79,7 +75,7 @@ def test_guests_with_private_memory(name: str) -> None:
 def test_the_examples(name: str) -> None:
     """Each of the worked examples judges itself by what guest and host saw."""
     examples = ("private_page", "conversions", "conversion_race")
-    script = " && ".join(f"{sys.executable} scripts/{example}.py" for example in examples)
+    script = " && ".join(f"{sys.executable} scripts/examples/{example}.py" for example in examples)
     done = vm(name, "sh", "-c", script)
     assert done.returncode == 0, done.stdout + done.stderr
     for line in (

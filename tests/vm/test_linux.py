@@ -261,7 +261,7 @@ def in_vm(name: str, folder: Path, *command: object) -> subprocess.CompletedProc
 @pytest.mark.parametrize("name", ["restrictedmem", "guest_memfd"])
 def test_a_marker_in_private_memory(name: str, tmp_path: Path) -> None:
     """Found nowhere by the host, while a program has filled the movable RAM with it."""
-    done = in_vm(name, tmp_path, SCRIPTS / "linux_private.py", image(name), name)
+    done = in_vm(name, tmp_path, SCRIPTS / "examples/linux_private.py", image(name), name)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["abi"] == name
@@ -279,7 +279,11 @@ def test_a_marker_in_private_memory(name: str, tmp_path: Path) -> None:
 def test_a_command_by_script(tmp_path: Path) -> None:
     command = "echo $((6 * 7)) of $(uname -s); exit 3"
     done = in_vm(
-        "guest_memfd", tmp_path, SCRIPTS / "linux_command.py", image("guest_memfd"), command
+        "guest_memfd",
+        tmp_path,
+        SCRIPTS / "examples/linux_command.py",
+        image("guest_memfd"),
+        command,
     )
     assert done.returncode == 3, done.stderr
     assert "42 of Linux" in done.stdout

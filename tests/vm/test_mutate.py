@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from kbuild.breaks import BREAKS, RMEM, Break, Edit
+from kbuild.broken import find, put_breaks
+from kbuild.errors import Refused
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "scripts" / "kernel"
-sys.path.insert(0, str(SCRIPTS))
-
-from breaks import BREAKS, RMEM, Break, Edit  # noqa: E402
-from broken import find, put_breaks  # noqa: E402
-from packages import Refused  # noqa: E402
 
 
 def test_the_names() -> None:
@@ -94,9 +92,7 @@ def test_where_text_is() -> None:
     ],
 )
 def test_usage(arguments: list[str], words: str) -> None:
-    said = subprocess.run(
-        [sys.executable, str(SCRIPTS / "mutate"), *arguments], capture_output=True, text=True
-    )
+    said = subprocess.run([str(SCRIPTS / "mutate"), *arguments], capture_output=True, text=True)
     assert (said.returncode, said.stdout) == (2, "")
     assert words in said.stderr
 
@@ -104,7 +100,7 @@ def test_usage(arguments: list[str], words: str) -> None:
 def test_list() -> None:
     """A break a line: name, rule, file."""
     said = subprocess.run(
-        [sys.executable, str(SCRIPTS / "mutate"), "--list", "copy.*"],
+        [str(SCRIPTS / "mutate"), "--list", "copy.*"],
         capture_output=True,
         text=True,
     )

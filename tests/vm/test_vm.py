@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.machinery
-import importlib.util
 import os
 import pty
 import random
@@ -16,28 +14,13 @@ import sys
 import termios
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
+from kbuild import vm as vm_script
 from private.support.requirements import missing
 
-if TYPE_CHECKING:
-    from types import ModuleType
-
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-
-
-def load_vm() -> ModuleType:
-    loader = importlib.machinery.SourceFileLoader("vm_script", str(SCRIPTS / "vm"))
-    spec = importlib.util.spec_from_loader("vm_script", loader)
-    assert spec
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
-
-
-vm_script = load_vm()
 
 
 @pytest.fixture(scope="module")
@@ -314,7 +297,7 @@ def test_usage(arguments: list[str], words: str) -> None:
 
 def test_without_qemu(tmp_path: Path) -> None:
     result = subprocess.run(
-        [sys.executable, str(SCRIPTS / "vm"), "guest_memfd", "--", "true"],
+        [sys.executable, str(SCRIPTS / "launch.py"), "vm", "guest_memfd", "--", "true"],
         env={"PATH": str(tmp_path)},
         capture_output=True,
         text=True,

@@ -1,6 +1,6 @@
 """Inside the VM, for `mutate`: try breaks one after the other, each in a process of its own.
 
-    python trial.py '[["NAME", ["test_file.py::test", …]], …]'
+    scripts/launch.py trial '[["NAME", ["test_file.py::test", …]], …]'
 
 Lines that begin with `@@` are for mutate: `@@ NAME`, then what pytest prints while the break is in
 force, `@@ ended STATUS`; where tests failed `@@ without STATUS`, when they were tried again without
@@ -60,10 +60,11 @@ def run_tests(tests: list[str]) -> int:
         time.sleep(0.02)
 
 
-def main(jobs: list[tuple[str, list[str]]]) -> int:
+def main(arguments: list[str]) -> int:
     """Try them all."""
     import pytest
 
+    jobs: list[tuple[str, list[str]]] = json.loads(arguments[0])
     files = {str(SUITE / test.partition("::")[0]) for _, tests in jobs for test in tests}
     if code := pytest.main(["--collect-only", "-qq", "-p", "no:cacheprovider", *sorted(files)]):
         return int(code)
@@ -80,7 +81,3 @@ def main(jobs: list[tuple[str, list[str]]]) -> int:
             if code != 0:
                 tell("without", run_tests(tests))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(json.loads(sys.argv[1])))

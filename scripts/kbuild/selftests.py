@@ -14,11 +14,13 @@ import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
-from packages import NO_SOURCE, TOOLS, Refused, cache_root, ensure, say
-from recipe import COMPILE, Maker, Plan, fingerprint, first_line
-from store import locked
+from .errors import Refused, Status, say
+from .packages import TOOLS, ensure
+from .paths import DATA, cache_root
+from .recipe import Maker, Plan, fingerprint, first_line
+from .store import locked
 
-HOOKS = Path(__file__).with_name("cases.c")
+HOOKS = DATA / "cases.c"
 PROGRAMS = (
     "guest_memfd_test",
     "set_memory_region_test",
@@ -68,9 +70,9 @@ def find_or_build(source: Path | None) -> Path:
     plan = Plan("guest_memfd", source=source)
     needs = dict(TOOLS)
     if not source:
-        needs[str(plan.tarball)] = plan.tarball.name.removesuffix(".tar.xz")
+        needs[str(plan.kernel.tarball)] = plan.kernel.package
     ensure(needs)
-    digest = hashlib.sha256(fingerprint(source or plan.tarball))
+    digest = hashlib.sha256(fingerprint(source or plan.kernel.tarball))
     digest.update(first_line([*plan.compiler(), "--version"]))
     for file in (Path(__file__), HOOKS):
         digest.update(file.read_bytes())
@@ -105,32 +107,34 @@ def unpack(maker: Maker, plan: Plan) -> None:
     if plan.source and plan.source.is_dir():
         maker.unpack()
         return
-    tarball = plan.source or plan.tarball
+    tarball = plan.origin
     say(f"unpacking {tarball}")
     maker.tree.mkdir()
     command = ["tar", "-xf", str(tarball), "--strip-components=1"]
     command += ["--anchored", "--no-wildcards-match-slash"]
     command += [f"--exclude=*/{name}" for name in LEFT_OUT]
-    maker.run(command, NO_SOURCE, f"unpacking {tarball}")
+    maker.run(command, Status.NO_SOURCE, f"unpacking {tarball}")
 
 
 def build(plan: Plan, work: Path, out: Path) -> None:
     maker = Maker(plan, work, out)
     unpack(maker, plan)
     say("building the kernel's selftests")
-    maker.make("headers_install", code=COMPILE, what="make headers_install")
+    maker.make("headers_install", code=Status.COMPILE, what="make headers_install")
     folder = maker.tree / "tools/testing/selftests/kvm"
     sources = {}
     for program in PROGRAMS:
         found = sorted(folder.rglob(f"{program}.c"))
         if not found:
-            raise Refused(COMPILE, f"{plan.source or plan.tarball} has no selftest {program}")
+            raise Refused(Status.COMPILE, f"{plan.origin} has no selftest {program}")
         sources[program] = found[0]
         shutil.copy(found[0], out)
     hooks = work / "cases.o"
     compiler = plan.compiler()
     maker.run(
-        [*compiler, "-O2", "-fno-PIE", "-c", str(HOOKS), "-o", str(hooks)], COMPILE, "cases.c"
+        [*compiler, "-O2", "-fno-PIE", "-c", str(HOOKS), "-o", str(hooks)],
+        Status.COMPILE,
+        "cases.c",
     )
     defined = [name for source in sources.values() for name in functions(source.read_text())]
     tests = [name for name in defined if is_test(name) and not in_guest(name)]
@@ -150,7 +154,7 @@ def build(plan: Plan, work: Path, out: Path) -> None:
     maker.make(
         "-C", str(folder), f"OUTPUT={objects}", f"EXTRA_CFLAGS={' '.join(flags)}",
         f"LDLIBS=-ldl {hooks}", *map(str, targets.values()),
-        code=COMPILE, what="make the selftests",
+        code=Status.COMPILE, what="make the selftests",
     )  # fmt: skip
     for name, target in targets.items():
         shutil.copy(target, out / name)

@@ -1,27 +1,17 @@
-"""What the kernel scripts need from the system: found, installed on Debian, or named."""
+"""Debian's packages: which are needed, which are missing; installs them, or lists them.
+
+The tables map what is looked for (a command, or an absolute path) to the package that has it.
+"""
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
 import shutil
-import signal
 import subprocess
-import sys
 from pathlib import Path
 
-
-class Refused(Exception):  # noqa: N818 (as SystemExit: it is how a run ends)
-    """Something that the caller must mend: a paragraph of text and an exit code."""
-
-    def __init__(self, code: int, text: str) -> None:
-        super().__init__(text)
-        self.code = code
-
-
-MISSING = 2
-NO_SOURCE = 3
+from .errors import Refused, Status, say
 
 QEMU = {"qemu-system-x86_64": "qemu-system-x86"}
 TOOLS = {
@@ -47,23 +37,6 @@ DEB_TOOLS = {
     "cpio": "cpio",
     "/usr/include/openssl/evp.h": "libssl-dev",
 }
-
-
-def cache_root() -> Path:
-    """Where kernels and logs are kept: outside of any checkout."""
-    if chosen := os.environ.get("KVMPRIV_CACHE"):
-        return Path(chosen).absolute()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "kvmpriv" / "kernels"
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def die_with_parent() -> None:
-    """For a child, before exec: it goes when we go, however we go."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def absent(needs: dict[str, str]) -> dict[str, str]:
@@ -99,7 +72,7 @@ def ensure(needs: dict[str, str]) -> None:
     listed = " ".join(packages)
     if os.geteuid() != 0 or not shutil.which("apt-get"):
         raise Refused(
-            MISSING,
+            Status.USAGE,
             f"missing: {', '.join(sorted(lacking))}. They come with these packages: {listed}. "
             f"On Debian, as root: apt-get install {listed}",
         )
@@ -121,4 +94,6 @@ def ensure(needs: dict[str, str]) -> None:
             cause = "the network or the package mirror could not be reached"
         else:
             cause = "apt-get refused"
-        raise Refused(NO_SOURCE, f"could not install {listed}: {cause}.\n" + "\n".join(notes[:6]))
+        raise Refused(
+            Status.NO_SOURCE, f"could not install {listed}: {cause}.\n" + "\n".join(notes[:6])
+        )

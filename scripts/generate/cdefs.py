@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Write the generated part of kvmpriv/cdefs from cdefs/*.h, as cdefs/README.md describes.
 
 Three files for each header: the module, its type stub, and a module with a Protocol per struct.
@@ -22,7 +21,7 @@ import cffi
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 HEADERS = ("kvm", "restrictedmem", "restrictedmem_v10", "guest_memfd")
 CORE = "kvm"
 TARGET = ROOT / "kvmpriv" / "cdefs"

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Boot a Linux kernel, run a command in it, return its exit status.
 
-    scripts/linux_command.py /boot/vmlinuz-6.1.0-56-amd64 'nproc; free -m; exit 3'
+    scripts/examples/linux_command.py /boot/vmlinuz-6.1.0-56-amd64 'nproc; free -m; exit 3'
 
 The command has busybox's tools, in a root file system that is made here; root's files stay away.
 """

@@ -13,8 +13,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from packages import DEB_TOOLS, TOOLS, Refused, cache_root, ensure, say
-from recipe import MODULES_GIB, PATCH, PLAIN_GIB, SPACE, Plan, make_kernel
+from .errors import Refused, Status, say
+from .packages import DEB_TOOLS, TOOLS, ensure
+from .paths import cache_root
+from .recipe import MODULES_GIB, PLAIN_GIB, Plan, make_kernel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -58,7 +60,7 @@ def check_space(cache: Path, plan: Plan) -> None:
     free = shutil.disk_usage(cache).free / 2**30
     if free < need:
         raise Refused(
-            SPACE,
+            Status.SPACE,
             f"no space: a build needs {need:.1f} GiB in {cache}, which has {free:.1f}. "
             "Make room there or let KVMPRIV_CACHE name another place.",
         )
@@ -70,7 +72,7 @@ def find_or_build(plan: Plan, make: Callable[[Plan, Path, Path], None] = make_ke
     cache.mkdir(parents=True, exist_ok=True)
     needs = TOOLS | (DEB_TOOLS if plan.deb else {})
     if not plan.source:
-        needs |= {str(plan.tarball): plan.tarball.name.removesuffix(".tar.xz")}
+        needs |= {str(plan.kernel.tarball): plan.kernel.package}
     if "CC" in os.environ:
         needs = {what: package for what, package in needs.items() if what != "gcc"}
         needs[os.environ["CC"].split()[0]] = os.environ["CC"].split()[0]
@@ -117,10 +119,10 @@ def find_or_build(plan: Plan, make: Callable[[Plan, Path, Path], None] = make_ke
 
 def snapshot(plan: Plan, folder: Path) -> Plan:
     """The plan with its own copy of patches and fragments: ours may be edited while we build."""
-    shutil.copytree(plan.here, folder, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-    copied = dataclasses.replace(plan, here=folder)
+    shutil.copytree(plan.data, folder, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    copied = dataclasses.replace(plan, data=folder)
     if copied.key() != plan.key():
-        raise Refused(PATCH, f"{plan.here} was edited at this very moment: call again")
+        raise Refused(Status.PATCH, f"{plan.data} was edited at this very moment: call again")
     return copied
 
 

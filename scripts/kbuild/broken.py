@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from breaks import BREAKS, RMEM, Break
-from packages import Refused, say
-from recipe import PATCH, Maker, Plan
+from .breaks import BREAKS, RMEM, Break
+from .errors import Refused, Status, say
+from .recipe import Maker, Plan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -120,7 +120,9 @@ def put_breaks(tree: Path, breaks: Sequence[Break]) -> None:
             place = places.setdefault(edit.file, {}).setdefault(where, _Place(*where))
             place.broken[number] = edit.broken
     if lost:
-        raise Refused(PATCH, "breaks that no longer apply to the source:\n" + "\n".join(lost))
+        raise Refused(
+            Status.PATCH, "breaks that no longer apply to the source:\n" + "\n".join(lost)
+        )
     (tree / HEADER).write_text(HEADER_TEXT)
     for file, there in places.items():
         text = with_breaks(sources[file], list(there.values()))
@@ -144,7 +146,7 @@ class MutatedPlan(Plan):
 
     def key(self) -> str:
         digest = hashlib.sha256(super().key().encode())
-        digest.update((self.here / Path(__file__).name).read_bytes())
+        digest.update(Path(__file__).read_bytes())
         digest.update(repr([(one.name, one.edits) for one in BREAKS]).encode())
         return digest.hexdigest()[:20]
 
@@ -160,9 +162,4 @@ class _Maker(Maker):
 
 def make(plan: Plan, work: Path, out: Path) -> None:
     """As recipe.make_kernel."""
-    maker = _Maker(plan, work, out)
-    maker.unpack()
-    maker.patch()
-    maker.configure()
-    maker.compile()
-    maker.collect()
+    _Maker(plan, work, out).make_kernel()

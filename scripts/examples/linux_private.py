@@ -6,7 +6,7 @@ The kernel is in shared memory, and so is what it has of a program: what goes th
 pipe or socket, and the registers of one that was interrupted.  64 bytes of the marker have been
 seen there, on their way from one page to another.  So what is looked for is longer than that.
 
-    scripts/linux_private.py KERNEL [ABI [MEBIBYTES [FILE]]]
+    scripts/examples/linux_private.py KERNEL [ABI [MEBIBYTES [FILE]]]
 
 `kvmpriv trace FILE` shows what happened meanwhile.
 """

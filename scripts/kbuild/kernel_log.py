@@ -1,0 +1,1 @@
+../../kvmpriv/selftest/kernel_log.py

@@ -1,0 +1,313 @@
+"""Show that the suite notices broken kernels: break the mended series line by line, and run it.
+
+One image of `restrictedmem` holds all breaks of breaks.py; the boot parameter
+restrictedmem.break=NAME selects one of them (or a write to it in /sys/module), and without it
+nothing is broken.  First the suite has to pass without a break (--quick leaves that out).  Then a
+VM tries one break after the other, each with the tests that should notice, and these again
+without the break: they must pass then.  Where they do not, or the break took the kernel with it,
+the next VM goes on.  A break that its tests did not notice gets a VM of its own, booted with it,
+and the whole suite if they do not notice it there.
+What is printed is the table: break, and the test that caught it, or what became of the kernel.
+
+NAME is a break's, or a pattern such as 'copy.*'.  What the VMs said is kept in the cache, beside
+the kernels' logs.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import re
+import signal
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .breaks import BREAKS, Break
+from .broken import MutatedPlan, make
+from .command import Parser
+from .errors import Refused, say
+from .paths import ROOT, cache_root
+from .process import die_with_parent, exit_on
+from .store import find_or_build
+from .trial import STUCK
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
+
+EXIT_CODES = """exit codes:
+  0  the suite passes without a break and fails for each
+  1  it fails without one, or breaks escaped (which)
+  2  bad usage, unknown NAME, or something is missing and cannot be installed here
+  3  to 7  no image: as scripts/kernel/build; 4 also when a break does not apply (which)
+  130, 143  interrupted, terminated"""
+
+TRIAL = ("scripts/launch.py", "trial")
+#: Breaks to a VM, and how many seconds a VM may say nothing (tests that spin are ended sooner).
+SOME, QUIET = 25, 600
+
+# scripts/vm's exit codes that are the kernel's doing: any of them is a failure of the suite.
+HUNG = 124
+DEATHS = {120: "the kernel complained", 121: "the kernel panicked", 122: "the VM was lost",
+          HUNG: "the VM hung"}  # fmt: skip
+
+# -- the runs --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a break: the test that caught it, and how, if it did not simply fail."""
+
+    caught: bool
+    test: str = ""
+    how: str = ""
+
+
+@dataclass
+class Said:
+    """What trial.py told of one break."""
+
+    name: str
+    text: str = ""
+    ended: int | None = None
+    without: int | None = None
+
+    def failed(self) -> tuple[str, str]:
+        """The test that failed, and how if not by an assertion; else the one that ran last."""
+        short = re.search(r"^(?:FAILED|ERROR) tests/private/(\S+)", self.text, re.MULTILINE)
+        if short:
+            return short[1], "timed out" if "Timeout" in self.text else ""
+        started = re.findall(r"^tests/private/(\S+::.*?)(?: (?:PASSED|SKIPPED|FAILED|ERROR).*)?$",
+                             self.text, re.MULTILINE)  # fmt: skip
+        return (started[-1].strip() if started else ""), ""
+
+
+def listen(said: str) -> list[Said]:
+    """What trial.py told, break by break."""
+    found: list[Said] = []
+    for line in said.splitlines(keepends=True):
+        if not line.startswith("@@ "):
+            if found and found[-1].ended is None:
+                found[-1].text += line
+            continue
+        word, *more = line.split()[1:]
+        if word == "ended":
+            found[-1].ended = int(more[0])
+        elif word == "stuck":
+            found[-1].ended = found[-1].ended or -signal.SIGKILL
+        elif word == "without":
+            found[-1].without = int(more[0])
+        else:
+            found.append(Said(word))
+    return found
+
+
+class Runner:
+    """Runs tests in the image; keeps what was said."""
+
+    def __init__(self, image: Path) -> None:
+        self.image = image
+        self.folder = cache_root() / "logs" / "mutate"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.running: set[subprocess.Popen[bytes]] = set()
+        self.over = False
+
+    def stop(self) -> None:
+        """End the VMs, and begin no other: the threads that wait for them can end then."""
+        self.over = True
+        for vm in list(self.running):
+            vm.terminate()
+
+    def vm(self, name: str, append: str, command: Sequence[str]) -> tuple[int, str]:
+        """Run a command in a VM: exit code, all said."""
+        if self.over:
+            raise Refused(1, "stopped")
+        said = self.folder / f"{name}.txt"
+        options = ["--quiet", "--append", append, "--env", "PYTHONUNBUFFERED=1"]
+        options += ["--log", str(self.folder / f"{name}.log")]
+        options += ["--env", "KVMPRIV_REQUIRE=host,restrictedmem"]
+        options += ["--env", "KVMPRIV_KERNEL=restrictedmem"]
+        with (
+            said.open("w") as file,
+            subprocess.Popen(
+                ["scripts/vm", str(self.image), *options, "--", ".venv/bin/python", *command],
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                preexec_fn=die_with_parent,  # noqa: PLW1509 (it does one system call)
+            ) as vm,
+        ):
+            self.running.add(vm)
+            code = None
+            try:
+                while code is None:
+                    try:
+                        code = vm.wait(5)
+                    except subprocess.TimeoutExpired:
+                        if time.time() - said.stat().st_mtime > QUIET:
+                            vm.terminate()
+                            vm.wait()
+                            code = HUNG
+            except BaseException:  # interrupted: Popen's own end would wait for the VM's
+                vm.terminate()
+                raise
+            self.running.discard(vm)
+        return code, said.read_text(errors="replace")
+
+    def control(self, append: str) -> None:
+        """The suite passes where nothing is broken; else Refused."""
+        name = f"none{append and '-'}{append}"
+        tests = ["-m", "pytest", "-v", "-p", "no:cacheprovider", "tests/private"]
+        code, said = self.vm(name, append, tests)
+        if code:
+            test, _ = Said("", said).failed()
+            what = DEATHS.get(code, f"exit code {code}")
+            raise Refused(
+                1,
+                f"the suite fails without a break: {test or 'no test'} ({what}); "
+                f"see {self.folder}/{name}.txt",
+            )
+        say(f"the suite passes without a break{append and ' under '}{append}")
+
+    def trial(self, one: Break, tests: Sequence[str]) -> Result:
+        """One break in a VM of its own, selected at boot."""
+        append = f"restrictedmem.break={one.name} {one.append}".strip()
+        job = json.dumps([[one.name, list(tests)]])
+        code, text = self.vm(one.name, append, [*TRIAL, job])
+        return self.judge(one, code, listen(text))
+
+    def judge(self, one: Break, code: int, said: Sequence[Said]) -> Result:
+        """What came of the break of which `said` tells last."""
+        if not said or said[-1].name != one.name or (said[-1].ended is None and code not in DEATHS):
+            raise Refused(1, f"{one.name}: exit code {code} before any test: see {self.folder}")
+        last = said[-1]
+        test, how = last.failed()
+        if last.ended == 0 and code not in DEATHS:
+            return Result(caught=False)
+        if last.ended not in (None, 0, 1) and last.ended >= 0:
+            raise Refused(1, f"{one.name}: pytest ended with {last.ended}: see {self.folder}")
+        if last.ended is not None and last.ended < 0:
+            how = "stuck"
+        return Result(caught=True, test=test, how=DEATHS.get(code, how))
+
+    def several(self, breaks: Sequence[Break]) -> dict[str, Result]:
+        """Those of `breaks` that their tests caught."""
+        results: dict[str, Result] = {}
+        alone: list[Break] = []
+        left = list(breaks)
+        while left:
+            first, jobs = left[0], json.dumps([[one.name, one.tests] for one in left])
+            code, text = self.vm(f"from-{first.name}", first.append, [*TRIAL, jobs])
+            told = listen(text)
+            if not told or code not in (0, STUCK, *DEATHS):
+                raise Refused(1, f"a VM ended with {code}: see from-{first.name} in {self.folder}")
+            for said in told:
+                one = left.pop(0)
+                assert one.name == said.name
+                # Nothing but this break had been in the VM, or all was well without it.
+                if said.ended and said.without == 0:
+                    results[one.name] = self.judge(one, 0, [said])
+                elif one is first and said.ended != 0:
+                    results[one.name] = self.judge(one, code, [said])
+                else:  # not noticed, perhaps, because it breaks what is done at boot
+                    alone.append(one)
+                self.tell(one, results.get(one.name))
+        for one in alone:
+            result = self.trial(one, one.tests)
+            if result.caught:
+                results[one.name] = result
+            self.tell(one, result)
+        return results
+
+    @staticmethod
+    def tell(one: Break, result: Result | None) -> None:
+        if result and result.caught:
+            say(f"{one.name}: {result.test} {result.how and f'({result.how})'}")
+        else:
+            say(f"{one.name}: not yet")
+
+
+def try_all(runner: Runner, chosen: Sequence[Break], jobs: int) -> dict[str, Result]:
+    """What came of each break."""
+    groups: list[list[Break]] = []
+    for append in dict.fromkeys(one.append for one in chosen):
+        alike = [one for one in chosen if one.append == append]
+        groups += [alike[at : at + SOME] for at in range(0, len(alike), SOME)]
+    results: dict[str, Result] = {}
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            for some in pool.map(runner.several, groups):
+                results |= some
+            escaped = [one for one in chosen if one.name not in results]
+            whole = pool.map(lambda one: runner.trial(one, [""]), escaped)
+            for one, last in zip(escaped, whole, strict=True):
+                results[one.name] = last
+                runner.tell(one, last)
+        except BaseException:
+            runner.stop()
+            raise
+    return results
+
+
+def table(chosen: Sequence[Break], results: dict[str, Result]) -> str:
+    width = max(len(one.name) for one in chosen)
+    lines = []
+    for one in chosen:
+        result = results[one.name]
+        what = f"{result.test}{result.how and f' ({result.how})'}" if result.caught else "ESCAPED"
+        lines.append(f"{one.name:<{width}} → {what}")
+    return "\n".join(lines)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = Parser("mutate", __doc__, EXIT_CODES)
+    parser.add_argument("names", metavar="NAME", nargs="*", help="these breaks only")
+    parser.add_argument("--list", action="store_true", help="list the breaks: name, rule, file")
+    parser.add_argument("--quick", action="store_true", help="not the suite without a break")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="so many VMs at once (1)")
+    options = parser.parse_args(arguments)
+    if options.jobs < 1:
+        parser.error("--jobs wants a number from 1 on")
+    for name in options.names:
+        if not fnmatch.filter([one.name for one in BREAKS], name):
+            parser.error(f"there is no break {name!r} (--list lists them)")
+    options.chosen = [
+        one
+        for one in BREAKS
+        if not options.names or any(fnmatch.fnmatchcase(one.name, name) for name in options.names)
+    ]
+    return options
+
+
+def main(arguments: list[str]) -> int:
+    exit_on(signal.SIGTERM)
+    options = parse(arguments)
+    chosen: list[Break] = options.chosen
+    if options.list:
+        for one in chosen:
+            print(one.name, one.rule, one.line.file, sep="\t")
+        return 0
+    try:
+        image = find_or_build(MutatedPlan("restrictedmem"), make) / "bzImage"
+        runner = Runner(image)
+        if not options.quick:
+            for append in dict.fromkeys(["", *(one.append for one in chosen)]):
+                runner.control(append)
+        results = try_all(runner, chosen, options.jobs)
+    except Refused as refused:
+        say(f"mutate: {refused}")
+        return refused.code
+    except KeyboardInterrupt:
+        say("mutate: interrupted")
+        return 130
+    print(table(chosen, results))
+    escaped = [one.name for one in chosen if not results[one.name].caught]
+    print(f"{len(chosen) - len(escaped)} of {len(chosen)} breaks are caught")
+    if escaped:
+        print("ESCAPED: " + ", ".join(escaped))
+    return 1 if escaped else 0
