@@ -7,7 +7,7 @@ generations of private memory say (:mod:`kvmpriv.faults`).
 from typing import Any, NamedTuple
 
 from .cdefs import kvm as kvm_h
-from .faults import FAULT_LAYOUTS, FaultLayout
+from .faults import FAULT_LAYOUTS, FaultLayout, layout_of
 
 __all__ = [
     "DebugExit",
@@ -120,7 +120,7 @@ class MemoryFaultExit(NamedTuple):
     def __str__(self) -> str:
         wish = "private" if self.private else "shared"
         return (
-            f"{exit_name(self.reason)} ({self.abi}): guest wants {self.gpa:#x}"
+            f"KVM_EXIT_MEMORY_FAULT ({self.abi}): guest wants {self.gpa:#x}"
             f"…{self.gpa + self.size:#x} {wish}, flags {self.flags:#x}"
         )
 
@@ -207,7 +207,7 @@ class DebugExit(NamedTuple):
 
 def decode_memory_fault(run: Any, layout: FaultLayout, errno: int = 0) -> MemoryFaultExit:
     """Read kvm_run as `layout` says."""
-    fault = layout.ffi.cast(f"{layout.struct} *", layout.ffi.addressof(run.hw))
+    fault: Any = layout.ffi.cast(f"{layout.struct} *", layout.ffi.addressof(run.hw))
     flags = int(fault.flags)
     return MemoryFaultExit(
         run.exit_reason,
@@ -235,10 +235,11 @@ _PLAIN = frozenset(
 )
 
 
-def decode(run: Any, errno: int = 0) -> Any:
+def decode(run: Any, errno: int = 0, fault_layout: FaultLayout | None = None) -> Any:
     """The exit that kvm_run describes, as one of this module's tuples.
 
-    `run` is a cffi ``struct kvm_run *``; `errno` what KVM_RUN failed with, 0 for success.
+    `run` is a cffi ``struct kvm_run *``; `errno` what KVM_RUN failed with, 0 for success;
+    `fault_layout` the VM's own layout of a memory fault, if an ABI made the VM.
     """
     reason = run.exit_reason
     if reason in _PLAIN:
@@ -259,8 +260,9 @@ def decode(run: Any, errno: int = 0) -> Any:
     if reason == kvm_h.KVM_EXIT_HYPERCALL:
         call = run.hypercall
         return HypercallExit(reason, call.nr, tuple(call.args), bool(call.longmode & 1))
-    if reason in FAULT_LAYOUTS:
-        return decode_memory_fault(run, FAULT_LAYOUTS[reason], errno)
+    layout = layout_of(reason, fault_layout)
+    if layout is not None:
+        return decode_memory_fault(run, layout, errno)
     if reason == kvm_h.KVM_EXIT_FAIL_ENTRY:
         entry = run.fail_entry
         return FailEntryExit(reason, entry.hardware_entry_failure_reason, entry.cpu)

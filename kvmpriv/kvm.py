@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno as _errno
 import os
+from typing import TYPE_CHECKING, TypeVar
 
 from .cdefs import kvm as kvm_h
 from .cpuid import CpuidEntry, read_cpuid_growing
@@ -13,7 +14,12 @@ from .libc import last_errno, os_error
 from .vm import Vm
 from .wakeup import SignalsBlocked
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 __all__ = ["Kvm"]
+
+_VmT = TypeVar("_VmT", bound=Vm)
 
 _ffi = kvm_h.ffi
 _CHECK_EXTENSION = kvm_h.KVM_CHECK_EXTENSION
@@ -75,11 +81,15 @@ class Kvm(Fd):
 
         OSError: EINVAL for a type that is not offered, ENOMEM, EMFILE.
         """
+        return self.create_vm_as(Vm, vm_type)
+
+    def create_vm_as(self, make: Callable[[int, int], _VmT], vm_type: int = 0) -> _VmT:
+        """As :meth:`create_vm`; ``make(fd, vcpu_mmap_size)`` makes the object."""
         while True:
             with SignalsBlocked():
                 fd: int = _ioctl(self._fd, kvm_h.KVM_CREATE_VM, vm_type)
                 if fd >= 0:
-                    return Vm(fd, self._vcpu_mmap_size)
+                    return make(fd, self._vcpu_mmap_size)
                 if last_errno() != _errno.EINTR or self._fd < 0:
                     raise self._error(kvm_h.KVM_CREATE_VM, vm_type)
 

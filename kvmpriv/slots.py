@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from weakref import WeakSet
 
 if TYPE_CHECKING:
+    from .faults import FaultLayout
     from .vm import Vm
 
 __all__ = ["Held", "Lifeline", "Slot", "slots_alive"]
@@ -41,6 +42,8 @@ class Lifeline:
         self.lock = threading.RLock()
         #: slot number -> the slot, which has been told to hold what it uses
         self.slots: dict[int, Slot] = {}
+        #: How this VM's exits report a memory fault; None if no ABI of private memory made it.
+        self.fault_layout: FaultLayout | None = None
         self._users = 1
         _living.add(self)
 

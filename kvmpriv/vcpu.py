@@ -16,7 +16,7 @@ from . import wakeup
 from .cdefs import kvm as kvm_h
 from .cdefs.kvm import KVM_EXIT_INTR, KVM_RUN
 from .cpuid import CpuidEntry, read_cpuid_growing
-from .faults import FAULT_LAYOUTS
+from .faults import layout_of
 from .fd import Fd
 from .libc import ioctl as _ioctl
 from .libc import last_errno, os_error, tgkill
@@ -80,6 +80,7 @@ class Vcpu(Fd):
         self._kick_lock = threading.RLock()
         self._pid = os.getpid()
         self._lifeline: Lifeline | None = None
+        self._fault_layout = lifeline.fault_layout
         super().__init__(fd)
         try:
             self._mmap = mmap.mmap(fd, mmap_size)
@@ -155,7 +156,7 @@ class Vcpu(Fd):
             run.exit_reason = KVM_EXIT_INTR
             return KVM_EXIT_INTR
         reason: int = run.exit_reason
-        layout = FAULT_LAYOUTS.get(reason)
+        layout = layout_of(reason, self._fault_layout)
         if layout is not None and errno in layout.errnos:
             self._errno = errno
             return reason
@@ -166,7 +167,7 @@ class Vcpu(Fd):
         from .exits import decode
 
         self.fileno()
-        return decode(self.kvm_run, self._errno)
+        return decode(self.kvm_run, self._errno, self._fault_layout)
 
     def kick(self) -> None:
         """Make :meth:`run`, in whichever thread, return KVM_EXIT_INTR: now, or as soon as called.

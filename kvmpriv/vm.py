@@ -15,6 +15,7 @@ from .vcpu import Vcpu, enable_cap
 from .wakeup import SignalsBlocked
 
 if TYPE_CHECKING:
+    from .faults import FaultLayout
     from .stats import StatsFd
 
 __all__ = ["Vm"]
@@ -28,9 +29,12 @@ class Vm(Fd):
 
     _what = "VM"
 
-    def __init__(self, fd: int, vcpu_mmap_size: int) -> None:
+    def __init__(
+        self, fd: int, vcpu_mmap_size: int, fault_layout: FaultLayout | None = None
+    ) -> None:
         self._vcpu_mmap_size = vcpu_mmap_size
         self._lifeline = Lifeline()
+        self._lifeline.fault_layout = fault_layout
         self._pid = os.getpid()
         #: Held while slots are set; whoever relies on `slots` for more than one look holds it.
         self.slots_lock = self._lifeline.lock

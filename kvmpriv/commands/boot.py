@@ -323,7 +323,7 @@ def _run(machine: LinuxMachine, options: argparse.Namespace, screen: _Screen) ->
 def _show_layout(machine: LinuxMachine, abi: PrivateAbi, say: Callable[[str], object]) -> None:
     everything = sum(part.size for part in machine.ranges)
     for part in machine.ranges:
-        kind = f"private by {abi.NAME}" if part.kind == "private" else part.kind
+        kind = f"private by {abi.name}" if part.kind == "private" else part.kind
         say(
             f"{part.gpa:#x}…{part.end:#x}: {part.size >> 20}M,"
             f" {100 * part.size / everything:.0f} %, {kind}: {part.purpose}"
@@ -350,7 +350,7 @@ def _report(
             **use.range._asdict(),
             "backing": "anonymous memory"
             if abi is None or use.range.kind == "shared"
-            else abi.NAME,
+            else abi.name,
             "share": round(use.range.size / everything, 4),
             "resident": use.resident,
             "private": use.private,
@@ -362,7 +362,7 @@ def _report(
         "kernel": {"kind": image.kind, "version": image.version},
         "cmdline": machine.cmdline,
         "cpus": len(machine.vcpus),
-        "private_abi": abi.NAME if abi else None,
+        "private_abi": abi.name if abi else None,
         "memory": memory,
         "cost": cost._asdict(),
         "outcome": outcome._asdict(),

@@ -21,13 +21,12 @@ and given to `serve`; where that does not settle it, the command raises :class:`
 
 Several vCPUs (`cpus=`) have a mailbox each; different threads may drive them at the same time.
 
-Given the ABI of its VM's private memory, a puppet can ask for conversions as guests do, and gets
-what it asks for:
+In a VM with private memory, a puppet can ask for conversions as guests do, and gets what it asks
+for:
 
-    abi = kvmpriv.private.choose(kvm)
-    with abi.create_vm(kvm) as vm, Puppet(vm, abi=abi) as guest:
-        abi.bind(vm, gpa, size, file, memory=memory)
-        guest.convert(gpa, size, private=True)
+    with kvmpriv.private.create_vm(kvm) as vm, Puppet(vm) as guest:
+        slot = vm.add_private_memory(gpa, size)
+        guest.convert(gpa, size, private=False)
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ from ..cdefs import kvm as kvm_h
 from ..kvm import Kvm
 from ..libc import os_error
 from ..memory import PAGE_SIZE, HostMemory
-from ..private import serve_conversion
+from ..private import PrivateVm, serve_conversion
 from . import crash, exceptions, x86
 from .crash import GuestCrash
 from .ready import PUPPET
@@ -50,7 +49,6 @@ from .x86 import LARGE_PAGE, PTE_LARGE, PTE_PRESENT_WRITABLE
 
 if TYPE_CHECKING:
     from ..cpuid import CpuidEntry
-    from ..private import PrivateAbi
     from ..vcpu import Vcpu
     from ..vm import Vm
 
@@ -300,10 +298,13 @@ class PuppetCpu:
         """Have the guest ask for a range to be made private, or shared: KVM_HC_MAP_GPA_RANGE.
 
         `gpa` and `size` are page aligned.  OSError: what the guest was answered, EINVAL for memory
-        that is not in private-capable slots.  ValueError for a puppet that was given no ABI.
+        that is not in private-capable slots.  ValueError for a puppet that does not serve it.
         """
-        if self._puppet.abi is None:
-            raise ValueError("this puppet was made without the ABI of its private memory (abi=)")
+        if not self._puppet.serves_conversions:
+            raise ValueError(
+                "this puppet does not serve conversions: its VM must be one of"
+                " kvmpriv.private.create_vm, and serve_conversions must not be False"
+            )
         if size % PAGE_SIZE:
             raise ValueError(f"{size:#x} bytes are not a number of pages")
         attributes = (
@@ -430,8 +431,9 @@ class Puppet(PuppetCpu):
 
     `home` is the guest physical address of its 2 MiB, a multiple of 2 MiB; `slot` the slot for it
     (the lowest free one if none is given); `cpuid` what the vCPUs are given (None: all that KVM
-    supports).  With `abi`, the guest's hypercalls for a conversion are served, and if `implicit`
-    its accesses to memory of the other kind too; `serve` may be replaced.  ValueError for a bad
+    supports).  In a PrivateVm, its hypercalls for a conversion are served, and if `implicit` its
+    accesses to memory of the other kind too, unless `serve_conversions` is False; `serve` may
+    be replaced.  ValueError for a bad
     home or number of vCPUs, OSError when the VM refuses; nothing is left behind then.
     """
 
@@ -444,7 +446,7 @@ class Puppet(PuppetCpu):
         slot: int | None = None,
         cpuid: list[CpuidEntry] | None = None,
         hypercall_instruction: str | None = None,
-        abi: PrivateAbi | None = None,
+        serve_conversions: bool = True,
         implicit: bool = False,
     ) -> None:
         if home % HOME_SIZE or not 0 <= home < _REACH:
@@ -455,10 +457,10 @@ class Puppet(PuppetCpu):
             raise ValueError(f"a puppet has 1 to {CPUS_MAX} vCPUs, not {cpus}")
         self.home = home
         self.vm = vm
-        self.abi = abi
         self._implicit = implicit
         self.hypercall_instruction = hypercall_instruction or _hypercall_instruction()
-        if abi is not None and vm.check_extension(kvm_h.KVM_CAP_EXIT_HYPERCALL):
+        self._private_vm = vm if serve_conversions and isinstance(vm, PrivateVm) else None
+        if self.serves_conversions and vm.check_extension(kvm_h.KVM_CAP_EXIT_HYPERCALL):
             vm.enable_cap(kvm_h.KVM_CAP_EXIT_HYPERCALL, 1 << kvm_h.KVM_HC_MAP_GPA_RANGE)
         if cpuid is None:
             with Kvm() as kvm:
@@ -482,16 +484,21 @@ class Puppet(PuppetCpu):
                     self.cpus.append(PuppetCpu(self, vcpu, number))
             self._stack = stack.pop_all()
 
+    @property
+    def serves_conversions(self) -> bool:
+        """Whether the guest's hypercalls for a conversion are served."""
+        return self._private_vm is not None
+
     def first_server(self) -> Callable[[PuppetCpu, Any], bool] | None:
         """What a vCPU's `serve` is at first."""
-        abi = self.abi
-        if abi is None:
+        vm = self._private_vm
+        if vm is None:
             return None
 
         def serve(cpu: PuppetCpu, exit_: Any) -> bool:
-            served = self._implicit or abi.ACCESS_FOLLOWS_STATE
+            served = self._implicit or vm.abi.traits.access_follows_state
             served = served or exit_.reason == kvm_h.KVM_EXIT_HYPERCALL
-            return served and serve_conversion(abi, self.vm, cpu.vcpu, exit_)
+            return served and serve_conversion(vm, cpu.vcpu, exit_)
 
         return serve
 

@@ -1,7 +1,14 @@
-"""Private memory by two ABIs, a module each: v9's restrictedmem, mainline's guest_memfd.
+"""Private memory: guest memory that the host can't read.
 
-Both are a :class:`PrivateAbi`, and each has its own calls beside.  No room below knows which
-generation it speaks to; what it needs of one is handed down.
+    with Kvm() as kvm, kvmpriv.private.create_vm(kvm) as vm:
+        slot = vm.add_private_memory(0x1_0000_0000, 16 << 20)
+        slot.convert(private=False)
+
+Each ABI is an object, a :class:`PrivateAbi`: v9's restrictedmem and mainline's guest_memfd are
+here, others can be registered.  Their modules also have the ioctls themselves.  Lower layers
+don't know the ABIs; they are passed what they need (for example the exit layout).
+
+README.md in this directory explains the terms, and how to add an ABI.
 """
 
 from __future__ import annotations
@@ -9,57 +16,91 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING, Any
 
+from ..faults import register_fault_layout
 from . import guest_memfd, restrictedmem
-from .backing import NotFreedError, PrivateFile, PrivateSlot
+from .abi import PrivateAbi, Traits
+from .backing import PrivateFile, PrivateSlot
+from .conversion import ConversionError, NotFreedError
+from .guest_memfd import GuestMemfdAbi
+from .restrictedmem import RestrictedMemAbi
+from .vm import PrivateVm
 
 if TYPE_CHECKING:
     from ..kvm import Kvm
-    from .protocol import PrivateAbi, serve_conversion
+    from .serve import serve_conversion
 
 __all__ = [
     "ABIS",
+    "ConversionError",
+    "GuestMemfdAbi",
     "NotFreedError",
     "PrivateAbi",
     "PrivateFile",
     "PrivateSlot",
+    "PrivateVm",
+    "RestrictedMemAbi",
+    "Traits",
     "choose",
+    "create_vm",
     "guest_memfd",
+    "register",
     "restrictedmem",
     "serve_conversion",
 ]
 
-#: By name; the order is the one in which they are tried.
-ABIS: dict[str, PrivateAbi] = {
-    restrictedmem.NAME: restrictedmem,
-    guest_memfd.NAME: guest_memfd,
-}
+#: Name -> ABI, in the order in which :func:`choose` tries them.
+ABIS: dict[str, PrivateAbi] = {}
+
+
+def register(abi: PrivateAbi) -> None:
+    """Add an ABI to ABIS, the last to be tried.  ValueError if its name is taken."""
+    if abi.name in ABIS:
+        raise ValueError(f"a private memory ABI is already called {abi.name!r}: {ABIS[abi.name]!r}")
+    register_fault_layout(abi.fault_layout)
+    ABIS[abi.name] = abi
+
+
+register(RestrictedMemAbi())
+register(GuestMemfdAbi())
 
 
 def choose(kvm: Kvm, name: str | None = None) -> PrivateAbi:
-    """The ABI by which this machine has private memory: tried out, not inferred.
+    """The first ABI with which this machine has private memory; each is tried, none inferred.
 
-    `name` (of ABIS) asks for one.  ValueError for an unknown name; OSError, EOPNOTSUPP, when no
-    guest can have private memory here: the message says what each ABI was refused.
+    `name`, a key of ABIS, allows only that one.  ValueError for an unknown name.  OSError
+    (EOPNOTSUPP) if guests can't have private memory here; the message says what each ABI was
+    refused.
     """
-    from .protocol import try_out
-
     if name is not None and name not in ABIS:
-        raise ValueError(f"no private memory ABI is called {name!r}; there are {', '.join(ABIS)}")
+        raise ValueError(f"unknown private memory ABI {name!r}: known are {', '.join(ABIS)}")
     refused = []
     for abi in [ABIS[name]] if name else ABIS.values():
         try:
-            try_out(abi, kvm)
+            abi.try_out(kvm)
         except OSError as error:
-            refused.append(f"{abi.NAME}: {error.strerror}")
+            refused.append(f"{abi.name}: {error.strerror}")
         else:
             return abi
     raise OSError(errno.EOPNOTSUPP, f"no private memory here: {'; '.join(refused)}")
 
 
-def __getattr__(name: str) -> Any:
-    # Loaded when asked for: they need the exits, which most programs never look at.
-    if name in ("PrivateAbi", "serve_conversion"):
-        from . import protocol
+def create_vm(kvm: Kvm, abi: PrivateAbi | str | None = None) -> PrivateVm:
+    """Make a VM with private memory by `abi`, or a name; by the one that works if None is given.
 
-        return getattr(protocol, name)
+    OSError, ValueError: see :func:`choose` and :meth:`PrivateAbi.create_vm`.
+    """
+    if not isinstance(abi, PrivateAbi):
+        abi = choose(kvm, abi)
+    return abi.create_vm(kvm)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "serve_conversion":
+        from .serve import serve_conversion
+
+        return serve_conversion
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,52 +1,40 @@
-"""What both ABIs have: a file whose pages only guests see, a slot with two sides, tidiness.
-
-A gfn of a private-capable slot has two homes: a page of the file (its private side) and a page at
-userspace_addr (its shared side).  A kernel that converts it frees neither.
-"""
+"""Used by all ABIs: files with private pages, and the slots that have them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import threading
 from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
 
 from .. import libc
 from ..fd import Fd
-from ..slots import Slot, slots_alive
+from ..slots import Slot
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from ..memory import HostMemory
     from ..slots import Held
-    from ..vm import Vm
+    from .vm import PrivateVm
 
-__all__ = [
-    "NotFreedError",
-    "PrivateFile",
-    "PrivateSlot",
-    "check_loff",
-    "conversions",
-    "converted",
-]
+__all__ = ["LOFF_END", "PrivateFile", "PrivateSlot", "check_loff"]
 
-#: VM -> how many conversions it has had by `convert`.
-conversions: WeakKeyDictionary[Vm, int] = WeakKeyDictionary()
-
-_LOFF_END = 1 << 63
+#: The first number that loff_t can't represent.
+LOFF_END = 1 << 63
 HOLE = libc.FALLOC_FL_PUNCH_HOLE | libc.FALLOC_FL_KEEP_SIZE
 
 
 def check_loff(*values: int) -> None:
-    """ValueError for what no loff_t can be: passed on, it would be another number."""
+    """ValueError for a number that loff_t can't represent: ctypes would cut it silently."""
     for value in values:
-        if not -_LOFF_END <= value < _LOFF_END:
-            raise ValueError(f"{value:#x} is beyond any file")
+        if not -LOFF_END <= value < LOFF_END:
+            raise ValueError(f"file offsets are less than 2^63: {value:#x} is out of range")
 
 
 class PrivateFile(Fd):
-    """A file of guest memory that the host can neither read nor, as a rule, map.
+    """A file with guest memory; while a page is private, the host can't read it.
 
-    `size` in bytes.  `close` ends the use through this object; the fd itself goes with the last
-    slot that holds it.
+    `size` is in bytes.  After `close` the object can't be used any more.  The fd is closed when,
+    in addition, no slot uses the file.
     """
 
     size = 0
@@ -54,6 +42,8 @@ class PrivateFile(Fd):
     def __init__(self, fd: int) -> None:
         self._slots = 0
         self._wanted = True
+        # One file may be in slots of several VMs; re-entrant, as signal handlers use files too.
+        self._lock = threading.RLock()
         super().__init__(fd)
 
     @property
@@ -66,58 +56,77 @@ class PrivateFile(Fd):
         return self._fd
 
     def hold(self) -> None:
-        """A slot begins to use the file."""
-        if not self._wanted or self._fd < 0:
-            raise self._closed_error()
-        self._slots += 1
+        """Count one more slot that uses the file.  ValueError after close."""
+        with self._lock:
+            if not self._wanted or self._fd < 0:
+                raise self._closed_error()
+            self._slots += 1
 
     def release(self) -> None:
-        """A slot has ended."""
-        self._slots -= 1
-        if not self._wanted:
+        """Count one slot less; closes the fd after the last one, if `close` was called."""
+        with self._lock:
+            self._slots -= 1
             self._close_if_unused()
 
     def close(self) -> None:
-        """End the use through this object; the fd goes with the last slot that has it."""
-        self._wanted = False
-        self._close_if_unused()
+        """End the use through this object; the fd is closed once no slot uses the file."""
+        with self._lock:
+            self._wanted = False
+            self._close_if_unused()
 
     def _close_if_unused(self) -> None:
         if not self._wanted and self._slots == 0:
             super().close()
 
     def fallocate(self, mode: int, offset: int, length: int) -> None:
-        """fallocate(2): ``FALLOC_FL_*``, bytes.  OSError; ValueError beyond 2^63."""
+        """fallocate(2) with ``FALLOC_FL_*``; bytes.  OSError; ValueError beyond 2^63."""
         self.fileno()
         self.fallocate_held(mode, offset, length)
 
     def allocate(self, offset: int, length: int) -> None:
-        """Give the file pages, without changing its size; bytes."""
+        """Allocate pages of the file; its size stays.  Bytes."""
         self.fallocate(libc.FALLOC_FL_KEEP_SIZE, offset, length)
 
     def punch_hole(self, offset: int, length: int) -> None:
-        """Take pages away from the file, and so from every guest that has them; bytes."""
+        """Free pages of the file, which removes them from every guest that maps them.  Bytes."""
         self.fallocate(HOLE, offset, length)
 
     def fallocate_held(self, mode: int, offset: int, length: int) -> None:
-        """fallocate(2), for a slot that holds the file: works when its maker has closed it."""
+        """fallocate(2) for a slot that holds the file; also works after `close`."""
         check_loff(offset, length)
         if libc.fallocate(super().fileno(), mode, offset, length) != 0:
             what = f"fallocate(mode {mode:#x}, {offset:#x}, {length:#x})"
             raise libc.os_error(libc.last_errno(), what)
 
 
-class PrivateSlot(Slot):
-    """A slot with a private side (`file` from `offset` on) and a shared one (`memory`).
+class _Owned:
+    """A file or memory that the slot closes when the slot ends."""
 
-    It holds both.  `memory` is None where the slot has no shared side (userspace_addr 0);
-    ValueError when the slot's shared side is not inside it.  Addresses are guest physical, bytes,
-    page aligned; ValueError when not inside the slot.
+    def __init__(self, thing: PrivateFile | HostMemory) -> None:
+        self._thing = thing
+
+    def hold(self) -> None:
+        self._thing.hold()
+
+    def release(self) -> None:
+        self._thing.release()
+        self._thing.close()
+
+
+class PrivateSlot(Slot):
+    """A slot whose private pages are in `file`, from `offset` on.
+
+    Its shared pages are in `memory` from `memory_offset` on; `memory` is None if the slot was made
+    without (userspace_addr 0).  The slot keeps both alive.  Addresses are guest physical, sizes in
+    bytes, both page aligned.  Without `gpa` a method means the whole slot, without `size` all from
+    `gpa` on.  ValueError if the range is not inside the slot, or the slot is deleted.
     """
+
+    vm: PrivateVm
 
     def __init__(
         self,
-        vm: Vm,
+        vm: PrivateVm,
         slot: int,
         guest_phys_addr: int,
         memory_size: int,
@@ -142,96 +151,40 @@ class PrivateSlot(Slot):
         self.memory = memory
         self.memory_offset = memory_offset
 
-    def allocate(self, gpa: int, size: int) -> None:
-        """Give the private side its pages now.  OSError: ENOMEM and what fallocate(2) says."""
+    def own(self, things: Iterable[PrivateFile | HostMemory]) -> None:
+        """Close these, of the file and the memory, when the slot ends."""
+        things = list(things)
+        self.held = tuple(_Owned(one) if one in things else one for one in self.held)
+
+    def convert(
+        self,
+        gpa: int | None = None,
+        size: int | None = None,
+        *,
+        private: bool,
+        keep: bool = False,
+    ) -> None:
+        """Make a range of the slot private, or shared: see :meth:`PrivateAbi.convert`."""
+        gpa, size = self._range(gpa, size)
+        self.vm.abi.convert(self.vm, gpa, size, private=private, keep=keep)
+
+    def allocate(self, gpa: int | None = None, size: int | None = None) -> None:
+        """Allocate the pages in the file now.  OSError: ENOMEM and others of fallocate(2)."""
         self.file.fallocate_held(libc.FALLOC_FL_KEEP_SIZE, *self._in_file(gpa, size))
 
-    def punch_hole(self, gpa: int, size: int) -> None:
-        """Take pages of the private side away; a guest that comes back finds zeros."""
+    def punch_hole(self, gpa: int | None = None, size: int | None = None) -> None:
+        """Free the pages in the file; the guest finds zeros at its next access."""
         self.file.fallocate_held(HOLE, *self._in_file(gpa, size))
 
-    def _in_file(self, gpa: int, size: int) -> tuple[int, int]:
-        if self.deleted:  # and its part of the file may be another slot's
-            raise ValueError(f"{self!r} has no memory")
+    def _range(self, gpa: int | None, size: int | None) -> tuple[int, int]:
+        gpa = self.guest_phys_addr if gpa is None else gpa
+        size = self.end - gpa if size is None else size
+        if self.deleted:  # another slot may have the same part of the file now
+            raise ValueError(f"{self!r} is deleted")
         if not (self.guest_phys_addr <= gpa and 0 < size <= self.end - gpa):
             raise ValueError(f"{size:#x} bytes at {gpa:#x} are not inside {self!r}")
+        return gpa, size
+
+    def _in_file(self, gpa: int | None, size: int | None) -> tuple[int, int]:
+        gpa, size = self._range(gpa, size)
         return self.offset + gpa - self.guest_phys_addr, size
-
-
-class NotFreedError(OSError):
-    """A range has been converted, but not all that the guest can't reach any more was freed.
-
-    errno is fallocate(2)'s or madvise(2)'s: ENOMEM where a large page could not be split, EINVAL
-    where the shared side is locked.  To convert it once more, the same way, tries again.
-    """
-
-
-def converted(vm: Vm, gpa: int, size: int, *, private: bool, keep: bool) -> None:
-    """A range has been made private, or shared; the caller holds the VM's `slots_lock`.
-
-    Unless they are to be kept, frees the pages that the guest can't reach any more, as far as slots
-    made by `bind` have them.  What a slot of any VM has at another address stays.  NotFreedError.
-    """
-    conversions[vm] = conversions.get(vm, 0) + 1
-    if keep:
-        return
-    failure: OSError | None = None
-    for slot in [one for one in vm.slots.values() if isinstance(one, PrivateSlot)]:
-        start = max(gpa, slot.guest_phys_addr) - slot.guest_phys_addr
-        end = min(gpa + size, slot.end) - slot.guest_phys_addr
-        home = _home(slot, slot, private=not private)
-        if start >= end or home is None:
-            continue
-        used = list(_in_use(slot, gpa, size, private=not private))
-        for first, last in _without(used, home + start, home + end):
-            try:
-                _free(slot, first, last - first, private=not private)
-            except OSError as error:
-                failure = failure or error
-    if failure is not None:
-        what = f"{gpa:#x}…{gpa + size:#x} is {'private' if private else 'shared'} now, but"
-        raise NotFreedError(failure.errno, f"{what} not all of its old pages are freed: {failure}")
-
-
-def _home(slot: Slot, like: PrivateSlot, *, private: bool) -> int | None:
-    """Where a slot's private side begins in the file that `like` has, or its shared side in memory.
-
-    None where it has none.
-    """
-    if private:
-        return slot.offset if isinstance(slot, PrivateSlot) and slot.file is like.file else None
-    return slot.userspace_addr or None
-
-
-def _in_use(slot: PrivateSlot, gpa: int, size: int, *, private: bool) -> Iterator[tuple[int, int]]:
-    """What other slots have of `slot`'s file, or of memory: but for what is converted with it."""
-    for other in slots_alive():
-        home = _home(other, slot, private=private)
-        if other is slot or home is None:
-            continue
-        first, last = home, home + other.memory_size
-        low, high = max(gpa, other.guest_phys_addr), min(gpa + size, other.end)
-        if other.vm is slot.vm and isinstance(other, PrivateSlot) and low < high:
-            yield first, home + low - other.guest_phys_addr
-            first = home + high - other.guest_phys_addr
-        yield first, last
-
-
-def _free(slot: PrivateSlot, at: int, size: int, *, private: bool) -> None:
-    if not private:
-        assert slot.memory is not None
-        slot.memory.discard_held(at - slot.memory.userspace_addr, size)
-    elif at < _LOFF_END:  # a slot may lie beyond what a file can have
-        slot.file.fallocate_held(HOLE, at, min(size, _LOFF_END - at))
-
-
-def _without(used: Iterable[tuple[int, int]], start: int, end: int) -> Iterator[tuple[int, int]]:
-    """What is left of [start, end) without the ranges in `used`."""
-    for first, last in sorted(used):
-        if last <= start or first >= end or first == last:
-            continue
-        if first > start:
-            yield start, first
-        start = max(start, last)
-    if start < end:
-        yield start, end

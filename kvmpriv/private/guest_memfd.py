@@ -11,29 +11,23 @@ import os
 from typing import TYPE_CHECKING
 
 from ..cdefs import guest_memfd as guest_memfd_h
-from ..faults import FaultLayout, register_fault_layout
+from ..faults import FaultLayout
 from ..fd import Structs, new_struct
 from ..slots import Slot
 from ..wakeup import SignalsBlocked
-from .backing import PrivateFile, PrivateSlot, converted
+from .abi import PrivateAbi, Traits
+from .backing import PrivateFile
 
 if TYPE_CHECKING:
-    from ..kvm import Kvm
     from ..memory import HostMemory
     from ..vcpu import Vcpu
     from ..vm import Vm
+    from .backing import PrivateSlot
+    from .vm import PrivateVm
 
 __all__ = [
-    "ACCESS_FOLLOWS_STATE",
-    "DEFAULT_PRIVATE",
-    "FAULT_LAYOUT",
-    "NAME",
     "GuestMemfd",
-    "bind",
-    "convert",
-    "create_file",
-    "create_vm",
-    "populate",
+    "GuestMemfdAbi",
     "pre_fault_memory",
     "set_memory_attributes",
     "set_user_memory_region2",
@@ -43,27 +37,6 @@ _REGIONS = Structs(guest_memfd_h.ffi.typeof("struct kvm_userspace_memory_region2
 _CREATE = guest_memfd_h.ffi.typeof("struct kvm_create_guest_memfd *")
 _ATTRIBUTES = guest_memfd_h.ffi.typeof("struct kvm_memory_attributes *")
 _PRE_FAULT = guest_memfd_h.ffi.typeof("struct kvm_pre_fault_memory *")
-
-NAME = "guest_memfd"
-
-#: What a gfn is until it is converted.
-DEFAULT_PRIVATE = False
-
-#: A software-protected VM's access is of the kind that the gfn is (arch/x86/kvm/mmu/mmu_internal.h,
-#: kvm_mmu_do_page_fault), so that a fault in private-capable memory tells of a conversion that came
-#: between: nothing is to be done but to run again.
-ACCESS_FOLLOWS_STATE = True
-
-#: KVM_RUN fails with EFAULT (EHWPOISON for a poisoned page) and describes the fault in kvm_run.
-FAULT_LAYOUT = FaultLayout(
-    abi=NAME,
-    reason=guest_memfd_h.KVM_EXIT_MEMORY_FAULT,
-    struct="struct kvm_run_memory_fault",
-    ffi=guest_memfd_h.ffi,
-    private_flag=guest_memfd_h.KVM_MEMORY_EXIT_FLAG_PRIVATE,
-    errnos=frozenset((_errno.EFAULT, guest_memfd_h.EHWPOISON)),
-)
-register_fault_layout(FAULT_LAYOUT)
 
 
 class GuestMemfd(PrivateFile):
@@ -113,11 +86,15 @@ def set_user_memory_region2(
     held = tuple(thing for thing in (memory, file) if thing and not isinstance(thing, int))
     userspace_addr = memory.userspace_addr + memory_offset if memory else 0
     new = Slot(vm, slot, guest_phys_addr, memory_size, flags, held, userspace_addr)
-    fields = (slot, flags, guest_phys_addr, memory_size, userspace_addr, guest_memfd_offset)
-    region = _REGIONS.take((*fields, fd & 0xFFFFFFFF))
-    vm.set_region(guest_memfd_h.KVM_SET_USER_MEMORY_REGION2, region, new)
-    _REGIONS.give_back(region)
+    _set_slot(new, fd, guest_memfd_offset)
     return new
+
+
+def _set_slot(slot: Slot, fd: int, offset: int) -> None:
+    where = (slot.guest_phys_addr, slot.memory_size, slot.userspace_addr)
+    region = _REGIONS.take((slot.slot, slot.flags, *where, offset, fd & 0xFFFFFFFF))
+    slot.vm.set_region(guest_memfd_h.KVM_SET_USER_MEMORY_REGION2, region, slot)
+    _REGIONS.give_back(region)
 
 
 def set_memory_attributes(vm: Vm, address: int, size: int, attributes: int) -> None:
@@ -140,76 +117,67 @@ def pre_fault_memory(vcpu: Vcpu, gpa: int, size: int) -> int:
     return int(argument.size)
 
 
-# -- the protocol: see PrivateAbi --------------------------------------------------------------
+class GuestMemfdAbi(PrivateAbi):
+    """Mainline: VMs of `vm_type`, and guest_memfd files made with `file_flags`.
 
+    `file_flags` of ``GUEST_MEMFD_FLAG_*``.  A file that can be mapped has a page's private and
+    shared state in one place.  Give a variant a `name` of its own to register it.
 
-def create_vm(kvm: Kvm) -> Vm:
-    """A VM of type KVM_X86_SW_PROTECTED_VM.  OSError: EINVAL where KVM has no such VMs."""
-    return kvm.create_vm(guest_memfd_h.KVM_X86_SW_PROTECTED_VM)
-
-
-def create_file(vm: Vm, size: int) -> GuestMemfd:
-    """A file for this VM; it keeps the kernel's VM alive."""
-    return GuestMemfd(vm, size)
-
-
-def bind(
-    vm: Vm,
-    guest_phys_addr: int,
-    memory_size: int,
-    file: PrivateFile,
-    offset: int = 0,
-    *,
-    memory: HostMemory | None = None,
-    memory_offset: int = 0,
-    slot: int | None = None,
-    flags: int = 0,
-) -> PrivateSlot:
-    """No other flag is allowed; the range is inside the file and no other slot's.
-
-    OSError: EINVAL, EBADF, EEXIST as :func:`set_user_memory_region2` has them.
+    bind: no other slot flag is allowed, and the range must be inside the file and in no other
+    slot; OSError as :func:`set_user_memory_region2`.
     """
-    if slot is None:
-        with vm.slots_lock:
-            return bind(
-                vm,
-                guest_phys_addr,
-                memory_size,
-                file,
-                offset,
-                memory=memory,
-                memory_offset=memory_offset,
-                slot=vm.free_slot(),
-                flags=flags,
-            )
-    flags |= guest_memfd_h.KVM_MEM_GUEST_MEMFD
-    new = PrivateSlot(
-        vm, slot, guest_phys_addr, memory_size, flags, file, offset, memory, memory_offset
-    )
-    fd = file.fileno()
-    fields = (slot, flags, guest_phys_addr, memory_size, new.userspace_addr, offset, fd)
-    region = _REGIONS.take(fields)
-    vm.set_region(guest_memfd_h.KVM_SET_USER_MEMORY_REGION2, region, new)
-    _REGIONS.give_back(region)
-    return new
 
+    slot_flag = guest_memfd_h.KVM_MEM_GUEST_MEMFD
 
-def convert(vm: Vm, gpa: int, size: int, *, private: bool, keep: bool = False) -> None:
-    """By KVM_SET_MEMORY_ATTRIBUTES."""
-    with vm.slots_lock:
+    def __init__(
+        self,
+        name: str = "guest_memfd",
+        *,
+        vm_type: int = guest_memfd_h.KVM_X86_SW_PROTECTED_VM,
+        file_flags: int = 0,
+    ) -> None:
+        self.name = name
+        self.vm_type = vm_type
+        self.file_flags = file_flags
+        self.traits = Traits(
+            default_private=False,
+            # Without hardware that tells the two apart, an access is of the kind that the page is
+            # (arch/x86/kvm/mmu/mmu_internal.h, kvm_mmu_do_page_fault).
+            access_follows_state=vm_type
+            in (guest_memfd_h.KVM_X86_DEFAULT_VM, guest_memfd_h.KVM_X86_SW_PROTECTED_VM),
+            backings=1 if file_flags & guest_memfd_h.GUEST_MEMFD_FLAG_MMAP else 2,
+            converts="vm",
+        )
+        #: KVM_RUN fails with EFAULT, or EHWPOISON for a poisoned page, and fills in kvm_run.
+        self.fault_layout = FaultLayout(
+            abi=name,
+            reason=guest_memfd_h.KVM_EXIT_MEMORY_FAULT,
+            struct="struct kvm_run_memory_fault",
+            ffi=guest_memfd_h.ffi,
+            private_flag=guest_memfd_h.KVM_MEMORY_EXIT_FLAG_PRIVATE,
+            errnos=frozenset((_errno.EFAULT, guest_memfd_h.EHWPOISON)),
+        )
+
+    def create_file(self, vm: PrivateVm, size: int) -> GuestMemfd:
+        """A file for this VM alone; it keeps the kernel's VM alive."""
+        return GuestMemfd(vm, size, self.file_flags)
+
+    def set_slot(self, slot: PrivateSlot) -> None:
+        _set_slot(slot, slot.file.fileno(), slot.offset)
+
+    def convert_vm(self, vm: PrivateVm, gpa: int, size: int, *, private: bool) -> None:
         attributes = guest_memfd_h.KVM_MEMORY_ATTRIBUTE_PRIVATE if private else 0
         set_memory_attributes(vm, gpa, size, attributes)
-        converted(vm, gpa, size, private=private, keep=keep)
 
+    def populate(self, vcpu: Vcpu, gpa: int, size: int) -> None:
+        """By KVM_PRE_FAULT_MEMORY.  OSError: ENOENT without a slot, ENOTTY before Linux 6.11.
 
-def populate(vcpu: Vcpu, gpa: int, size: int) -> None:
-    """By KVM_PRE_FAULT_MEMORY; ENOENT where no slot is, ENOTTY before Linux 6.11.
-
-    Commit bc1a5cd00211 ("KVM: Add KVM_PRE_FAULT_MEMORY vcpu ioctl to pre-populate guest memory").
-    """
-    end = gpa + size
-    while size:
-        try:
-            size = pre_fault_memory(vcpu, end - size, size)
-        except InterruptedError:  # nothing was mapped before a signal came
-            continue
+        Commit bc1a5cd00211 ("KVM: Add KVM_PRE_FAULT_MEMORY vcpu ioctl to pre-populate guest
+        memory").
+        """
+        end = gpa + size
+        while size:
+            try:
+                size = pre_fault_memory(vcpu, end - size, size)
+            except InterruptedError:  # a signal came before the first page was mapped
+                continue

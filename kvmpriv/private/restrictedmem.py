@@ -12,56 +12,31 @@ from typing import TYPE_CHECKING
 from .. import libc
 from ..cdefs import kvm as kvm_h
 from ..cdefs import restrictedmem as restrictedmem_h
-from ..faults import FaultLayout, register_fault_layout
+from ..faults import FaultLayout
 from ..fd import Structs, new_struct
 from ..slots import Slot
 from ..wakeup import SignalsBlocked
-from .backing import PrivateFile, PrivateSlot, check_loff, converted
+from .abi import PrivateAbi, Traits
+from .backing import PrivateFile, check_loff
 
 if TYPE_CHECKING:
-    from ..kvm import Kvm
     from ..memory import HostMemory
     from ..vcpu import Vcpu
     from ..vm import Vm
+    from .backing import PrivateSlot
+    from .vm import PrivateVm
 
 __all__ = [
-    "ACCESS_FOLLOWS_STATE",
-    "DEFAULT_PRIVATE",
-    "FAULT_LAYOUT",
-    "NAME",
     "RestrictedMem",
+    "RestrictedMemAbi",
     "ask_memfd_restricted",
-    "bind",
-    "convert",
-    "create_file",
-    "create_vm",
     "memory_encrypt_reg_region",
     "memory_encrypt_unreg_region",
-    "populate",
     "set_user_memory_region_ext",
 ]
 
 _REGIONS = Structs(restrictedmem_h.ffi.typeof("struct kvm_userspace_memory_region_ext *"))
 _RANGE = kvm_h.ffi.typeof("struct kvm_enc_region *")
-
-NAME = "restrictedmem"
-
-#: What a gfn is until it is converted.
-DEFAULT_PRIVATE = True
-
-#: Guests have a wish of their own for each gfn: a fault asks for a conversion.
-ACCESS_FOLLOWS_STATE = False
-
-#: KVM_RUN returns 0; v10 widened `flags` over the padding, which is 0 in v9: one layout reads both.
-FAULT_LAYOUT = FaultLayout(
-    abi=NAME,
-    reason=restrictedmem_h.KVM_EXIT_MEMORY_FAULT,
-    struct="struct kvm_run_memory_fault",
-    ffi=restrictedmem_h.ffi,
-    private_flag=restrictedmem_h.KVM_MEMORY_EXIT_FLAG_PRIVATE,
-    errnos=frozenset(),
-)
-register_fault_layout(FAULT_LAYOUT)
 
 _SYS_MEMFD_RESTRICTED = restrictedmem_h.__NR_memfd_restricted  # noqa: SLF001  # the kernel's name
 _BAD_FLAGS = 0xFFFFFFFF
@@ -142,11 +117,15 @@ def set_user_memory_region_ext(
     held = (memory,) if memory else ()  # not the file: the kernel's slot counts it itself
     userspace_addr = memory.userspace_addr + memory_offset if memory else 0
     new = Slot(vm, slot, guest_phys_addr, memory_size, flags, held, userspace_addr)
-    ordinary = (slot, flags, guest_phys_addr, memory_size, userspace_addr)
-    region = _REGIONS.take((ordinary, restricted_offset, fd & 0xFFFFFFFF))
-    vm.set_region(kvm_h.KVM_SET_USER_MEMORY_REGION, region, new)
-    _REGIONS.give_back(region)
+    _set_slot(new, fd, restricted_offset)
     return new
+
+
+def _set_slot(slot: Slot, fd: int, offset: int) -> None:
+    where = (slot.guest_phys_addr, slot.memory_size, slot.userspace_addr)
+    region = _REGIONS.take(((slot.slot, slot.flags, *where), offset, fd & 0xFFFFFFFF))
+    slot.vm.set_region(kvm_h.KVM_SET_USER_MEMORY_REGION, region, slot)
+    _REGIONS.give_back(region)
 
 
 def memory_encrypt_reg_region(vm: Vm, gpa: int, size: int) -> None:
@@ -163,80 +142,50 @@ def memory_encrypt_unreg_region(vm: Vm, gpa: int, size: int) -> None:
     vm.ioctl(kvm_h.KVM_MEMORY_ENCRYPT_UNREG_REGION, new_struct(_RANGE, (gpa, size)))
 
 
-# -- the protocol: see PrivateAbi --------------------------------------------------------------
+class RestrictedMemAbi(PrivateAbi):
+    """v9.  Its VMs are of any type: an arch hook in the kernel decides which may be private.
 
+    bind: KVM_MEM_LOG_DIRTY_PAGES and KVM_MEM_READONLY are allowed; OSError as
+    :func:`set_user_memory_region_ext`.  Two slots may have the same range of a file; the kernel
+    leaves undefined what that means.
 
-def create_vm(kvm: Kvm) -> Vm:
-    """A default VM; whether it has private memory an arch hook says, when a slot is bound."""
-    return kvm.create_vm()
-
-
-def create_file(vm: Vm, size: int) -> RestrictedMem:
-    """A file for any VM, its size set (v9 binds and faults beyond it all the same)."""
-    file = RestrictedMem()
-    try:
-        file.ftruncate(size)
-    except BaseException:
-        file.close()
-        raise
-    return file
-
-
-def bind(
-    vm: Vm,
-    guest_phys_addr: int,
-    memory_size: int,
-    file: PrivateFile,
-    offset: int = 0,
-    *,
-    memory: HostMemory | None = None,
-    memory_offset: int = 0,
-    slot: int | None = None,
-    flags: int = 0,
-) -> PrivateSlot:
-    """Beside `flags`, KVM_MEM_LOG_DIRTY_PAGES and KVM_MEM_READONLY are allowed.
-
-    A slot may have a range of the file that another has; the kernel leaves undefined what that
-    means.  OSError: EINVAL, EEXIST as :func:`set_user_memory_region_ext` has them.
+    convert: the posted series keeps the state page by page, under a lock; pass it no huge range.
     """
-    if slot is None:
-        with vm.slots_lock:
-            return bind(
-                vm,
-                guest_phys_addr,
-                memory_size,
-                file,
-                offset,
-                memory=memory,
-                memory_offset=memory_offset,
-                slot=vm.free_slot(),
-                flags=flags,
-            )
-    flags |= restrictedmem_h.KVM_MEM_PRIVATE
-    new = PrivateSlot(
-        vm, slot, guest_phys_addr, memory_size, flags, file, offset, memory, memory_offset
+
+    name = "restrictedmem"
+    traits = Traits(default_private=True, access_follows_state=False, backings=2, converts="vm")
+    #: KVM_RUN returns 0.  v10 widened `flags` over the padding, which is 0 in v9, so that this
+    #: layout reads both.
+    fault_layout = FaultLayout(
+        abi=name,
+        reason=restrictedmem_h.KVM_EXIT_MEMORY_FAULT,
+        struct="struct kvm_run_memory_fault",
+        ffi=restrictedmem_h.ffi,
+        private_flag=restrictedmem_h.KVM_MEMORY_EXIT_FLAG_PRIVATE,
+        errnos=frozenset(),
     )
-    ordinary = (slot, flags, guest_phys_addr, memory_size, new.userspace_addr)
-    fd = file.fileno()
-    region = _REGIONS.take((ordinary, offset, fd))
-    vm.set_region(kvm_h.KVM_SET_USER_MEMORY_REGION, region, new)
-    _REGIONS.give_back(region)
-    return new
+    slot_flag = restrictedmem_h.KVM_MEM_PRIVATE
 
+    def create_file(self, vm: PrivateVm, size: int) -> RestrictedMem:
+        """A file with its size set; it may be used by any VM."""
+        file = RestrictedMem()
+        try:
+            file.ftruncate(size)
+        except BaseException:
+            file.close()
+            raise
+        return file
 
-def convert(vm: Vm, gpa: int, size: int, *, private: bool, keep: bool = False) -> None:
-    """By KVM_MEMORY_ENCRYPT_REG_REGION and UNREG_REGION.
+    def set_slot(self, slot: PrivateSlot) -> None:
+        _set_slot(slot, slot.file.fileno(), slot.offset)
 
-    Literal v9 stores state page by page, under a lock: pass it no huge range.
-    """
-    request = memory_encrypt_reg_region if private else memory_encrypt_unreg_region
-    with vm.slots_lock:
+    def convert_vm(self, vm: PrivateVm, gpa: int, size: int, *, private: bool) -> None:
+        request = memory_encrypt_reg_region if private else memory_encrypt_unreg_region
         request(vm, gpa, size)
-        converted(vm, gpa, size, private=private, keep=keep)
 
-
-def populate(vcpu: Vcpu, gpa: int, size: int) -> None:
-    """v9 can not: OSError, EOPNOTSUPP."""
-    raise libc.os_error(
-        _errno.EOPNOTSUPP, "v9 maps nothing ahead; PrivateSlot.allocate fills the file"
-    )
+    def populate(self, vcpu: Vcpu, gpa: int, size: int) -> None:
+        """OSError, EOPNOTSUPP: the ABI has no such call."""
+        raise libc.os_error(
+            _errno.EOPNOTSUPP,
+            f"{self.name} can't map pages before they are touched; PrivateSlot.allocate allocates",
+        )

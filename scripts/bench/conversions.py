@@ -14,7 +14,7 @@ from statistics import median
 from time import perf_counter_ns
 from typing import Any
 
-from kvmpriv import HostMemory, Kvm, Vm, private
+from kvmpriv import HostMemory, Kvm, private
 from kvmpriv.cdefs import guest_memfd as gm
 from kvmpriv.cdefs import kvm as k
 from kvmpriv.guest.puppet import Puppet
@@ -26,7 +26,7 @@ SHMEM_HUGE = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 
 def request_of(abi: private.PrivateAbi, size: int, *, to_private: bool) -> tuple[int, Any]:
     """The ABI's request for C, which uses the same struct."""
-    if abi is private.restrictedmem:
+    if abi.name == "restrictedmem":
         argument = k.ffi.new("struct kvm_enc_region *", (GPA, size))
         return (
             k.KVM_MEMORY_ENCRYPT_REG_REGION if to_private else k.KVM_MEMORY_ENCRYPT_UNREG_REGION,
@@ -42,12 +42,12 @@ class Setting:
 
     def __init__(self, abi: private.PrivateAbi, kvm: Kvm, size: int, stack: ExitStack) -> None:
         self.abi, self.size = abi, size
-        self.vm: Vm = stack.enter_context(abi.create_vm(kvm))
+        self.vm = stack.enter_context(abi.create_vm(kvm))
         file = stack.enter_context(abi.create_file(self.vm, size))
         # At 2 MiB in the address space as in the guest: large pages on either side.
         self.memory = stack.enter_context(HostMemory(size + LARGE, reserve=False))
         offset = -self.memory.userspace_addr % LARGE
-        self.guest = stack.enter_context(Puppet(self.vm, abi=abi))
+        self.guest = stack.enter_context(Puppet(self.vm))
         abi.bind(self.vm, GPA, size, file, memory=self.memory, memory_offset=offset)
 
     def convert(self, *, to_private: bool) -> float:
@@ -118,7 +118,7 @@ def main() -> None:
         abi = private.choose(kvm)
         json.dump(
             {
-                "abi": abi.NAME,
+                "abi": abi.name,
                 "convert_1gib": convert_1gib(abi, kvm, calls, 4 if quick else 15),
                 "4 KiB": per_page(abi, kvm, PAGE, 2 if quick else 5),
                 "2 MiB": per_page(abi, kvm, LARGE, 2 if quick else 5),

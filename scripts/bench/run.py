@@ -28,7 +28,7 @@ from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import guest
-from kvmpriv import HostMemory, Kvm, Vcpu, Vm, private
+from kvmpriv import HostMemory, Kvm, Vcpu, private
 from kvmpriv.cdefs import guest_memfd as gm
 from kvmpriv.cdefs import kvm as cdefs
 from kvmpriv.guest.puppet import Puppet
@@ -275,9 +275,8 @@ class Bench:
         """Make and delete a slot with a guest_memfd, in a VM that this KVM gives it to."""
         cycles, size = 20, 1 << 20
         with Kvm() as kvm, ExitStack() as stack:
-            abi = private.guest_memfd
             try:
-                vm, file = guest_memfd_vm(kvm, size, stack)
+                abi, vm, file = guest_memfd_vm(kvm, size, stack)
             except OSError as error:
                 raise Skipped(f"no VM with guest_memfd here: {error.strerror}") from None
             memory = stack.enter_context(HostMemory(size))
@@ -531,14 +530,18 @@ def on_one_cpu(pid: int) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def guest_memfd_vm(kvm: Kvm, size: int, stack: ExitStack) -> tuple[Vm, private.PrivateFile]:
+def guest_memfd_vm(
+    kvm: Kvm, size: int, stack: ExitStack
+) -> tuple[private.PrivateAbi, private.PrivateVm, private.PrivateFile]:
     """A VM and a guest_memfd for it: private where KVM has that, else shared."""
     try:
-        vm, flags = private.guest_memfd.create_vm(kvm), 0
+        abi: private.PrivateAbi = private.GuestMemfdAbi()
+        vm = stack.enter_context(abi.create_vm(kvm))
     except OSError:
-        vm, flags = kvm.create_vm(), gm.GUEST_MEMFD_FLAG_MMAP | gm.GUEST_MEMFD_FLAG_INIT_SHARED
-    stack.enter_context(vm)
-    return vm, stack.enter_context(private.guest_memfd.GuestMemfd(vm, size, flags))
+        flags = gm.GUEST_MEMFD_FLAG_MMAP | gm.GUEST_MEMFD_FLAG_INIT_SHARED
+        abi = private.GuestMemfdAbi(vm_type=0, file_flags=flags)
+        vm = stack.enter_context(abi.create_vm(kvm))
+    return abi, vm, stack.enter_context(abi.create_file(vm, size))
 
 
 def compile_c(source: str, target: Path, *options: str) -> Path:

@@ -68,7 +68,7 @@ def main() -> int:
         abi.create_vm(kvm) as vm,
         abi.create_file(vm, SIZE) as file,
         HostMemory(SIZE) as memory,
-        Puppet(vm, abi=abi, cpus=2) as guest,
+        Puppet(vm, cpus=2) as guest,
     ):
         abi.bind(vm, GPA, SIZE, file, memory=memory)
         abi.convert(vm, GPA, SIZE, private=True)

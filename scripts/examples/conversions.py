@@ -68,16 +68,16 @@ def main() -> int:
         abi.create_vm(kvm) as vm,
         abi.create_file(vm, SIZE) as file,
         HostMemory(SIZE) as memory,
-        Puppet(vm, abi=abi, implicit=True) as guest,
+        Puppet(vm, implicit=True) as guest,
     ):
         abi.bind(vm, GPA, SIZE, file, memory=memory)
         abi.convert(vm, GPA, SIZE, private=True)
-        print("explicit conversion, by", abi.NAME)
+        print("explicit conversion, by", abi.name)
         explicit(guest, memory)
-        if abi.ACCESS_FOLLOWS_STATE:
+        if abi.traits.access_follows_state:
             print("no implicit conversion: this VM's accesses follow the state")
         else:
-            print("implicit conversion, by", abi.NAME)
+            print("implicit conversion, by", abi.name)
             implicit(guest, memory)
     return 0
 

@@ -71,7 +71,7 @@ def main(
     said = dict(line.split(" ", 1) for line in guest.said)
     filled = int(said.get("filled", 0)) * MIB
     result = {
-        "abi": abi.NAME,
+        "abi": abi.name,
         "outcome": outcome._asdict(),
         "cmdline": guest.cmdline,
         "ranges": [{**use.range._asdict(), "resident": use.resident} for use in usage],

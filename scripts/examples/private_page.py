@@ -20,7 +20,7 @@ def show(abi: private.PrivateAbi, kvm: Kvm) -> bool:
         abi.create_vm(kvm) as vm,
         abi.create_file(vm, SIZE) as file,
         HostMemory(SIZE) as memory,
-        Puppet(vm, abi=abi) as guest,
+        Puppet(vm) as guest,
     ):
         abi.bind(vm, GPA, SIZE, file, memory=memory)
         guest.convert(GPA, SIZE, private=True)
@@ -44,7 +44,7 @@ def main() -> int:
     except OSError as error:
         print(error.strerror, file=sys.stderr)
         return SKIP
-    print("private memory by", abi.NAME)
+    print("private memory by", abi.name)
     with kvm:
         right = show(abi, kvm)
     print("hidden while private, found when shared" if right else "NOT AS IT SHOULD BE")

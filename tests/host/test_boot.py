@@ -72,7 +72,10 @@ def test_usage(image: Path, tmp_path: Path) -> None:
         (("--kernel", image, "--append", "x" * 3000), "the command line has 3023 bytes"),
         (("--kernel", image, "--pin", "some"), "'some' is not a list of CPUs such as 0,1"),
         (("--kernel", image, "--pin", "8999"), "--pin: CPU 8999 is not available to this process"),
-        (("--kernel", image, "--pin", f"{CPU},{CPU}"), "--pin: 2 CPUs for 1 vCPU: list one CPU for each vCPU"),
+        (
+            ("--kernel", image, "--pin", f"{CPU},{CPU}"),
+            "--pin: 2 CPUs for 1 vCPU: list one CPU for each vCPU",
+        ),
         (("--kernel", image, "--trace", tmp_path), "Is a directory"),
     ):
         done = boot(*arguments)
@@ -166,7 +169,11 @@ def test_words_of_ours_begin_a_line(tmp_path: Path) -> None:
     done = boot("--kernel", path, "--memory", "32M", "--timeout", "2.5", "--watch", "--json")
     assert done.returncode == 124
     prompt, *ours = [line for line in done.stderr.split("\n") if "exits/s" not in line]
-    assert [prompt, *ours] == [">", "kvmpriv boot: the guest was ended: the time limit is reached", ""]
+    assert [prompt, *ours] == [
+        ">",
+        "kvmpriv boot: the guest was ended: the time limit is reached",
+        "",
+    ]
     assert re.search(r"^kvmpriv boot: \d+ s: vCPUs", done.stderr, re.M)
     done = boot("--kernel", path, "--memory", "32M", "--timeout", "1")
     assert (done.stdout, done.stderr[:13]) == (">", "kvmpriv boot:"), "each on its own stream"

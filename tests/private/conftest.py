@@ -10,6 +10,7 @@ import pytest
 import kvmpriv
 from kvmpriv import HostMemory, Kvm, Vm, private
 from kvmpriv.cdefs import guest_memfd as gm
+from kvmpriv.private import PrivateVm
 from kvmpriv.private.guest_memfd import GuestMemfd
 from kvmpriv.private.restrictedmem import RestrictedMem
 from kvmpriv.selftest.kernel_log import TAINT, KernelLog
@@ -125,9 +126,9 @@ def make_private_vm(v9: None, kvm: Kvm) -> Iterator[MakeVm]:
     """Makes VMs that accept KVM_MEM_PRIVATE."""
     with ExitStack() as stack:
 
-        def make() -> Vm:
+        def make() -> PrivateVm:
             with hook(on=True):
-                return stack.enter_context(kvm.create_vm())
+                return stack.enter_context(private.ABIS["restrictedmem"].create_vm(kvm))
 
         said = says_of_private_slots()
         if said != "ok":
@@ -136,7 +137,7 @@ def make_private_vm(v9: None, kvm: Kvm) -> Iterator[MakeVm]:
 
 
 @pytest.fixture
-def private_vm(make_private_vm: MakeVm) -> Vm:
+def private_vm(make_private_vm: MakeVm) -> PrivateVm:
     """A VM that accepts KVM_MEM_PRIVATE."""
     return make_private_vm()
 
@@ -177,13 +178,13 @@ def refused_slots(refusing_vm: Vm, file: RestrictedMem, memory: HostMemory) -> R
 def make_rig(request: pytest.FixtureRequest, kvm: Kvm) -> Iterator[MakeRig]:
     """Makes rigs, by each ABI that the kernel has: with `cpus=`, `irqchip=`."""
     abi = private.ABIS[request.param]
-    if abi is private.restrictedmem:
+    if abi.name == "restrictedmem":
         make_vm = request.getfixturevalue("make_private_vm")
     else:
         if not kvm.check_extension(gm.KVM_CAP_VM_TYPES) >> gm.KVM_X86_SW_PROTECTED_VM & 1:
             missing("guest_memfd", "no VM type here has private memory")
 
-        def make_vm() -> Vm:
+        def make_vm() -> PrivateVm:
             return stack.enter_context(abi.create_vm(kvm))
 
     with ExitStack() as stack:

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from kvmpriv import HostMemory, private
+from kvmpriv import HostMemory
 
 from .support.accounting import BIG, SLACK, Unevictable, meminfo
 from .support.processes import in_cgroup, in_child
@@ -61,7 +61,7 @@ def test_before_during_and_after(rig: Rig) -> None:
     costs, fds = Costs(), costs_of_fds()
 
     def holds(size: int) -> bool:
-        shmem = size if rig.abi is private.restrictedmem else 0
+        shmem = size if rig.abi.name == "restrictedmem" else 0
         return costs.are(Shmem=shmem, Unevictable=size)
 
     file = rig.file(BIG)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmpriv import HostMemory, Kvm, private
+from kvmpriv import HostMemory, Kvm
 from kvmpriv.guest.puppet import GuestExit
 from kvmpriv.private import PrivateAbi, PrivateSlot
 
@@ -215,7 +215,7 @@ def test_creating_a_file_with_failing_allocations(rig: Rig) -> None:
     """ENOMEM, no descriptor and no memory left; the last one, without a failure, succeeds."""
     fds, memory = open_fds(), Unevictable()
     # shmem says ENOSPC when it can't have an inode.
-    also = ("ENOSPC",) if rig.abi is private.restrictedmem else ()
+    also = ("ENOSPC",) if rig.abi.name == "restrictedmem" else ()
     create = each_failing(lambda: rig.abi.create_file(rig.vm, MIB).close(), lambda _said: None)
     check(create, *also)
     assert open_fds() == fds
@@ -246,7 +246,7 @@ def test_converting_with_failing_allocations(rig: Rig) -> None:
     """ENOMEM and everything of the kind that it was, or all of it converted."""
     first, last = 4, 200
     odd = range(first + 1, 45, 2)  # converted before; that they change takes more than one node
-    wanted = not rig.abi.DEFAULT_PRIVATE  # what a kernel has to remember
+    wanted = not rig.abi.traits.default_private  # what a kernel has to remember
     side = {False: 0x11, True: 0x22}
     with HostMemory(MIB) as memory:
         memory.write(0, b"\x11" * MIB)

@@ -65,7 +65,7 @@ def make(request: pytest.FixtureRequest, kvm: Kvm) -> Iterator[MakeGuest]:
     with ExitStack() as stack:
 
         def make_guest(cpus: int = 1) -> MemfdGuest:
-            vm = stack.enter_context(kvm.create_vm(gm.KVM_X86_SW_PROTECTED_VM))
+            vm = stack.enter_context(MemfdGuest.protocol.create_vm(kvm))
             return MemfdGuest(stack, vm, kvm, cpus)
 
         yield make_guest
@@ -461,7 +461,7 @@ def test_conversions_against_faults(make: MakeGuest) -> None:
     assert not errors
     assert done[0] > 0
     stale = private.guest.exits
-    assert len(stale) <= (100 if private.protocol.ACCESS_FOLLOWS_STATE else 0)
+    assert len(stale) <= (100 if private.protocol.traits.access_follows_state else 0)
     assert {fault_of(private, GuestExit(private.guest, exit_))[:2] for exit_ in stale} <= {
         (GPA, PAGE)
     }

@@ -497,7 +497,7 @@ REFUSALS = {
 
 
 def refusal(abi: PrivateAbi, name: str) -> str:
-    return next(errno for errno, names in REFUSALS[abi.NAME].items() if name in names.split())
+    return next(errno for errno, names in REFUSALS[abi.name].items() if name in names.split())
 
 
 @contextmanager

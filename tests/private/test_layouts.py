@@ -240,7 +240,7 @@ def test_ranges_across_slots(rig: Rig) -> None:
     rig.convert(first, third + each - first, private=True)
     assert seen() == mine
     # What an ordinary slot is said to be: v9 does not ask, guest_memfd has nothing private there.
-    if rig.abi.DEFAULT_PRIVATE:
+    if rig.abi.traits.default_private:
         assert guest.read(ordinary, 3) == b"oss"
     else:
         with pytest.raises(GuestExit) as stopped:

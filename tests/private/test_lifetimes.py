@@ -160,7 +160,7 @@ class Runner:
 @contextmanager
 def running(rig: Rig, file: PrivateFile) -> Iterator[tuple[Slots, Runner]]:
     """A guest that runs in private memory whose slot nobody but the kernel keeps."""
-    kind = Kind(rig.abi.NAME, lambda: rig.vm)
+    kind = Kind(rig.abi.name, lambda: rig.vm)
     slots = kind.slots(rig.vm, file.fileno())
     assert slots.set() == "ok"
     rig.convert(GPA, BIG, private=True)
@@ -179,7 +179,7 @@ def test_file_closed_under_a_running_guest(rig: Rig) -> None:
     with running(rig, file) as (slots, runner):
         assert runner.goes_on()
         file.close()
-        if rig.abi is private.restrictedmem:
+        if rig.abi.name == "restrictedmem":
             assert runner.goes_on()
             assert memory.is_about(BIG)
             runner.end()
@@ -202,7 +202,7 @@ def test_slot_deleted_under_a_running_guest(rig: Rig) -> None:
         assert slots.delete() == "ok"
         assert eventually(lambda: runner.stopped is not None, 20)
         assert isinstance(runner.stopped, GuestExit)
-        wanted = k.KVM_EXIT_MMIO if rig.abi is private.restrictedmem else 39
+        wanted = k.KVM_EXIT_MMIO if rig.abi.name == "restrictedmem" else 39
         assert runner.stopped.exit.reason == wanted
         assert memory.is_about(BIG)
         rig.guest.reset()
@@ -220,7 +220,7 @@ def test_vm_closed_under_a_running_guest(rig: Rig) -> None:
     file = rig.abi.create_file(rig.vm, BIG)
     with running(rig, file) as (_, runner):
         rig.vm.close()
-        if rig.abi is private.restrictedmem:
+        if rig.abi.name == "restrictedmem":
             file.close()
         assert runner.goes_on()
         assert memory.is_about(BIG)
@@ -242,7 +242,7 @@ def test_a_range_in_two_slots(rig: Rig) -> None:
     """v9: it is the same memory at both, a hole takes it from both.  guest_memfd: refused."""
     file, other = rig.file(2 * MIB), GPA + GIB
     first = rig.bind(GPA, MIB, file)
-    if rig.abi is private.guest_memfd:
+    if rig.abi.name == "guest_memfd":
         offsets = (0, PAGE, MIB - PAGE)
         said = {answer(partial(rig.bind, other, MIB, file, offset)) for offset in offsets}
         assert len(said) == 1
@@ -279,7 +279,7 @@ def test_a_file_in_two_vms(make_rig: MakeRig) -> None:
     one, two = make_rig(), make_rig()
     file = one.file(MIB)
     one.bind(GPA, MIB, file)
-    if one.abi is private.guest_memfd:
+    if one.abi.name == "guest_memfd":
         with pytest.raises(OSError, match="Invalid argument"):
             two.bind(GPA, MIB, file)
         two.bind(GPA, MIB, two.file(MIB))
@@ -412,7 +412,10 @@ def _live(abi: PrivateAbi, write_end: int) -> None:
     with Kvm() as kvm:
         with hook(on=True):
             vm = abi.create_vm(kvm)
-        host, guest = HostMemory(BIG), Puppet(vm, cpus=2, cpuid=kvm.get_supported_cpuid())
+        host, guest = (
+            HostMemory(BIG),
+            Puppet(vm, cpus=2, cpuid=kvm.get_supported_cpuid(), serve_conversions=False),
+        )
         guest.serve = guest.cpus[1].serve = lambda _cpu, _exit: True
         file = abi.create_file(vm, BIG)
         abi.bind(vm, GPA, BIG, file, memory=host)

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from kvmpriv import Kvm
-from kvmpriv.private import guest_memfd
+from kvmpriv.private import ABIS
 from kvmpriv.private.guest_memfd import GuestMemfd
 
 from .support.arch_hook import hook
@@ -59,9 +59,9 @@ def abi(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     elif takes_guest_memfd(VM_TYPES["sw_protected"]) != 1:
         missing("guest_memfd", "no VM type here has private memory")
     else:
-        with Kvm() as kvm, guest_memfd.create_vm(kvm) as vm, GuestMemfd(vm, PAGE) as file:
-            guest_memfd.bind(vm, 0, PAGE, file)
-            said = answer(lambda: guest_memfd.bind(vm, PAGE, PAGE, file))
+        with Kvm() as kvm, ABIS["guest_memfd"].create_vm(kvm) as vm, GuestMemfd(vm, PAGE) as file:
+            vm.abi.bind(vm, 0, PAGE, file)
+            said = answer(lambda: vm.abi.bind(vm, PAGE, PAGE, file))
         assert said in FILE_OVERLAP
         monkeypatch.setattr(Model, "file_overlap", said)
     with hook(on=True):

@@ -393,10 +393,10 @@ class Held:
 def test_a_slot_that_comes_and_goes_under_a_private_page(rig: Rig) -> None:
     """Where KVM remembers that there was no memory, the guest gets on each time that there is."""
     guest, file = rig.guest, rig.file(BIG)
-    guest.serve = lambda cpu, exit_: serve_conversion(rig.abi, rig.vm, cpu.vcpu, exit_)
+    guest.serve = lambda cpu, exit_: serve_conversion(rig.vm, cpu.vcpu, exit_)
     for turn in range(12):
         rig.convert(GPA, BIG, private=False)
-        if rig.abi.ACCESS_FOLLOWS_STATE:
+        if rig.abi.traits.access_follows_state:
             with pytest.raises(GuestExit) as stopped:
                 guest.load(GPA, 8)
             assert isinstance(stopped.value.exit, MmioExit)
@@ -417,7 +417,7 @@ def test_no_page_is_held_twice(rig: Rig) -> None:
     rig.convert(GPA, BIG, private=False)
     rig.vm.enable_cap(k.KVM_CAP_EXIT_HYPERCALL, 1 << k.KVM_HC_MAP_GPA_RANGE)
     guest, half = rig.guest, BIG // 2
-    guest.serve = lambda cpu, exit_: serve_conversion(rig.abi, rig.vm, cpu.vcpu, exit_)
+    guest.serve = lambda cpu, exit_: serve_conversion(rig.vm, cpu.vcpu, exit_)
 
     def touch(gpa: int, size: int) -> None:
         guest.touch(gpa, PAGE, size // PAGE, 0x77)

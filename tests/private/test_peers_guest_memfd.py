@@ -106,7 +106,7 @@ def test_a_guest_in_a_mapped_file(mappable_vm: Vm, kvm: Kvm) -> None:
         HostMemory(size, fd=file.fileno()) as memory,
         Puppet(vm, cpuid=kvm.get_supported_cpuid()) as guest,
     ):
-        slot = guest_memfd.bind(vm, GPA, size, file, memory=memory)
+        slot = guest_memfd.set_user_memory_region2(vm, 1, GPA, size, memory, file)
         memory.write(0, b"\xaa" * size)
         assert guest.span(GPA, 0xAA, size) == size
         guest.fill(GPA + PAGE, 0xBB, 6 * PAGE)

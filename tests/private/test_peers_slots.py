@@ -49,7 +49,7 @@ def one_cpu() -> Iterator[None]:
 
 
 def slots_of(rig: Rig, file: private.PrivateFile, userspace_addr: int) -> Slots:
-    kind = RestrictedSlots if rig.abi is private.restrictedmem else GuestMemfdSlots
+    kind = RestrictedSlots if rig.abi.name == "restrictedmem" else GuestMemfdSlots
     return kind(rig.vm, file, userspace_addr)
 
 
@@ -261,7 +261,7 @@ def more_exits(guest: PuppetCpu) -> bool:
 @rule("slots.private-deleted-in-use", "slots.private-not-moved-in-use", "faults.deleted-slot")
 def test_a_private_slot_deleted_in_use(rig: Rig) -> None:
     """A private access without a slot: guest_memfd's fault exit, v9's MMIO; until it is back."""
-    v9 = rig.abi is private.restrictedmem
+    v9 = rig.abi.name == "restrictedmem"
     memory, file = rig.memory(512 * PAGE), rig.file(1024 * PAGE)
     memory.write(0, (2).to_bytes(8, "little"))
     bound = rig.bind(GPA, 512 * PAGE, file, 512 * PAGE, memory=memory, slot=10)

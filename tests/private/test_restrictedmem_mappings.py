@@ -369,7 +369,7 @@ def test_reads_against_conversions(make_rig: MakeRig) -> None:
         with reading(rig, turn // 2):
             rig.convert(GPA, size, private=to_private)
         assert rig.guest.span(GPA, 0x5A if to_private else 0x11, size) == size, turn
-    assert len(rig.guest.cpus[1].exits) <= (ROUNDS if rig.abi.ACCESS_FOLLOWS_STATE else 0)
+    assert len(rig.guest.cpus[1].exits) <= (ROUNDS if rig.abi.traits.access_follows_state else 0)
 
 
 @rule("v9.race.beside-hole")
@@ -437,7 +437,7 @@ def apart(pool: ThreadPoolExecutor) -> Iterator[None]:
 def test_a_guest_that_runs_sees_it_at_once(make_rig: MakeRig, change: str) -> None:
     """A vCPU that does not leave the guest has nothing left of what was mapped, in its TLB too."""
     rig, turns = make_rig(cpus=2), 10
-    if rig.abi.ACCESS_FOLLOWS_STATE:  # a fault tells of a conversion that came between
+    if rig.abi.traits.access_follows_state:  # a fault tells of a conversion that came between
         rig.guest.cpus[1].serve = lambda _, exit_: isinstance(exit_, MemoryFaultExit)
     memory, file = rig.memory(16 * PAGE), rig.file(16 * PAGE)
     rig.bind(GPA, 16 * PAGE, file, memory=memory)

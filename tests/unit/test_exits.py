@@ -130,8 +130,9 @@ def test_memory_fault_of_mainline(run: Any) -> None:
 
 
 def test_each_generation_has_its_own_layout() -> None:
-    assert private.restrictedmem.FAULT_LAYOUT.reason == restrictedmem.KVM_EXIT_MEMORY_FAULT == 38
-    assert private.guest_memfd.FAULT_LAYOUT.reason == guest_memfd.KVM_EXIT_MEMORY_FAULT == 39
-    assert private.restrictedmem.FAULT_LAYOUT.errnos == frozenset()
-    assert private.guest_memfd.FAULT_LAYOUT.errnos == {errno.EFAULT, 133}
+    v9, mainline = (private.ABIS[name].fault_layout for name in ("restrictedmem", "guest_memfd"))
+    assert v9.reason == restrictedmem.KVM_EXIT_MEMORY_FAULT == 38
+    assert mainline.reason == guest_memfd.KVM_EXIT_MEMORY_FAULT == 39
+    assert v9.errnos == frozenset()
+    assert mainline.errnos == {errno.EFAULT, 133}
     assert exits.exit_name(38) == exits.exit_name(39) == "KVM_EXIT_MEMORY_FAULT"

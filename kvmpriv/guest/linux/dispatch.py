@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ...cdefs import kvm as kvm_h
 from ...exits import HypercallExit, exit_name
 from ...memory import PAGE_SIZE
-from ...private import serve_conversion
+from ...private import PrivateVm, serve_conversion
 from ...threads import VcpuThread
 from .. import crash
 from .bus import Bus
@@ -19,7 +19,6 @@ from .outcome import Ending, Outcome, crashed
 
 if TYPE_CHECKING:
     from ...memory import HostMemory
-    from ...private import PrivateAbi
     from ...vcpu import Vcpu
     from ...vm import Vm
 
@@ -71,9 +70,9 @@ class GuestThread(VcpuThread):
 class Dispatcher:
     """Serves the exits of all vCPUs of a guest.
 
-    Accesses to `ports` and `mmio` go to the devices there; conversions are made by `abi`; every
-    other exit ends the guest as a crash, whose report quotes code from `low_memory` (the memory
-    at guest physical address 0).
+    Accesses to `ports` and `mmio` go to the devices there; conversions are made if `vm` is a
+    PrivateVm; every other exit ends the guest as a crash, whose report quotes code from
+    `low_memory` (the memory at guest physical address 0).
     """
 
     def __init__(
@@ -84,7 +83,6 @@ class Dispatcher:
         mmio: Bus,
         *,
         low_memory: HostMemory,
-        abi: PrivateAbi | None,
         reset: Callable[[], object],
     ) -> None:
         self._vm = vm
@@ -92,7 +90,6 @@ class Dispatcher:
         self._ports = ports
         self._mmio = mmio
         self._low_memory = low_memory
-        self._abi = abi
         self._reset = reset
 
     def handler(
@@ -159,7 +156,7 @@ class Dispatcher:
             self._reset()
             return
         exit_ = vcpu.exit()
-        if self._abi is not None and serve_conversion(self._abi, self._vm, vcpu, exit_):
+        if isinstance(self._vm, PrivateVm) and serve_conversion(self._vm, vcpu, exit_):
             if record is not None:
                 self._record_conversion(vcpu, exit_, record)
             return
@@ -174,13 +171,13 @@ class Dispatcher:
         A hypercall may have been refused.  A memory fault converts nothing where the guest's
         access follows KVM's own state.
         """
-        assert self._abi is not None
+        assert isinstance(self._vm, PrivateVm)
         if isinstance(exit_, HypercallExit):
             if vcpu.kvm_run.hypercall.ret != 0:
                 return
             gpa, size = exit_.args[0], exit_.args[1] * PAGE_SIZE
             private, by = bool(exit_.args[2] & kvm_h.KVM_MAP_GPA_RANGE_ENCRYPTED), "hypercall"
-        elif self._abi.ACCESS_FOLLOWS_STATE:
+        elif self._vm.abi.traits.access_follows_state:
             return
         else:
             gpa, size, private, by = exit_.gpa, exit_.size, exit_.private, "fault"

@@ -25,6 +25,7 @@ from ...cdefs import kvm as kvm_h
 from ...errors import ArgumentError
 from ...fd import Fd
 from ...memory import PAGE_SIZE, HostMemory
+from ...private import PrivateVm
 from ..bare import EXIT_PORT
 from . import acpi, boot_protocol, cpuid, virtio
 from .bus import Bus
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from ...private import PrivateAbi
     from ...stats import StatsFd
     from ...vcpu import Vcpu
+    from ...vm import Vm
     from .kernel import LinuxImage
     from .recording import RunRecorder
     from .virtio import VirtioDevice
@@ -160,7 +162,7 @@ class LinuxMachine:
             self._ending = Ending()
             stack.callback(self._ending.close)
             self._supervisor = Supervisor(self._ending, output, self._stuck)
-            self.vm = stack.enter_context(abi.create_vm(kvm) if abi else kvm.create_vm())
+            self.vm: Vm = stack.enter_context(abi.create_vm(kvm) if abi else kvm.create_vm())
             self._make_memory(stack)
             self.vm.set_tss_addr(_TSS_ADDRESS)
             self.vm.set_identity_map_addr(_IDENTITY_MAP_ADDRESS)
@@ -175,7 +177,6 @@ class LinuxMachine:
                 self.ports,
                 self.mmio,
                 low_memory=self._backing[0],
-                abi=abi,
                 reset=self.reset,
             )
             self._make_cpus(kvm, cpus, stack)
@@ -201,12 +202,10 @@ class LinuxMachine:
             self._backing.append(memory)
             if part.kind == "shared":
                 self.vm.map(memory, part.gpa)
-            elif self.abi is None:
+            elif not isinstance(self.vm, PrivateVm):
                 raise ArgumentError(f"{part} is private: `abi` has to say by which ABI")
             else:
-                file = stack.enter_context(self.abi.create_file(self.vm, part.size))
-                self.abi.bind(self.vm, part.gpa, part.size, file, memory=memory)
-                self.abi.convert(self.vm, part.gpa, part.size, private=True)
+                self.vm.add_private_memory(part.gpa, part.size, memory=memory)
         if self.abi is not None:
             self.vm.enable_cap(kvm_h.KVM_CAP_EXIT_HYPERCALL, 1 << kvm_h.KVM_HC_MAP_GPA_RANGE)
         self.memory = GuestMemory(list(zip(self.ranges, self._backing, strict=True)))

@@ -42,7 +42,7 @@ class RunRecorder:
                 "what": f"Linux {version}" if version else "Linux",
                 "cpus": len(machine.vcpus),
                 "ranges": [part._asdict() for part in machine.ranges],
-                "private_abi": machine.abi.NAME if machine.abi else None,
+                "private_abi": machine.abi.name if machine.abi else None,
             },
         )
         #: Records an event, from any thread.

@@ -17,7 +17,7 @@ from kvmpriv import HostMemory, Kvm, Vm
 from kvmpriv.cdefs import kvm as k
 from kvmpriv.cdefs import restrictedmem as rm
 from kvmpriv.guest.puppet import GuestExit, Puppet
-from kvmpriv.private import PrivateSlot, restrictedmem
+from kvmpriv.private import ABIS, PrivateSlot
 from kvmpriv.private.restrictedmem import RestrictedMem
 
 from .accounting import BIG, meminfo
@@ -30,6 +30,8 @@ from .slot_requests import RestrictedSlots
 from .syscalls import GIB, MIB, PAGE, address_of, answer, errno_of
 
 __all__ = ["LOOKS", "huge_pages", "look_for", "mapped"]
+
+_ABI = ABIS["restrictedmem"]
 
 GPA = 4 * GIB
 LARGE = 2 * MIB
@@ -59,19 +61,19 @@ class Bench:
     def __init__(self, stack: ExitStack, cpus: int = 1) -> None:
         kvm = stack.enter_context(Kvm())
         with hook(on=True):
-            self.vm = stack.enter_context(restrictedmem.create_vm(kvm))
+            self.vm = stack.enter_context(_ABI.create_vm(kvm))
         self.file = stack.enter_context(RestrictedMem())
         self.guest = stack.enter_context(
-            Puppet(self.vm, cpus=cpus, cpuid=kvm.get_supported_cpuid())
+            Puppet(self.vm, cpus=cpus, cpuid=kvm.get_supported_cpuid(), serve_conversions=False)
         )
 
     def bind(
         self, size: int, offset: int = 0, memory: HostMemory | None = None, flags: int = 0
     ) -> PrivateSlot:
-        return restrictedmem.bind(self.vm, GPA, size, self.file, offset, memory=memory, flags=flags)
+        return _ABI.bind(self.vm, GPA, size, self.file, offset, memory=memory, flags=flags)
 
     def convert(self, gpa: int, size: int, *, private: bool) -> None:
-        restrictedmem.convert(self.vm, gpa, size, private=private, keep=True)
+        _ABI.convert(self.vm, gpa, size, private=private, keep=True)
 
     def loses_mappings(self, change: Callable[[], object], first: int = 0) -> bool:
         """Whether `change` unmaps 8 pages, from page `first` of the slot on."""
@@ -214,7 +216,7 @@ def _far() -> str | None:
 def _mixed() -> str | None:
     with huge_pages(), bench() as b, HostMemory(2 * LARGE) as memory:
         start = -memory.userspace_addr % LARGE  # slots that lie unlike have no large pages
-        restrictedmem.bind(b.vm, GPA, LARGE, b.file, memory=memory, memory_offset=start)
+        _ABI.bind(b.vm, GPA, LARGE, b.file, memory=memory, memory_offset=start)
         b.guest.fill(GPA, 0x5A, LARGE)
         need_large_pages(b.vm)
         memory.write(start, b"shared")

@@ -12,8 +12,8 @@ from kvmpriv.cdefs import restrictedmem as rm
 from kvmpriv.guest.puppet import GuestExit, Puppet
 
 if TYPE_CHECKING:
-    from kvmpriv import Kvm, Vm
-    from kvmpriv.private import PrivateAbi, PrivateSlot
+    from kvmpriv import Kvm
+    from kvmpriv.private import PrivateAbi, PrivateSlot, PrivateVm
 
 PAGE, MIB, GIB = 4096, 1 << 20, 1 << 30
 #: QEMU's layout, where memory above 4 GiB goes on in the file at 2 GiB; and 2 MiB more.
@@ -27,18 +27,20 @@ class PrivateGuest:
     #: What a fault exit's errno is.
     fault_errno: int
 
-    def __init__(self, stack: ExitStack, vm: Vm, kvm: Kvm, cpus: int) -> None:
+    def __init__(self, stack: ExitStack, vm: PrivateVm, kvm: Kvm, cpus: int) -> None:
         self.vm = vm
         self.memory = stack.enter_context(HostMemory(SIZE))
-        self.guest = stack.enter_context(Puppet(vm, cpus=cpus, cpuid=kvm.get_supported_cpuid()))
+        self.guest = stack.enter_context(
+            Puppet(vm, cpus=cpus, cpuid=kvm.get_supported_cpuid(), serve_conversions=False)
+        )
         self.file = stack.enter_context(self.protocol.create_file(vm, OFFSET + SIZE + 8 * MIB))
         self.slot = self.bind(1, GPA, SIZE, OFFSET, self.memory)
-        if not self.protocol.DEFAULT_PRIVATE:
+        if not self.protocol.traits.default_private:
             self.convert(GPA, SIZE, private=True)
 
     @property
     def abi(self) -> str:
-        return self.protocol.NAME
+        return self.protocol.name
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}>"
@@ -65,7 +67,7 @@ class PrivateGuest:
 class RestrictedGuest(PrivateGuest):
     """v9: everything is private at first, the fault exit comes with KVM_RUN's 0."""
 
-    protocol = private.restrictedmem
+    protocol = private.ABIS["restrictedmem"]
     fault_errno = 0
 
     def want(self, gpa: int, size: int, *, private: bool | None) -> int:
@@ -81,7 +83,7 @@ class RestrictedGuest(PrivateGuest):
 class MemfdGuest(PrivateGuest):
     """guest_memfd in a software-protected VM: the slot's range is made private first."""
 
-    protocol = private.guest_memfd
+    protocol = private.ABIS["guest_memfd"]
     fault_errno = errno.EFAULT
 
 

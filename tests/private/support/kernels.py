@@ -7,9 +7,9 @@ from collections.abc import Callable
 from functools import cache
 
 import kvmpriv
-from kvmpriv import Kvm, Vm
+from kvmpriv import Kvm
 from kvmpriv.cdefs import guest_memfd as gm
-from kvmpriv.private import restrictedmem
+from kvmpriv.private import PrivateVm, restrictedmem
 from kvmpriv.private.restrictedmem import RestrictedMem
 
 from .arch_hook import hook
@@ -17,7 +17,7 @@ from .requirements import missing
 from .slot_requests import RestrictedSlots
 from .syscalls import errno_of
 
-MakeVm = Callable[[], Vm]
+MakeVm = Callable[[], PrivateVm]
 #: The kernel that runs, by its name in scripts/kernel: known by it to be mended.
 MENDED = os.environ.get("KVMPRIV_KERNEL") in ("restrictedmem", "restrictedmem-debug")
 

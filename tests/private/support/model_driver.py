@@ -60,7 +60,6 @@ class Driver:
                     cpus=cpus,
                     slot=HOME_SLOT,
                     cpuid=kvm.get_supported_cpuid(),
-                    abi=self.abi,
                 )
             )
             #: vCPU -> what is wrong instead of what its last exit says.
@@ -182,7 +181,7 @@ class Driver:
             )
             return
         fd = self.files[file].fileno() if isinstance(file, int) else self._others[file]
-        if self.abi is restrictedmem:
+        if self.abi.name == "restrictedmem":
             restrictedmem.set_user_memory_region_ext(
                 self.vm,
                 slot,

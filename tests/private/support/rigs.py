@@ -16,9 +16,8 @@ from kvmpriv.guest.puppet import Puppet
 from .syscalls import MIB
 
 if TYPE_CHECKING:
-    from kvmpriv import Vm
     from kvmpriv.guest.puppet import PuppetCpu
-    from kvmpriv.private import PrivateAbi, PrivateFile, PrivateSlot
+    from kvmpriv.private import PrivateAbi, PrivateFile, PrivateSlot, PrivateVm
 
 #: A large page.
 LARGE = 2 * MIB
@@ -31,7 +30,7 @@ class Rig:
         self,
         stack: ExitStack,
         abi: PrivateAbi,
-        vm: Vm,
+        vm: PrivateVm,
         kvm: Kvm,
         *,
         cpus: int = 1,
@@ -40,7 +39,9 @@ class Rig:
         self.stack, self.abi, self.vm = stack, abi, vm
         if irqchip:
             vm.create_irqchip()
-        self.guest = stack.enter_context(Puppet(vm, cpus=cpus, cpuid=kvm.get_supported_cpuid()))
+        self.guest = stack.enter_context(
+            Puppet(vm, cpus=cpus, cpuid=kvm.get_supported_cpuid(), serve_conversions=False)
+        )
 
     def memory(self, size: int, *, fd: int = -1) -> HostMemory:
         """Host memory for shared sides; what is never touched costs nothing."""
@@ -127,4 +128,6 @@ def run_again(abi: PrivateAbi) -> Callable[[PuppetCpu, object], bool]:
     6.12 tells of a conversion that came between what an access is and what the page is
     (arch/x86/kvm/mmu/mmu.c, kvm_faultin_pfn), once; v9's guests never see one.
     """
-    return lambda _cpu, exit_: isinstance(exit_, MemoryFaultExit) and abi.ACCESS_FOLLOWS_STATE
+    return lambda _cpu, exit_: (
+        isinstance(exit_, MemoryFaultExit) and abi.traits.access_follows_state
+    )
