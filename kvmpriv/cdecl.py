@@ -383,7 +383,7 @@ def declare(header_text: str) -> Declared:
     import cffi
 
     from .cdefs import kvm as kvm_h
-    from .fd import REQUEST_NAMES
+    from .fd import register_requests
 
     core = PRELUDE + _divide(_header("kvm")).types
     for tag in re.findall(r"\bstruct\s+(\w+)\s*\{", header_text):
@@ -392,5 +392,5 @@ def declare(header_text: str) -> Declared:
     ffi = cffi.FFI()
     ffi.cdef(core)
     parsed = parse(header_text, ffi, known)
-    REQUEST_NAMES.update(parsed.requests)
+    register_requests(parsed.requests)
     return Declared(ffi, parsed.constants)

@@ -4,28 +4,36 @@ from __future__ import annotations
 
 import errno as _errno
 import os
+from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
-from .cdefs import guest_memfd as guest_memfd_h
 from .cdefs import kvm as kvm_h
-from .cdefs import restrictedmem_v10 as restrictedmem_v10_h
 from .libc import ioctl as _ioctl
 from .libc import last_errno, os_error, set_errno
 
-__all__ = ["REQUEST_NAMES", "Fd", "Struct", "Structs", "describe", "new_struct"]
+__all__ = [
+    "REQUEST_NAMES",
+    "Fd",
+    "Struct",
+    "Structs",
+    "describe",
+    "new_struct",
+    "register_requests",
+]
 
-#: Names for messages.  Where generations use a number twice, mainline's name wins.
-REQUEST_NAMES: dict[int, str] = {
-    **restrictedmem_v10_h.REQUESTS,
-    **guest_memfd_h.REQUESTS,
-    **kvm_h.REQUESTS,
-}
+#: ioctl number -> name, for messages: those of kvm.h, and what :func:`register_requests` added.
+REQUEST_NAMES: dict[int, str] = dict(kvm_h.REQUESTS)
 
 _ffi = kvm_h.ffi  # any FFI can cast any pointer
 _UINTPTR = _ffi.typeof("uintptr_t")
 #: What a pointer's type points to, in bytes.
 _sizes: dict[Any, int] = {}
 _Self = TypeVar("_Self", bound="Fd")
+
+
+def register_requests(names: Mapping[int, str]) -> None:
+    """Make messages name more ioctls.  A number that has a name already gets the new one."""
+    REQUEST_NAMES.update(names)
 
 
 def _show(value: Any) -> str:

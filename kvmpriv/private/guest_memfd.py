@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..cdefs import guest_memfd as guest_memfd_h
 from ..faults import FaultLayout
-from ..fd import Structs, new_struct
+from ..fd import Structs, new_struct, register_requests
 from ..slots import Slot
 from ..wakeup import SignalsBlocked
 from .abi import PrivateAbi, Traits
@@ -37,6 +37,8 @@ _REGIONS = Structs(guest_memfd_h.ffi.typeof("struct kvm_userspace_memory_region2
 _CREATE = guest_memfd_h.ffi.typeof("struct kvm_create_guest_memfd *")
 _ATTRIBUTES = guest_memfd_h.ffi.typeof("struct kvm_memory_attributes *")
 _PRE_FAULT = guest_memfd_h.ffi.typeof("struct kvm_pre_fault_memory *")
+
+register_requests(guest_memfd_h.REQUESTS)
 
 
 class GuestMemfd(PrivateFile):

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from .. import libc
 from ..cdefs import kvm as kvm_h
 from ..cdefs import restrictedmem as restrictedmem_h
+from ..cdefs import restrictedmem_v10 as restrictedmem_v10_h
 from ..faults import FaultLayout
-from ..fd import Structs, new_struct
+from ..fd import Structs, new_struct, register_requests
 from ..slots import Slot
 from ..wakeup import SignalsBlocked
 from .abi import PrivateAbi, Traits
@@ -37,6 +38,8 @@ __all__ = [
 
 _REGIONS = Structs(restrictedmem_h.ffi.typeof("struct kvm_userspace_memory_region_ext *"))
 _RANGE = kvm_h.ffi.typeof("struct kvm_enc_region *")
+
+register_requests(restrictedmem_v10_h.REQUESTS)  # v9 has none of its own
 
 _SYS_MEMFD_RESTRICTED = restrictedmem_h.__NR_memfd_restricted  # noqa: SLF001  # the kernel's name
 _BAD_FLAGS = 0xFFFFFFFF
