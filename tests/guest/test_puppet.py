@@ -10,7 +10,7 @@ import pytest
 
 from kvmpriv import HostMemory, Kvm, Vm
 from kvmpriv.cdefs import kvm as k
-from kvmpriv.exits import Exit, IoExit, MmioExit
+from kvmpriv.exits import IoExit, MmioExit, SimpleExit
 from kvmpriv.guest import GuestCrash
 from kvmpriv.guest.puppet import HOME, HOME_SIZE, GuestExit, Puppet
 from private.support.leaks import open_fds
@@ -107,7 +107,7 @@ def test_exits_on_the_way(guest: Puppet) -> None:
     with pytest.raises(GuestExit, match="KVM_EXIT_HLT"):
         guest.halt()
     guest.resume()
-    assert guest.exits[1:] == [IoExit(2, True, 0x80, 2, 1, b"\xef\xbe"), Exit(k.KVM_EXIT_HLT)]
+    assert guest.exits[1:] == [IoExit(2, True, 0x80, 2, 1, b"\xef\xbe"), SimpleExit(k.KVM_EXIT_HLT)]
     assert guest.read(GPA, 4) == bytes(4), "and it goes on"
 
 
