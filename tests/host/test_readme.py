@@ -49,6 +49,7 @@ def test_declare(vm: kvmpriv.Vm) -> None:
     assert len(PYTHON) == 3
 
 
+@pytest.mark.timeout(900)
 def test_the_demos_output(kvm: kvmpriv.Kvm) -> None:
     (shown,) = re.findall(r"```\n(guest_memfd shared only\n.*?)```", README, re.DOTALL)
     probe = [sys.executable, "-m", "kvmpriv", "probe", "-q"]
