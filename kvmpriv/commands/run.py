@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 
 from ..exit_status import ExitStatus
 from ..guest.bare import EXIT_PORT, SERIAL_PORT, GuestCrash, GuestTimeout, Machine
@@ -57,7 +58,12 @@ def _image(options: argparse.Namespace) -> Image:
             raise ImageError("it is made for long mode")
         return load_flat(HELLO, load=options.load, entry=options.entry)
     return load_image(
-        options.image, mode, load=options.load, entry=options.entry, limit=options.memory
+        options.image,
+        mode,
+        load=options.load,
+        entry=options.entry,
+        limit=options.memory,
+        timeout=options.timeout,
     )
 
 
@@ -72,11 +78,14 @@ def main(options: argparse.Namespace) -> int:
     arguments = list(options.arguments)
     if options.hello and options.image is not None:
         arguments.insert(0, options.image)
-    name = "the ready guest" if options.hello else options.image
-    if name is None:
-        return fail("run", "say which IMAGE to run, or --hello for the ready one", ExitStatus.USAGE)
+    if options.image is None and not options.hello:
+        return fail("run", "name an IMAGE to run, or give --hello", ExitStatus.USAGE)
+    name = "the built-in guest" if options.hello else options.image or "''"
+    started = time.monotonic()
     try:
         image = _image(options)
+    except TimeoutError as error:
+        return fail("run", f"{name}: {error.strerror}", ExitStatus.TIMEOUT)
     except (ImageError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         return fail("run", f"{name}: {reason}", ExitStatus.USAGE)
@@ -99,7 +108,10 @@ def main(options: argparse.Namespace) -> int:
             return fail("run", f"the guest can't be made: {error.strerror}", ExitStatus.UNABLE)
         with machine:
             try:
-                status = machine.run(options.timeout)
+                left = options.timeout
+                if left is not None:  # the time for reading the image counts, too
+                    left = round(max(0.0, left - (time.monotonic() - started)), 2)
+                status = machine.run(left)
             except OSError as error:
                 if error.filename is not None or isinstance(error, BrokenPipeError):
                     raise  # the output's, not KVM's

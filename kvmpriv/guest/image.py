@@ -1,13 +1,17 @@
-"""What is to be put into a guest's memory: flat binaries and ELF files."""
+"""Guest programs in files: flat binaries and ELF executables."""
 
 from __future__ import annotations
 
 import enum
+import errno
 import os
+import select
 import stat
 import struct
-from pathlib import Path
+import time
 from typing import NamedTuple
+
+from ..errors import ArgumentError
 
 __all__ = [
     "Image",
@@ -22,8 +26,8 @@ __all__ = [
 ]
 
 
-class ImageError(ValueError):
-    """The image can't be used; the message says what is wrong with it."""
+class ImageError(ArgumentError):
+    """A guest's image can't be used; the message says what is wrong with it."""
 
 
 class Mode(enum.Enum):
@@ -33,7 +37,7 @@ class Mode(enum.Enum):
     LONG = "long"  # 64 bit, paging on, memory mapped one to one
 
 
-#: Where a flat binary goes unless it is told.  Below lie the boot structures of real mode.
+#: The default address of a flat binary.  The boot structures of real mode are below it.
 LOAD_ADDRESS = {Mode.REAL: 0x1000, Mode.LONG: 0x100000}
 
 
@@ -46,9 +50,11 @@ class Segment(NamedTuple):
 
 
 class Image(NamedTuple):
-    """A guest program: where its parts go, where it begins (a guest physical address)."""
+    """A guest program."""
 
+    #: The mode that the processor starts in.
     mode: Mode
+    #: The guest physical address of the first instruction.
     entry: int
     segments: tuple[Segment, ...]
 
@@ -56,7 +62,11 @@ class Image(NamedTuple):
 def load_flat(
     data: bytes, mode: Mode = Mode.LONG, *, load: int | None = None, entry: int | None = None
 ) -> Image:
-    """A flat binary: `data` goes to `load`, execution begins at `entry` (default: at `load`)."""
+    """An image of the flat binary `data`.  ImageError if it can't be used.
+
+    `load` is its guest physical address (default: LOAD_ADDRESS of the mode); execution begins at
+    `entry` (default: at `load`).
+    """
     if not data:
         raise ImageError("the image is empty")
     address = LOAD_ADDRESS[mode] if load is None else load
@@ -81,15 +91,17 @@ _MACHINES = {
     243: "RISC-V",
     258: "LoongArch",
 }
+_PIECE = 1 << 20  # bytes to read from a pipe at a time
 _EM_X86_64, _ET_EXEC, _ET_DYN, _PT_LOAD, _PT_INTERP = 62, 2, 3, 1, 3
 _EHDR = struct.Struct("<16sHHIQQQIHHHHHH")
 _PHDR = struct.Struct("<IIQQQQQQ")
 
 
 def load_elf(data: bytes, *, entry: int | None = None) -> Image:
-    """A static ELF executable for x86-64 (ELF-64 object file format, gabi chapters 4 and 5).
+    """An image of a static ELF executable for x86-64 (gabi, chapters 4 and 5).
 
-    Each PT_LOAD segment goes to its p_paddr; the entry is e_entry, or `entry`.
+    Each PT_LOAD segment is loaded to its p_paddr.  Execution begins at e_entry, or at the guest
+    physical address `entry`.  ImageError if the file can't be used.
     """
     if data[:4] != b"\x7fELF":
         raise ImageError("not an ELF file")
@@ -97,7 +109,7 @@ def load_elf(data: bytes, *, entry: int | None = None) -> Image:
         raise ImageError(f"truncated: {len(data)} bytes do not hold an ELF header")
     # ident, type, machine, version, entry, phoff, shoff, flags, ehsize, phentsize, phnum, …
     ident, kind, machine, _, e_entry, phoff, _, _, _, phentsize, phnum, *_ = _EHDR.unpack_from(data)
-    # e_machine stands at the same place in every ELF file, in the file's own byte order.
+    # e_machine is at the same offset in every ELF file, in the file's own byte order.
     machine = int.from_bytes(data[18:20], "big" if ident[5] == 2 else "little")
     if machine != _EM_X86_64:
         name = _MACHINES.get(machine, f"machine {machine}")
@@ -138,7 +150,10 @@ def load_elf(data: bytes, *, entry: int | None = None) -> Image:
 
 
 def is_static(data: bytes) -> bool:
-    """Whether an ELF-64 executable needs nothing else to run: no program header is PT_INTERP."""
+    """True if the ELF-64 executable needs no dynamic linker: no program header is PT_INTERP.
+
+    ImageError if `data` is not an ELF-64 file.
+    """
     if data[:6] != b"\x7fELF\x02\x01" or len(data) < _EHDR.size:
         raise ImageError("not a 64-bit ELF file")
     _, _, _, _, _, phoff, _, _, _, phentsize, phnum, *_ = _EHDR.unpack_from(data)
@@ -148,20 +163,50 @@ def is_static(data: bytes) -> bool:
     return all(header[0] != _PT_INTERP for header in headers)
 
 
-def read_file(path: str | os.PathLike[str], limit: int) -> bytes:
-    """A file of at most `limit` bytes, what the guest's memory holds; a pipe will do."""
-    with Path(path).open("rb") as file:
-        information = os.fstat(file.fileno())
-        if not (stat.S_ISREG(information.st_mode) or stat.S_ISFIFO(information.st_mode)):
+def read_file(path: str | os.PathLike[str], limit: int, timeout: float | None = None) -> bytes:
+    """Read a regular file or a pipe of at most `limit` bytes.
+
+    ImageError if it has more, is another kind of file, or does not fit into this process's memory;
+    TimeoutError if a pipe has not ended after `timeout` seconds; OSError if it can't be read.
+    """
+    # Without O_NONBLOCK the call would wait until somebody opens a pipe for writing.
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    with os.fdopen(fd, "rb", buffering=0) as file:
+        information = os.fstat(fd)
+        if stat.S_ISFIFO(information.st_mode):
+            return _read_pipe(fd, limit, timeout)
+        if not stat.S_ISREG(information.st_mode):
             raise ImageError("not a regular file")
-        if information.st_size > limit:
+        size = information.st_size
+        if size > limit:
+            raise ImageError(f"{size:#x} bytes do not fit into {limit:#x} bytes of memory")
+        try:
+            data = bytearray(size)
+            done = 0
+            while done < size and (count := file.readinto(memoryview(data)[done:])):
+                done += count
+            return bytes(memoryview(data)[:done])
+        except MemoryError:
             raise ImageError(
-                f"{information.st_size:#x} bytes do not fit into {limit:#x} bytes of memory"
-            )
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise ImageError(f"it does not fit into {limit:#x} bytes of memory")
-    return data
+                f"this process can't get the memory to read it ({size:#x} bytes)"
+            ) from None
+
+
+def _read_pipe(fd: int, limit: int, timeout: float | None) -> bytes:
+    deadline = None if timeout is None else time.monotonic() + timeout
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    data = bytearray()
+    while True:
+        wait = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
+        if not poll.poll(wait):
+            raise TimeoutError(errno.ETIMEDOUT, f"not read to its end after {timeout:g} s")
+        piece = os.read(fd, _PIECE)
+        if not piece:
+            return bytes(data)
+        data += piece
+        if len(data) > limit:
+            raise ImageError(f"it has more than {limit:#x} bytes, which do not fit into memory")
 
 
 def load_image(
@@ -171,14 +216,16 @@ def load_image(
     load: int | None = None,
     entry: int | None = None,
     limit: int,
+    timeout: float | None = None,
 ) -> Image:
-    """Read a file of at most `limit` bytes: ELF if it says so, else flat, in `mode` (long).
+    """Read a guest program of at most `limit` bytes: an ELF executable, or else a flat binary.
 
-    ImageError for one that can't be used, OSError for one that can't be read.
+    `mode` (default: long), `load` and `entry` are for a flat binary; `timeout` in seconds is for a
+    pipe.  ImageError for a file that can't be used, OSError for one that can't be read.
     """
-    data = read_file(path, limit)
+    data = read_file(path, limit, timeout)
     if data[:4] == b"\x7fELF":
         if mode is Mode.REAL or load is not None:
-            raise ImageError("an ELF file says itself where it goes, and runs in long mode")
+            raise ImageError("an ELF file defines where it is loaded, and always runs in long mode")
         return load_elf(data, entry=entry)
     return load_flat(data, mode or Mode.LONG, load=load, entry=entry)

@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
-from kvmpriv import Kvm, private, trace
-from kvmpriv.guest.linux import Cost, LinuxMachine, load_linux, plan
+from kvmpriv import ArgumentError, Kvm, private, trace
+from kvmpriv.guest.linux import Cost, Interrupted, LinuxMachine, Outcome, load_linux, plan
+from kvmpriv.guest.linux.disk import Entropy
 from kvmpriv.guest.linux.tap import HOST_ADDRESS, Tap
 from private.support.requirements import missing
 from unit.test_linux_image import bzimage
@@ -68,7 +69,7 @@ def test_usage(image: Path, tmp_path: Path) -> None:
         (("--kernel", image, "--private=v8"), "invalid choice: 'v8'"),
         (("--kernel", image, "--net", "wifi"), "--net wifi: say tap, tap=BRIDGE or none"),
         (("--kernel", image, "--disk", tmp_path), "Is a directory"),
-        (("--kernel", image, "--disk", empty), "0 bytes are not a number of sectors of 512"),
+        (("--kernel", image, "--disk", empty), "a multiple of 512 bytes, more than 0, not 0"),
         (("--kernel", image, "--append", "x" * 3000), "the command line has 3023 bytes"),
         (("--kernel", image, "--pin", "some"), "'some' is not a list of CPUs such as 0,1"),
         (("--kernel", image, "--pin", "8999"), "--pin: CPU 8999 is not available to this process"),
@@ -228,7 +229,7 @@ def test_a_triple_fault(tmp_path: Path) -> None:
 
 
 def test_without_progress(kvm: Kvm, tmp_path: Path) -> None:
-    """A KVM that emulates a kernel says so; one that does not runs it until the time limit is reached."""
+    """A KVM that emulates the kernel is reported; another runs it until the time limit."""
     path = tmp_path / "bzImage"
     path.write_bytes(kernel(SPIN))
     done = boot("--kernel", path, "--memory", "32M", "--timeout", "5")
@@ -441,3 +442,109 @@ def test_what_the_host_sees_of_a_guest(kvm: Kvm) -> None:
         assert use.range == machine.ranges[0]
         assert use.private == 0
         assert 4096 < use.resident <= 32 << 20
+
+
+class Closed(Entropy):
+    """A device that tells whether it was closed."""
+
+    closed = False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_devices_are_closed_when_there_is_no_machine(kvm: Kvm, no_leak: object) -> None:
+    """Whatever is wrong: they belong to the machine from the call on."""
+    image = load_linux(kernel(UP))
+    for options, words in (
+        ({"cpus": 0}, "1 to 254 vCPUs, not 0"),
+        ({"cpus": 255}, "1 to 254 vCPUs, not 255"),
+        ({"pin": [8999]}, "CPU 8999 is not available"),
+        ({"pin": [CPU, CPU]}, "2 CPUs for 1 vCPU: list one"),
+        ({"cmdline": "x" * 3000}, "command line"),
+    ):
+        device = Closed()
+        with pytest.raises(ArgumentError, match=words):
+            LinuxMachine(kvm, image, plan(32 << 20), devices=[device], **options)  # type: ignore[arg-type]
+        assert device.closed
+    many = [Closed() for _ in range(9)]
+    with pytest.raises(ArgumentError, match="up to 8 virtio devices, not 9"):
+        LinuxMachine(kvm, image, plan(32 << 20), devices=many)
+    assert all(device.closed for device in many)
+
+
+@pytest.mark.parametrize("mistake", [("--net", "wifi"), ("--memory", "16M"), ("--disk", "none")])
+def test_a_mistake_does_not_truncate_a_recording(
+    image: Path, tmp_path: Path, mistake: tuple[str, str]
+) -> None:
+    path = tmp_path / "yesterday.trace"
+    path.write_text("a recording")
+    assert boot("--kernel", image, "--trace", path, *mistake).returncode == 2
+    assert path.read_text() == "a recording"
+
+
+def test_a_recording_by_script(kvm: Kvm, tmp_path: Path) -> None:
+    """From beginning to end, also when `look` raises; and the file is closed."""
+    path = tmp_path / "run.trace"
+    with LinuxMachine(kvm, load_linux(kernel(UP)), plan(32 << 20)) as machine:
+        assert machine.run(timeout=0.6, trace=path).how == "timeout"
+    found = trace.summarize(trace.read(path))
+    assert found.exits["KVM_EXIT_IO"] == 3
+    assert found.end is not None
+    assert found.end["end"] == "timeout"
+    assert len(found.samples) >= 2
+
+    def look() -> None:
+        raise RuntimeError("enough")
+
+    with LinuxMachine(kvm, load_linux(kernel(UP)), plan(32 << 20)) as machine:
+        with pytest.raises(RuntimeError, match="enough"):
+            machine.run(timeout=5, trace=path, look=look)
+        with pytest.raises(FileNotFoundError):
+            machine.run(trace=tmp_path / "no" / "folder")
+    end = trace.summarize(trace.read(path)).end
+    assert end is not None
+    assert (end["end"], end["why"]) == ("error", "RuntimeError: enough")
+
+
+def test_a_run_ends_with_the_outcome_of_an_interruption(kvm: Kvm) -> None:
+    mine = Outcome("mine", 3, "seen enough")
+
+    def output(data: bytes) -> None:
+        raise Interrupted(mine)
+
+    with LinuxMachine(kvm, load_linux(kernel(UP)), plan(32 << 20), output=output) as machine:
+        assert machine.run(timeout=10) == mine
+
+
+def test_end_after_close_has_no_effect(kvm: Kvm) -> None:
+    machine = LinuxMachine(kvm, load_linux(kernel(UP)), plan(32 << 20))
+    machine.close()
+    numbers = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(20)]
+    machine.end(Outcome("mine", 0, ""))
+    machine.reset()
+    for number in numbers:
+        with pytest.raises(BlockingIOError):
+            os.eventfd_read(number)
+        os.close(number)
+
+
+def test_a_device_of_ones_own(kvm: Kvm) -> None:
+    """It answers on a port and in memory, in a vCPU's thread."""
+
+    class Doubles:
+        value = 0
+
+        def read(self, offset: int, size: int) -> int:
+            return 2 * self.value
+
+        def write(self, offset: int, size: int, value: int) -> None:
+            self.value = value
+
+    # mov $21, %al; mov $0x500, %dx; out; in; mov $0xe0000000, %ebx; mov %al, (%rbx);
+    # mov (%rbx), %al; out %al, $0xf4
+    code = "b015 66ba0005 ee ec bb000000e0 8803 8a03 e6f4"
+    with LinuxMachine(kvm, load_linux(kernel(bytes.fromhex(code))), plan(32 << 20)) as machine:
+        machine.ports.add(Doubles(), 0x500, 4)
+        machine.mmio.add(Doubles(), 0xE0000000, 8)
+        assert machine.run(timeout=20).status == 84

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -183,7 +184,7 @@ def test_ctrl_c(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ((), "say which IMAGE to run"),
+        ((), "name an IMAGE to run"),
         (("--memory", "0", "{image}"), "the size must be more than 0"),
         (("--memory", "4097", "{image}"), "4097 is not a multiple of 4096"),
         (("--memory", "1000T", "{image}"), "1000T is more than this host has"),
@@ -202,6 +203,7 @@ def test_ctrl_c(tmp_path: Path) -> None:
         (("--mode", "vm86", "{image}"), "invalid choice: 'vm86'"),
         (("{folder}/nothing",), "nothing: No such file or directory"),
         (("{folder}",), "Is a directory"),
+        (("",), "kvmpriv run: '': No such file or directory"),
         (("/dev/zero",), "not a regular file"),
         (("{empty}",), "the image is empty"),
         (("{huge}",), "bytes do not fit into 0x1000000 bytes of memory"),
@@ -247,6 +249,17 @@ def test_unreadable_image(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "Permission denied" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_an_image_that_never_comes(tmp_path: Path) -> None:
+    """The time limit covers a pipe that nobody opens for writing."""
+    image = tmp_path / "image"
+    os.mkfifo(image)
+    started = time.monotonic()
+    done = run("--timeout", "0.5", image)
+    assert (done.returncode, done.stdout) == (124, "")
+    assert done.stderr == f"kvmpriv run: {image}: not read to its end after 0.5 s\n"
+    assert time.monotonic() - started < 20
 
 
 def test_no_space_for_the_output() -> None:

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import os
 import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -11,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmpriv.guest import ImageError, Mode, load_elf, load_flat, load_image
-from kvmpriv.guest.image import Segment
+from kvmpriv.guest.image import Segment, read_file
 
 
 def elf(
@@ -98,12 +104,87 @@ def test_files(tmp_path: Path) -> None:
     program = tmp_path / "elf"
     program.write_bytes(elf())
     assert load_image(program, limit=4096).entry == 0x400000
-    with pytest.raises(ImageError, match="an ELF file says itself where it goes"):
+    with pytest.raises(ImageError, match="an ELF file defines where it is loaded"):
         load_image(program, load=4096, limit=4096)
     with pytest.raises(ImageError, match="not a regular file"):
         load_image("/dev/zero", limit=4096)
     with pytest.raises(IsADirectoryError):
         load_image(tmp_path, limit=4096)
+    with pytest.raises(FileNotFoundError):
+        load_image("", limit=4096)
+
+
+def test_a_small_file_takes_little_memory_to_read(tmp_path: Path) -> None:
+    """The limit is how much a file may have, not how much is allocated for it."""
+    path = tmp_path / "small"
+    path.write_bytes(b"x" * 5000)
+    code = (
+        "import resource, sys; from kvmpriv.guest.image import read_file\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * 4096\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20),) * 2)\n"
+        "print(len(read_file(sys.argv[1], 1 << 30)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("5000\n", "")
+
+
+def test_a_file_that_memory_does_not_hold(tmp_path: Path) -> None:
+    path = tmp_path / "large"
+    with path.open("wb") as file:
+        file.truncate(1 << 30)
+    code = (
+        "import resource, sys; from kvmpriv.guest.image import ImageError, read_file\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * 4096\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20),) * 2)\n"
+        "try:\n    read_file(sys.argv[1], 1 << 30)\n"
+        "except ImageError as error:\n    print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (
+        "this process can't get the memory to read it (0x40000000 bytes)\n",
+        "",
+    )
+
+
+def test_a_pipe(tmp_path: Path) -> None:
+    """It is read to its end, in whatever pieces it comes, and not beyond the limit."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+
+    def write(data: bytes) -> None:
+        with path.open("wb", buffering=0) as file:
+            for at in range(0, len(data), 70_000):
+                file.write(data[at : at + 70_000])
+                time.sleep(0.01)
+
+    data = bytes(range(256)) * 1000
+    for limit in (len(data), len(data) - 1):
+        thread = threading.Thread(target=lambda: suppressed(write, data))
+        thread.start()
+        if limit == len(data):
+            assert read_file(path, limit) == data
+        else:
+            with pytest.raises(ImageError, match="more than 0x3e7ff bytes"):
+                read_file(path, limit)
+        thread.join()
+
+
+def suppressed(call: Callable[[bytes], None], data: bytes) -> None:
+    with suppress(BrokenPipeError):
+        call(data)
+
+
+def test_a_pipe_that_nobody_writes_to(tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    started = time.monotonic()
+    with pytest.raises(TimeoutError):
+        read_file(path, 4096, timeout=0.2)
+    assert 0.2 <= time.monotonic() - started < 5
+    writer = os.open(path, os.O_RDWR)  # open, and silent
+    with pytest.raises(TimeoutError):
+        read_file(path, 4096, timeout=0.2)
+    os.close(writer)
 
 
 @given(st.binary(max_size=400))

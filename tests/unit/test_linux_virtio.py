@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvmpriv import HostMemory
+from kvmpriv import ArgumentError, HostMemory
 from kvmpriv.guest.linux.disk import Block, Entropy
 from kvmpriv.guest.linux.layout import GuestMemory, Range
 from kvmpriv.guest.linux.net import Net
@@ -251,12 +251,12 @@ def test_disk_of_another_guest_or_none(disk: Path, tmp_path: Path) -> None:
     Block(disk).close()
     empty = tmp_path / "empty"
     empty.write_bytes(b"")
-    with pytest.raises(ValueError, match="0 bytes are not a number of sectors"):
+    with pytest.raises(ValueError, match="a multiple of 512 bytes, more than 0, not 0"):
         Block(empty)
     empty.write_bytes(b"x" * 513)
-    with pytest.raises(ValueError, match="513 bytes are not a number of sectors"):
+    with pytest.raises(ValueError, match="a multiple of 512 bytes, more than 0, not 513"):
         Block(empty)
-    with pytest.raises(ValueError, match="a disk is a file or a block device"):
+    with pytest.raises(ValueError, match="a disk must be a file or a block device"):
         Block("/dev/null")
     with pytest.raises(FileNotFoundError):
         Block(tmp_path / "none")
@@ -273,6 +273,28 @@ def test_disk_that_the_host_can_not_write(driver: MakeDriver, disk: Path) -> Non
     device._complain = words.append
     _, status = one.request(block(0, 4), (512, WRITE), (1, WRITE))
     assert words == [f"virtio-blk: {disk}: Input/output error"]
+
+
+def test_disk_whose_name_is_no_text(driver: MakeDriver, tmp_path: Path) -> None:
+    """The guest asks for the disk's serial number, which is its file's name, byte by byte."""
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/a\xff.img"))
+    path.write_bytes(bytes(4096))
+    one = driver(Block(path))
+    assert one.request(block(8), (20, WRITE), (1, WRITE)) == [b"a\xff.img".ljust(20, b"\0"), b"\0"]
+
+
+@pytest.mark.parametrize(
+    ("magic", "kind"), [(b"QFI\xfb", "qcow2"), (b"KDMV", "vmdk"), (b"vhdxfile", "vhdx")]
+)
+def test_disk_in_another_format(tmp_path: Path, magic: bytes, kind: str) -> None:
+    """It is not taken for a raw disk: the guest would find no partitions, and might write one."""
+    path = tmp_path / "disk.img"
+    path.write_bytes(magic.ljust(4096, b"\0"))
+    command = f"qemu-img convert -O raw {path} {path}.raw"
+    with pytest.raises(ArgumentError, match=f"{kind}.*{command}"):
+        Block(path)
+    path.write_bytes(magic[:-1].ljust(4096, b"\0"))
+    Block(path).close()
 
 
 class Cable:
@@ -292,7 +314,7 @@ class Cable:
 
 def test_net_sends_and_receives(driver: MakeDriver) -> None:
     cable = Cable()
-    device = Net(cable)  # type: ignore[arg-type]
+    device = Net(cable)
     one = driver(device)
     assert device.host_fd() == -1  # no room for a packet yet
     one.describe(1, 0, BASE + 0x8000, 5, NEXT, 1)
@@ -317,10 +339,41 @@ def test_net_sends_and_receives(driver: MakeDriver) -> None:
     cable.theirs.close()
 
 
+def test_each_card_has_a_mac_address_of_its_own() -> None:
+    """Two guests on one bridge must not have the same address."""
+    cable = Cable()
+    made = [Net(cable) for _ in range(20)]
+    macs = {net.mac for net in made}
+    assert len(macs) == 20
+    assert all(mac[0] & 3 == 2 for mac in macs), "for one station, and locally administered"
+    assert [net.config[:6] for net in made] == [net.mac for net in made]
+    mine = bytes.fromhex("525400123456")
+    assert Net(cable, mac=mine).config[:6] == mine
+    for wrong in (mine[:5], mine + b"1", bytes(6), b"\x01" + mine[1:]):
+        with pytest.raises(ArgumentError, match="MAC address"):
+            Net(cable, mac=wrong)
+    cable.close()
+
+
+def test_net_over_a_descriptor_of_the_caller(driver: MakeDriver) -> None:
+    """The caller keeps a descriptor that it gives as a number; the card closes an object."""
+    cable = Cable()
+    device = Net(cable.fileno())
+    one = driver(device)
+    one.memory.write(BASE + 0x8000, b"h" * 12 + b"packet")
+    one.describe(1, 0, BASE + 0x8000, 18, 0, 0)
+    one.offer(1, 0)
+    assert cable.theirs.recv(100) == b"h" * 12 + b"packet"
+    device.close()
+    assert os.fstat(cable.fileno())
+    Net(cable).close()
+    assert cable.fileno() == -1
+
+
 def test_net_whose_tap_is_gone(driver: MakeDriver) -> None:
     cable = Cable()
     words: list[str] = []
-    device = Net(cable, words.append)  # type: ignore[arg-type]
+    device = Net(cable, words.append)
     one = driver(device)
     cable.theirs.close()
     one.describe(1, 0, BASE + 0x8000, 20, 0, 0)
@@ -333,23 +386,35 @@ def test_net_whose_tap_is_gone(driver: MakeDriver) -> None:
 
 
 HOSTILE: dict[str, tuple[Callable[[Driver], None], str]] = {
-    "circle": (lambda one: one.describe(0, 0, BASE, 1, WRITE | NEXT, 0), "go in circles"),
+    "circle": (lambda one: one.describe(0, 0, BASE, 1, WRITE | NEXT, 0), "in a circle"),
     "far": (lambda one: one.describe(0, 0, BASE, 1, WRITE | NEXT, 8), "descriptor 8 of 8"),
-    "wild": (lambda one: one.describe(0, 0, 1 << 63, 1, WRITE, 0), "are not inside memory"),
-    "before": (lambda one: one.describe(0, 0, BASE - 1, 1, WRITE, 0), "are not inside memory"),
-    "over": (lambda one: one.describe(0, 0, BASE, 0xFFFFFFFF, WRITE, 0), "are not inside memory"),
+    "wild": (lambda one: one.describe(0, 0, 1 << 63, 1, WRITE, 0), "not inside shared memory"),
+    "before": (
+        lambda one: one.describe(0, 0, BASE - 1, 1, WRITE, 0),
+        "not inside shared memory",
+    ),
+    "over": (
+        lambda one: one.describe(0, 0, BASE, 0xFFFFFFFF, WRITE, 0),
+        "not inside shared memory",
+    ),
     "wraps": (
         lambda one: one.describe(0, 0, (1 << 64) - 1, 0x10, WRITE, 0),
-        "are not inside memory",
+        "not inside shared memory",
     ),
-    "private": (lambda one: one.describe(0, 0, 1 << 32, 1, WRITE, 0), "are not inside memory"),
-    "indirect": (lambda one: one.describe(0, 0, BASE, 16, INDIRECT, 0), "is indirect"),
+    "private": (
+        lambda one: one.describe(0, 0, 1 << 32, 1, WRITE, 0),
+        "not inside shared memory",
+    ),
+    "indirect": (
+        lambda one: one.describe(0, 0, BASE, 16, INDIRECT, 0),
+        "indirect descriptor (0)",
+    ),
     "order": (
         lambda one: [
             one.describe(0, 0, BASE, 1, WRITE | NEXT, 1),
             one.describe(0, 1, BASE, 1, 0, 0),
         ][0],
-        "is to be read, behind one to be written",
+        "put descriptor 1, to be read, after one to be written",
     ),
 }
 
@@ -362,7 +427,7 @@ def test_a_device_stops_with_a_word(driver: MakeDriver, name: str) -> None:
     one.offer(0, 0)
     assert one.stopped
     assert len(one.words) == 1
-    assert one.words[0].startswith("virtio-rng has stopped: the guest has ")
+    assert one.words[0].startswith("virtio-rng stopped: the guest ")
     assert words in one.words[0]
     assert one.used(0) == []
     assert one.get(0x60) & 2
@@ -381,7 +446,7 @@ def test_more_requests_than_the_ring_holds(driver: MakeDriver) -> None:
     one = driver(Entropy())
     one.describe(0, 0, BASE, 1, WRITE, 0)
     one.offer(0, 0, ahead=9)
-    assert one.words == ["virtio-rng has stopped: the guest has 9 requests in a ring of 8"]
+    assert one.words == ["virtio-rng stopped: the guest offered 9 requests in a ring of 8"]
 
 
 @pytest.mark.parametrize("size", [0, 3, 512, 0x8000, 0xFFFFFFFF])
@@ -415,7 +480,7 @@ def test_whatever_a_guest_does(tmp_path: Path, data: st.DataObject) -> None:
     if kind == "disk":
         device = Block(path)
     elif kind == "net":
-        device = Net(cable)  # type: ignore[arg-type]
+        device = Net(cable)
     else:
         device = Entropy()
     try:

@@ -1,4 +1,4 @@
-"""A disk for a Linux guest: virtio-blk over a file; and random numbers: virtio-rng.
+"""A disk for a Linux guest, virtio-blk over a file, and random numbers, virtio-rng.
 
 VIRTIO 1.2, 5.2 and 5.4.
 """
@@ -11,8 +11,8 @@ import os
 import stat
 import struct
 from collections.abc import Callable
-from pathlib import Path
 
+from ...errors import ArgumentError
 from .virtio import Chain, Queue, RingError, VirtioDevice
 
 __all__ = ["Block", "Entropy"]
@@ -24,14 +24,19 @@ _OK, _IO_ERROR, _UNSUPPORTED = 0, 1, 2
 _F_SEG_MAX, _F_RO, _F_FLUSH = 1 << 2, 1 << 5, 1 << 9
 _SEGMENTS_MAX = 126
 _ID_SIZE = 20
+# The first bytes of disk images that are not raw: magic -> the name that qemu-img calls them by.
+_FORMATS = {b"QFI\xfb": "qcow2", b"KDMV": "vmdk", b"vhdxfile": "vhdx"}
 
 
 class Block(VirtioDevice):
-    """The file at `path` as a disk of its size.
+    """A disk whose contents are the raw image or block device at `path`.
 
-    Read-only when the file can't be opened for writing.  OSError when it can't be opened at all,
-    EWOULDBLOCK when another guest has it; ValueError when it is no file, or no number of sectors.
-    `complain` is told of the host's errors.
+    It is read-only if the file can't be opened for writing.  `complain` is called with a line of
+    text when the host can't read or write the file.
+
+    OSError if the file can't be opened; EWOULDBLOCK if another guest uses it.  ArgumentError if it
+    is not a file or a block device, is not a multiple of 512 bytes, or is a disk image in another
+    format than raw.
     """
 
     device_id = 2
@@ -54,10 +59,15 @@ class Block(VirtioDevice):
         try:
             kind = os.fstat(self._fd).st_mode
             if not stat.S_ISREG(kind) and not stat.S_ISBLK(kind):
-                raise ValueError("a disk is a file or a block device")
+                raise ArgumentError("a disk must be a file or a block device")
+            #: In bytes.
             self.size = os.lseek(self._fd, 0, os.SEEK_END)
+            self._check_format()
             if self.size == 0 or self.size % _SECTOR:
-                raise ValueError(f"{self.size} bytes are not a number of sectors of {_SECTOR}")
+                raise ArgumentError(
+                    f"the size of a disk must be a multiple of {_SECTOR} bytes, more than 0, not"
+                    f" {self.size}"
+                )
             try:
                 lock = fcntl.LOCK_SH if self.read_only else fcntl.LOCK_EX
                 fcntl.flock(self._fd, lock | fcntl.LOCK_NB)
@@ -69,6 +79,15 @@ class Block(VirtioDevice):
         self.features = _F_SEG_MAX | _F_FLUSH | (_F_RO if self.read_only else 0)
         self.config = struct.pack("<QII", self.size // _SECTOR, 0, _SEGMENTS_MAX).ljust(64, b"\0")
 
+    def _check_format(self) -> None:
+        start = os.pread(self._fd, max(map(len, _FORMATS)), 0)
+        for magic, kind in _FORMATS.items():
+            if start.startswith(magic):
+                raise ArgumentError(
+                    f"a {kind} image; only raw disks are supported.  Convert it with:"
+                    f" qemu-img convert -O raw {self.path} {self.path}.raw"
+                )
+
     def serve(self, number: int, queue: Queue) -> bool:
         done = False
         while (chain := queue.pop()) is not None:
@@ -78,15 +97,15 @@ class Block(VirtioDevice):
         return done
 
     def _request(self, chain: Chain) -> int:
-        """One request; returns how many bytes were written to the guest."""
+        """Serve a request; returns how many bytes were written to the guest."""
         readable, writable = list(chain.readable), list(chain.writable)
         header = _take(readable, _HEADER.size)
         if len(header) < _HEADER.size:
-            raise RingError(f"a disk request of {len(header)} bytes")
+            raise RingError(f"sent a disk request of {len(header)} bytes")
         while writable and not writable[-1]:
             writable.pop()
         if not writable:
-            raise RingError("a disk request without room for its status")
+            raise RingError("sent a disk request without a byte for its status")
         status_at = writable[-1][-1:]
         writable[-1] = writable[-1][:-1]
         kind, _, sector = _HEADER.unpack(header)
@@ -105,8 +124,8 @@ class Block(VirtioDevice):
             os.fdatasync(self._fd)
             return _OK, 0
         if kind == _GET_ID:
-            identity = Path(self.path).name.encode()[:_ID_SIZE].ljust(_ID_SIZE, b"\0")
-            return _OK, _put(writable, identity)
+            name = os.path.basename(os.fsencode(self.path))  # noqa: PTH119  # a name may be any bytes
+            return _OK, _put(writable, name[:_ID_SIZE].ljust(_ID_SIZE, b"\0"))
         if kind not in (_IN, _OUT):
             return _UNSUPPORTED, 0
         parts = writable if kind == _IN else readable
@@ -123,7 +142,7 @@ class Block(VirtioDevice):
         offset: int,
         kind: int,
     ) -> int:
-        """All of it, however many calls it takes; returns what was written to the guest."""
+        """Read or write all `parts`; returns how many bytes were written to the guest."""
         total = 0
         left = [part for part in parts if part]
         while left:
@@ -148,7 +167,7 @@ class Entropy(VirtioDevice):
 
     device_id = 4
     name = "virtio-rng"
-    _MOST = 1 << 16  # bytes a request: a guest must not have us make gigabytes
+    _MOST = 1 << 16  # bytes for a request, however much the guest asks for
     bounced = _MOST
 
     def serve(self, number: int, queue: Queue) -> bool:
@@ -161,7 +180,7 @@ class Entropy(VirtioDevice):
 
 
 def _take(parts: list[memoryview], size: int) -> bytes:
-    """The first `size` bytes, taken off."""
+    """Remove the first `size` bytes from `parts` and return them."""
     data = b""
     while parts and len(data) < size:
         wanted = size - len(data)
@@ -173,7 +192,7 @@ def _take(parts: list[memoryview], size: int) -> bytes:
 
 
 def _put(parts: list[memoryview], data: bytes) -> int:
-    """Write as much of `data` as there is room for; returns how much."""
+    """Write as much of `data` as fits into `parts`; returns how much."""
     done = 0
     for part in parts:
         piece = data[done : done + len(part)]

@@ -1,4 +1,4 @@
-"""Where a Linux guest's memory is: ranges, as data; and the bytes behind them."""
+"""The layout of a Linux guest's memory, and access to the part that the host can read."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from ...errors import ArgumentError
 from ...memory import PAGE_SIZE, HostMemory
 
 __all__ = [
@@ -22,50 +23,60 @@ __all__ = [
 ]
 
 _GIB = 1 << 30
-#: RAM ends here below 4 GiB, devices have the rest, and what is left of the RAM begins at HIGH.
+#: RAM below 4 GiB ends at LOW_MAX or earlier; the rest of the RAM begins at HIGH.
 LOW_MAX, HIGH = 3 * _GIB, 4 * _GIB
-#: How much of a guest with private memory is shared, at least.
+#: How much memory of a guest with private memory is shared, at least, in bytes.
 PRIVATE_LOW_MIN = 128 << 20
 _ALIGNMENT = 4 << 20
-#: In what pieces the kernel gives bounce buffers out, and how much it has of them at least; it
-#: rounds up to a power of two (kernel/dma/swiotlb.c).
+# The size of a bounce buffer slot, and the least size of the pool; the kernel rounds it up to a
+# power of two (kernel/dma/swiotlb.c).
 _BOUNCE_SLOT, _BOUNCE_MIN = 2048, 1 << 20
-#: The virtio devices' registers, a page each.
+#: The guest physical address of the virtio devices' registers, one page for each device.
 MMIO = 0xD0000000
-#: RAM that the first megabyte has for whoever wants it; from there to 1 MiB are tables.
+#: Where the RAM of the first megabyte ends; from there to 1 MiB are ACPI's tables.
 CONVENTIONAL_END = 0x9F000
 
 
 class Range(NamedTuple):
-    """Guest physical addresses of one kind; `gpa` and `size` in bytes, page aligned."""
+    """A range of a guest's RAM."""
 
+    #: The guest physical address, page aligned.
     gpa: int
+    #: In bytes, page aligned.
     size: int
-    kind: str  # "shared" or "private": who can read what the guest writes there
+    #: "shared", or "private" for memory that the host can't read.
+    kind: str
+    #: For a person.
     purpose: str
 
     @property
     def end(self) -> int:
+        """The first address after the range."""
         return self.gpa + self.size
 
 
 def plan(memory_size: int, *, private: bool = False) -> list[Range]:
     """The ranges of a guest with `memory_size` bytes of RAM.
 
-    All of it is shared, or it is laid out for private memory: a stock kernel's image, its page
-    tables, its devices' rings and bounce buffers have to be where KVM and the host can read them,
-    and it can be told to keep all RAM from an address on for what it can move, its applications'
-    memory (`private_cmdline`).  So the lower part is shared, up to PRIVATE_LOW_MIN or a quarter,
-    and what is private begins at 4 GiB.  ValueError when nothing is left for that.
+    Without `private` all of it is shared.  With `private` the lower part is shared, a quarter but
+    at least PRIVATE_LOW_MIN and at most 3 GiB, and the rest, from 4 GiB on, is private.  A stock
+    kernel's image, page tables, rings and bounce buffers have to be where KVM and the host can
+    read them; `private_cmdline` makes it use the rest for memory that it can move, which is its
+    applications'.
+
+    ArgumentError if `memory_size` is not a positive multiple of 4096, or too small for `private`.
     """
     if memory_size <= 0 or memory_size % PAGE_SIZE:
-        raise ValueError(f"memory size {memory_size:#x} is not a multiple of {PAGE_SIZE}")
+        raise ArgumentError(
+            f"the memory size {memory_size:#x} is not a positive multiple of {PAGE_SIZE}"
+        )
     if private:
         low = min(max(PRIVATE_LOW_MIN, memory_size // 4 & ~(_ALIGNMENT - 1)), LOW_MAX)
         if memory_size < low + PRIVATE_LOW_MIN // 4:
-            raise ValueError(
-                f"too little memory to have a private part: {low >> 20}M are shared, and"
-                f" {memory_size >> 20}M are all"
+            needed = PRIVATE_LOW_MIN + PRIVATE_LOW_MIN // 4
+            raise ArgumentError(
+                f"private memory needs at least {needed >> 20}M: the first"
+                f" {PRIVATE_LOW_MIN >> 20}M are always shared"
             )
         return [
             Range(0, low, "shared", "kernel, rings and bounce buffers"),
@@ -79,15 +90,15 @@ def plan(memory_size: int, *, private: bool = False) -> list[Range]:
 
 
 def private_cmdline(ranges: Sequence[Range], bounced: int = 0) -> str:
-    """What a kernel has to be told of such ranges; "" where all is shared.
+    """What a kernel's command line needs for such ranges; "" if all are shared.
 
-    `bounced`: bytes that its drivers may have under way to devices, and from them.
+    `bounced`: how many bytes its drivers may have in bounce buffers at a time.
 
-    kernelcore: how much RAM it keeps for itself.  It counts from below and, whatever the number,
-    takes all there is below the highest zone, which begins at 4 GiB: half of the lower part is
-    surely not too much.  swiotlb: the bounce buffers of all devices; the kernel clears them as it
-    starts, and would have 64 MiB for itself, were it not told.
-    nokaslr: a kernel that chooses its own place may choose a private one.
+    kernelcore: how much RAM the kernel keeps for what it can't move.  It counts from below and,
+    whatever the number, takes all RAM below the highest zone, which begins at 4 GiB; so half of
+    the lower part is never too much.  swiotlb: the bounce buffers of all devices; the kernel clears
+    them as it starts, and takes 64 MiB by default.  nokaslr: a kernel that chooses its own address
+    may choose a private one.
     """
     if all(part.kind == "shared" for part in ranges):
         return ""
@@ -97,13 +108,13 @@ def private_cmdline(ranges: Sequence[Range], bounced: int = 0) -> str:
 
 
 class GuestAddressError(ValueError):
-    """A guest physical address behind which there is no memory that host and guest share."""
+    """A guest physical address that is not inside a shared range."""
 
 
 class GuestMemory:
-    """The shared ranges, by guest physical address: the way devices and loaders get at them.
+    """Access to the shared ranges by guest physical address, for devices and loaders.
 
-    Every access is checked: GuestAddressError for one that is not inside one range.
+    Every access must be inside one range: GuestAddressError otherwise.
     """
 
     def __init__(self, parts: Sequence[tuple[Range, HostMemory]]) -> None:
@@ -115,20 +126,20 @@ class GuestMemory:
         for start, end, memory in self._parts:
             if start <= gpa <= gpa + size <= end:
                 return gpa - start, memory
-        raise GuestAddressError(
-            f"{size:#x} bytes at {gpa:#x} are not inside memory that the host shares"
-        )
+        raise GuestAddressError(f"{size:#x} bytes at {gpa:#x} are not inside shared memory")
 
     def read(self, gpa: int, size: int) -> bytes:
+        """`size` bytes from the address `gpa` on."""
         offset, memory = self._find(gpa, size)
         return memory.read(offset, size)
 
     def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
+        """Write `data` to the address `gpa`."""
         offset, memory = self._find(gpa, len(data))
         memory.write(offset, data)
 
     def view(self, gpa: int, size: int) -> memoryview:
-        """The bytes in place, for as long as the guest's memory is open."""
+        """The bytes in place.  Do not use the view after the machine is closed."""
         offset, memory = self._find(gpa, size)
         return memory.view()[offset : offset + size]
 
@@ -137,7 +148,7 @@ _PRESENT = bytes(value >> 7 for value in range(256))
 
 
 def resident(memory: HostMemory) -> int:
-    """How many bytes of a mapping are in RAM: as /proc/self/pagemap has it, bit 63 a page."""
+    """How many bytes of a mapping are in RAM, by bit 63 of each entry of /proc/self/pagemap."""
     with Path("/proc/self/pagemap").open("rb", buffering=0) as pagemap:
         pagemap.seek(memory.userspace_addr // PAGE_SIZE * 8)
         entries = pagemap.read(memory.size // PAGE_SIZE * 8)

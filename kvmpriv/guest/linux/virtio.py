@@ -1,7 +1,8 @@
-"""Virtio over MMIO: the registers, and rings that are not trusted.
+"""Virtio over MMIO: the registers, and rings whose contents are not trusted.
 
-Virtual I/O Device (VIRTIO) Version 1.2: 2.7 (split virtqueues), 4.2 (MMIO).  Without indirect
-descriptors and event indices: what a guest may do, it may do here, and all else stops the device.
+Virtual I/O Device (VIRTIO) Version 1.2: 2.7 (split virtqueues), 4.2 (MMIO).  Indirect descriptors
+and event indices are not offered.  A guest that breaks the rules stops the device, until it resets
+it.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ __all__ = [
     "VirtioDevice",
 ]
 
-#: How many addresses a device's registers take.
+#: The size of a device's registers, in bytes.
 SIZE = 0x200
-#: The feature bit by which a driver has to go through the DMA API, and so through bounce buffers.
+#: The feature bit that makes a driver use the DMA API, and so its kernel's bounce buffers.
 ACCESS_PLATFORM = 1 << 33
 
 _VERSION_1 = 1 << 32
@@ -38,7 +39,7 @@ _NO_INTERRUPT = 1
 _DESCRIPTOR = struct.Struct("<QIHH")
 # Status bits.
 _FEATURES_OK, _DRIVER_OK, _NEEDS_RESET = 8, 4, 64
-#: The register to which a driver writes the number of a queue that has something new.
+#: The register to which a driver writes the number of a queue with new requests.
 QUEUE_NOTIFY = 0x50
 _INTERRUPT_STATUS, _INTERRUPT_ACKNOWLEDGE = 0x60, 0x64
 _CONFIG = 0x100
@@ -46,11 +47,11 @@ _USED_BUFFER, _CONFIG_CHANGED = 1, 2
 
 
 class RingError(Exception):
-    """What the guest has put into a ring makes no sense; the message says what."""
+    """The guest broke the rules of a ring; the message completes "the guest ..."."""
 
 
 class Chain(NamedTuple):
-    """One request: what the guest has for the device to read, and where it may write."""
+    """A request: what the device may read, and where it may write, in the guest's memory."""
 
     head: int
     readable: list[memoryview]
@@ -60,37 +61,37 @@ class Chain(NamedTuple):
 class Queue:
     """A split virtqueue in the guest's memory.
 
-    Every index and every address is checked as it is used: the guest may change them at any
-    moment, and none of them leads outside its memory or in circles.
+    Every index and every address is checked when it is used, as the guest may change them at any
+    time: none of them leads outside its memory, and no chain is endless.
     """
 
     def __init__(self, memory: GuestMemory) -> None:
         self._memory = memory
         self.size = 0
         self.ready = False
-        #: Where descriptors, available and used ring are, as the driver has said it.
+        #: Guest physical addresses of the descriptors, the available ring and the used ring.
         self.addresses = [0, 0, 0]
         self._taken = 0
         self._used_index = 0
 
     def activate(self) -> None:
-        """The driver says that all is in place."""
+        """Start to use the rings: the driver has set size and addresses."""
         size = self.size
         if not 0 < size <= _QUEUE_SIZE_MAX or size & (size - 1):
-            raise RingError(f"a queue of {size} entries")
+            raise RingError(f"set up a queue of {size} entries")
         sizes = (16 * size, 6 + 2 * size, 6 + 8 * size)
         for address, alignment in zip(self.addresses, (16, 2, 4), strict=True):
             if address % alignment:
-                raise RingError(f"a ring at {address:#x}, which is not a multiple of {alignment}")
+                raise RingError(f"put a ring at {address:#x}, not a multiple of {alignment}")
         try:
             self._descriptors, available, used = (
                 self._memory.view(address, length)
                 for address, length in zip(self.addresses, sizes, strict=True)
             )
         except GuestAddressError as error:
-            raise RingError(f"a ring that is no shared memory: {error}") from None
-        # In units of what is written at once: struct.pack_into puts zeros there first, and a
-        # driver that looks at that moment finds an index that is none.
+            raise RingError(f"put a ring outside shared memory: {error}") from None
+        # Cast to units that are written at once: struct.pack_into writes zeros first, and a driver
+        # that reads at that moment would see a wrong index.
         self._available = available.cast("H")
         self._used_head = used[:4].cast("H")
         self._used_ring = used[4:-2].cast("I")
@@ -98,7 +99,7 @@ class Queue:
         self.ready = True
 
     def pop(self) -> Chain | None:
-        """The next request; None when there is none, or the queue is not ready."""
+        """The next request, or None."""
         if not self.ready:
             return None
         index = self._available[1]
@@ -106,7 +107,7 @@ class Queue:
         if not waiting:
             return None
         if waiting > self.size:
-            raise RingError(f"{waiting} requests in a ring of {self.size}")
+            raise RingError(f"offered {waiting} requests in a ring of {self.size}")
         head = self._available[2 + self._taken % self.size]
         self._taken = (self._taken + 1) & 0xFFFF
         return self._walk(head)
@@ -117,69 +118,74 @@ class Queue:
         number = head
         for _ in range(self.size):
             if number >= self.size:
-                raise RingError(f"descriptor {number} of {self.size}")
+                raise RingError(f"used descriptor {number} of {self.size}")
             address, length, flags, following = _DESCRIPTOR.unpack_from(
                 self._descriptors, 16 * number
             )
             if flags & _INDIRECT:
-                raise RingError(f"descriptor {number} is indirect, which was not offered")
+                raise RingError(f"used an indirect descriptor ({number}), which was not offered")
             if not flags & _WRITE and writable:
-                raise RingError(f"descriptor {number} is to be read, behind one to be written")
+                raise RingError(f"put descriptor {number}, to be read, after one to be written")
             try:
                 part = self._memory.view(address, length)
             except GuestAddressError as error:
-                raise RingError(f"descriptor {number}: {error}") from None
+                raise RingError(f"used descriptor {number}: {error}") from None
             (writable if flags & _WRITE else readable).append(part)
             if not flags & _NEXT:
                 return Chain(head, readable, writable)
             number = following
-        raise RingError(f"the descriptors from {head} on go in circles")
+        raise RingError(f"linked the descriptors from {head} on in a circle")
 
     def push(self, chain: Chain, written: int) -> None:
-        """Give a request back, with so many bytes written to it."""
+        """Return a request to the driver, with `written` bytes written to it."""
         at = 2 * (self._used_index % self.size)
         self._used_ring[at], self._used_ring[at + 1] = chain.head, min(written, 0xFFFFFFFF)
         self._used_index = (self._used_index + 1) & 0xFFFF
-        self._used_head[1] = self._used_index  # behind the entry: x86 keeps the order of stores
+        self._used_head[1] = self._used_index  # after the entry: x86 keeps the order of stores
 
     def wants_interrupt(self) -> bool:
-        """Whether the driver wants to be told of what was given back."""
+        """Whether the driver asks for an interrupt when requests are returned."""
         return not self._available[0] & _NO_INTERRUPT
 
 
 class VirtioDevice(ABC):
-    """What a device is behind its registers; for each kind a class of its own."""
+    """A device behind the registers; a subclass for each kind."""
 
-    #: The number of its kind, how it is called, its own feature bits, how many queues it has.
+    #: The kind, by its number (VIRTIO 1.2, chapter 5).
     device_id = 0
+    #: The kind, for messages.
     name = "virtio"
+    #: The feature bits of this kind.
     features = 0
     queue_count = 1
-    #: Bytes that its driver may have under way, where these go through bounce buffers.
+    #: How many bytes the driver may have in bounce buffers at a time.
     bounced = 0
-    #: The configuration space, as it is now.
+    #: The configuration space.
     config = b""
 
     @abstractmethod
     def serve(self, number: int, queue: Queue) -> bool:
-        """Do what waits in a queue; True if something was given back.  RingError stops it."""
+        """Serve the requests in queue `number`; True if one was returned.
+
+        RingError stops the device.  Called with one queue at a time.
+        """
 
     def host_fd(self) -> int:
-        """A descriptor of the host's: when it can be read, queue 0 is to be served.  -1: none."""
+        """A descriptor of the host: queue 0 is served when it becomes readable.  -1: none."""
         return -1
 
-    def reset(self) -> None:  # noqa: B027  # most have nothing to forget
-        """The driver starts anew."""
+    def reset(self) -> None:  # noqa: B027  # most devices have no state
+        """Forget the requests under way: the driver starts again."""
 
-    def close(self) -> None:  # noqa: B027  # nor to give back
-        """The machine is over."""
+    def close(self) -> None:  # noqa: B027  # and nothing to close
+        """Close what the device has opened: its machine is closed."""
 
 
 class Transport:
     """The registers of one device.
 
-    `interrupt` raises its interrupt line, `complain` is told when it stops.  A vCPU's thread sets
-    the device up while another serves its queues: one at a time.
+    `interrupt` raises its interrupt line; `complain` is called with a line of text when the device
+    stops.  `access_platform` makes the driver use bounce buffers.  Any thread may call.
     """
 
     def __init__(
@@ -198,7 +204,7 @@ class Transport:
         self._offered = device.features | _VERSION_1 | (ACCESS_PLATFORM if access_platform else 0)
         self._required = self._offered & (_VERSION_1 | ACCESS_PLATFORM)
         self._lock = threading.Lock()
-        # Of its own: an interrupt handler must not wait until a disk has written.
+        # A lock of its own: an interrupt handler must not wait for a disk.
         self._status_lock = threading.Lock()
         self._interrupt_status = 0
         self._reset()
@@ -211,27 +217,27 @@ class Transport:
         self.device.reset()
 
     def serve(self, number: int) -> None:
-        """Do what waits in a queue, and tell the driver."""
+        """Serve the requests in queue `number` and interrupt the driver."""
         with self._lock:
             if self._status & (_DRIVER_OK | _NEEDS_RESET) != _DRIVER_OK:
                 return
             queue = self.queues[number]
             try:
                 if queue.ready and self.device.serve(number, queue):
-                    self._tell(queue)
+                    self._interrupt_for(queue)
             except RingError as error:
                 self._stop(str(error))
 
     def _stop(self, why: str) -> None:
-        """The driver can't be followed: nothing more until it resets the device."""
+        """Serve nothing more until the driver resets the device."""
         self._status |= _NEEDS_RESET
-        self._complain(f"{self.device.name} has stopped: the guest has {why}")
+        self._complain(f"{self.device.name} stopped: the guest {why}")
         self._raise(_CONFIG_CHANGED)
 
-    def _tell(self, queue: Queue) -> None:
-        """Say that something was given back, if the driver wants to know it."""
-        # Taking the lock is a full barrier: the index is to be seen before the driver's flag is
-        # read, as the driver looks for more after it has set the flag (VIRTIO 2.7.13.4.1).
+    def _interrupt_for(self, queue: Queue) -> None:
+        """Interrupt the driver because requests were returned, if it asks for that."""
+        # Taking the lock is a full barrier: the index must be visible before the driver's flag is
+        # read, as the driver checks for more after it has set the flag (VIRTIO 2.7.13.4.1).
         with self._status_lock:
             if not queue.wants_interrupt():
                 return
@@ -244,7 +250,7 @@ class Transport:
         self._interrupt()
 
     def read(self, offset: int, size: int) -> int:
-        """A register: 32 bits; the configuration space: 8 to 64."""
+        """Read a register (32 bits) or the configuration space (8 to 64 bits)."""
         if offset == _INTERRUPT_STATUS:
             return self._interrupt_status
         with self._lock:
@@ -271,8 +277,8 @@ class Transport:
         return self.queues[selected] if selected < len(self.queues) else None
 
     def write(self, offset: int, size: int, value: int) -> None:
-        """A register: 32 bits."""
-        if offset == QUEUE_NOTIFY:  # where no ioeventfd has taken it
+        """Write a register (32 bits)."""
+        if offset == QUEUE_NOTIFY:  # if no ioeventfd took it
             if value < len(self.queues):
                 self.serve(value)
             return
@@ -319,5 +325,5 @@ class Transport:
             return
         refused = self._accepted & ~self._offered or self._required & ~self._accepted
         if value & _FEATURES_OK and refused:
-            value &= ~_FEATURES_OK  # the driver reads it back, and gives up
+            value &= ~_FEATURES_OK  # the driver reads it back and gives up
         self._status = value & 0xFF | self._status & _NEEDS_RESET
