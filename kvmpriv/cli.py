@@ -1,101 +1,245 @@
-"""The command line: which command, and what every command does about its output and Ctrl-C."""
+"""The command line: it finds the command, and handles output and Ctrl-C for all of them."""
 
 from __future__ import annotations
 
 import argparse
+import errno as _errno
 import io
 import os
 import sys
-from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from .commands import COMMANDS
+from .commands import COMMANDS, Command, fail
 from .exit_status import ExitStatus
+from .terminal import OutputError
 
-_STDOUT = "standard output"
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from typing import TextIO
+
+__all__ = ["command_parser", "main", "make_parser"]
+
+_DESCRIPTION = "KVM guest private memory: probe a host, run guests, test a kernel."
+_SIGINT, _SIGPIPE = 2, 13
 
 
 class _Formatter(argparse.HelpFormatter):
-    """argparse makes one for every argument, and looks up the width with a module of 4 ms."""
+    """Fills paragraphs to the terminal's width; lines that begin with a space stay as they are."""
 
     def __init__(self, prog: str, **options: Any) -> None:
-        try:
-            width = os.get_terminal_size().columns
-        except (OSError, ValueError):
-            width = 80
-        super().__init__(prog, **{"width": width - 2, **options})
+        super().__init__(prog, **{"width": _width() - 2, **options})
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        fill = super()._fill_text
+        lines: list[str] = []
+        for paragraph in text.split("\n\n"):
+            if lines:
+                lines.append("")
+            words: list[str] = []
+            for line in [*paragraph.splitlines(), ""]:
+                if line and not line.startswith(" "):
+                    words.append(line)
+                    continue
+                if words:
+                    lines.append(fill(" ".join(words), width, indent))
+                    words = []
+                if line:
+                    lines.append(indent + line)
+        return "\n".join(lines)
+
+
+def _width() -> int:
+    """Columns of the terminal, as `shutil.get_terminal_size` returns them.
+
+    argparse asks for each argument that is added, and importing shutil takes milliseconds.
+    """
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdecimal() and int(columns):
+        return int(columns)
+    try:
+        return os.get_terminal_size(1).columns or 80
+    except OSError:
+        return 80
 
 
 class _Parser(argparse.ArgumentParser):
+    """Reports errors with the usage of the command that was given, and suggests a correction."""
+
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"formatter_class": _Formatter, **options})
+        self._words: list[str] = []
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
+        """Remember the words, which `error` looks at."""
+        self._words = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(self._words, namespace)
 
     def error(self, message: str) -> NoReturn:
+        """Print the usage, what was wrong and what may have been meant; exit with 2."""
         self.print_usage(sys.stderr)
-        self.exit(ExitStatus.USAGE, f"{self.prog}: {message} (see `{self.prog} --help`)\n")
+        hint = self._missing_option(message) or self._misspelt_option(message)
+        self.exit(ExitStatus.USAGE, f"{self.prog}: {message}{hint} (see `{self.prog} --help`)\n")
+
+    def _missing_option(self, message: str) -> str:
+        """For ``boot KERNEL``: the file was given without its option."""
+        required = [action for action in self._actions if action.required and action.option_strings]
+        if not required or not message.startswith("the following arguments are required"):
+            return ""
+        for action in required:
+            action.required = False
+        _, rest = super().parse_known_args(self._words)
+        strays = [word for word in rest if not word.startswith("-")]
+        return f"; did you mean `{required[0].option_strings[0]} {strays[0]}`?" if strays else ""
+
+    def _misspelt_option(self, message: str) -> str:
+        _, _, words = message.partition("unrecognized arguments: ")
+        word = words.split(" ")[0].partition("=")[0]
+        return did_you_mean(word, self._option_string_actions) if word.startswith("-") else ""
+
+
+def did_you_mean(word: str, names: Iterable[str]) -> str:
+    """The name that is close to `word`, as the end of a message; empty if there is none."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(word, list(names), 1)
+    return f"; did you mean `{close[0]}`?" if close else ""
 
 
 def _module(command: str) -> Any:
     return import_module(f".commands.{command}", __package__)
 
 
+def command_parser(command: Command, parser: argparse.ArgumentParser | None = None) -> Any:
+    """Add the arguments and the help of a command to `parser`, or to a new one; returns it."""
+    parser = parser or _Parser(prog=f"kvmpriv {command.name}")
+    module = _module(command.name)
+    module.add_arguments(parser)
+    parser.description = parser.description or f"{command.summary[0].upper()}{command.summary[1:]}."
+    parts = [parser.epilog or ""]
+    if examples := getattr(module, "EXAMPLES", ()):
+        parts.append("examples:")
+        parts[-1] += "".join(f"\n  {example}\n      {about}" for example, about in examples)
+    if statuses := getattr(module, "EXIT_STATUS", {}):
+        parts.append("exit status:")
+        parts[-1] += "".join(f"\n  {_status(key):6} {text}" for key, text in statuses.items())
+    parser.epilog = "\n\n".join(filter(None, parts)) or None
+    return parser
+
+
+def _status(key: str | int) -> str:
+    return key if isinstance(key, str) else f"{key:d}"
+
+
+def make_parser(*, complete: bool = False) -> argparse.ArgumentParser:
+    """The parser of ``kvmpriv``; `complete` gives it the arguments of every command too."""
+    from . import __version__
+
+    parser = _Parser(prog="kvmpriv", description=_DESCRIPTION)
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=f"kvmpriv {__version__}",
+        help="print the version and exit",
+    )
+    parser.epilog = "`kvmpriv COMMAND --help` describes a command, and so does its manual page, "
+    parser.epilog += "kvmpriv-COMMAND(1)."
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        added = commands.add_parser(command.name, help=command.summary)
+        if complete:
+            command_parser(command, added)
+    about = commands.add_parser("help", help="print the help of kvmpriv or of a command")
+    about.description = "Print the help of kvmpriv, or of a command."
+    about.add_argument(
+        "about", nargs="?", metavar="COMMAND", choices=[command.name for command in COMMANDS]
+    )
+    return parser
+
+
+def _run(arguments: list[str]) -> int:
+    """Parse the command line and run the command; SystemExit for usage and help."""
+    commands = {command.name: command for command in COMMANDS}
+    name = arguments[0] if arguments else ""
+    if name not in commands:
+        return _run_without_command(name, arguments, commands)
+    options = command_parser(commands[name]).parse_args(arguments[1:])
+    if sys.stdout is None:
+        return fail("", "standard output is closed", ExitStatus.UNABLE)
+    status: int = _module(name).main(options)
+    return status
+
+
+def _run_without_command(name: str, arguments: list[str], commands: dict[str, Command]) -> int:
+    parser = make_parser()
+    about = arguments[1] if name == "help" and len(arguments) > 1 else name
+    if about in commands and len(arguments) == 2:
+        command_parser(commands[about]).print_help()
+    elif arguments == ["help"]:
+        parser.print_help()
+    elif about and not about.startswith("-") and about != "help":
+        parser.error(f"there is no command {about!r}{did_you_mean(about, commands)}")
+    else:
+        parser.parse_args(arguments)  # --help and --version exit, all else is an error
+    return ExitStatus.OK
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if sys.stderr is None:  # closed: what would be said there must not go anywhere else
+    if sys.stderr is None:  # closed: what is printed there must not go to another file
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
-    parser = _Parser(
-        prog="kvmpriv", description="KVM guest private memory: probe it, use it, test it."
-    )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, summary in COMMANDS:
-        command = commands.add_parser(name, help=summary, description=summary.capitalize() + ".")
-        if arguments[:1] == [name]:  # only the one that is asked for is imported
-            _module(name).add_arguments(command)
-    parsed = parser.parse_args(arguments)
-    if sys.stdout is None:
-        print("kvmpriv: standard output is closed", file=sys.stderr)
-        return ExitStatus.UNABLE
-    if argv is None:  # we are the process, and its output is ours
+    if argv is None:  # this process is the command, so the standard streams may be changed
         _prepare_output()
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = arguments[0] if arguments and arguments[0] in {name for name, _ in COMMANDS} else ""
     try:
-        status: int = _module(parsed.command).main(parsed)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        status = ExitStatus.SIGNALLED + 13  # as if SIGPIPE had ended this process
-    except KeyboardInterrupt:
-        status = ExitStatus.SIGNALLED + 2
-        with suppress(OSError):  # what was printed before it is no less true
+        try:
+            status = _run(arguments)
+        except SystemExit as ended:  # from argparse: the help was printed, or an error
+            status = ended.code if isinstance(ended.code, int) else ExitStatus.USAGE
+        if sys.stdout is not None:
             sys.stdout.flush()
-    except OSError as error:
-        if error.filename != _STDOUT:
-            raise
-        print(f"kvmpriv: {_STDOUT}: {error.strerror}", file=sys.stderr)
-        status = ExitStatus.UNABLE
+    except BrokenPipeError:
+        status = ExitStatus.SIGNALLED + _SIGPIPE  # as if SIGPIPE had ended this process
+    except OutputError as error:
+        if error.errno == _errno.EPIPE:
+            status = ExitStatus.SIGNALLED + _SIGPIPE
+        else:
+            status = fail("", f"standard output: {error.strerror}", ExitStatus.UNABLE)
+    except KeyboardInterrupt:
+        status = ExitStatus.SIGNALLED + _SIGINT
+        with suppress(OSError):  # what was printed before Ctrl-C is still right
+            sys.stdout.flush()
+    except MemoryError:
+        status = fail(
+            name, "out of memory (see `ulimit -v` and the memory cgroup)", ExitStatus.UNABLE
+        )
     else:
         return status
-    _discard_stdout()
+    _discard(sys.stdout)
     return status
 
 
 class _Stdout(io.FileIO):
-    """File descriptor 1, whose errors say that it was the output that failed."""
+    """File descriptor 1; its errors are OutputError."""
 
     def write(self, data: Any) -> int | None:  # type: ignore[override]
         try:
             return super().write(data)
         except OSError as error:
-            error.filename = _STDOUT
-            raise
+            raise OutputError(error.errno, error.strerror) from None
 
 
 def _prepare_output() -> None:
-    """A terminal that can't show a character is no reason to fail; a full disk is one to say so."""
+    """Escape what the encoding of standard output and error lacks, and report failed writes."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    if sys.stdout is None:
+        return
     raw = _Stdout(sys.stdout.fileno(), "w", closefd=False)
     sys.stdout = io.TextIOWrapper(
         io.BufferedWriter(raw),
@@ -105,8 +249,20 @@ def _prepare_output() -> None:
     )
 
 
-def _discard_stdout() -> None:
-    """What is still buffered has nowhere to go; Python must not try once more at its end."""
+def _discard(stream: TextIO) -> None:
+    """Let what is still buffered go to /dev/null: Python would try to write it again at exit."""
     null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, sys.stdout.fileno())
+    os.dup2(null, stream.fileno())
     os.close(null)
+
+
+def run() -> NoReturn:
+    """Run the command line of this process and exit."""
+    status = main()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            try:
+                stream.flush()
+            except OSError:  # a message that can't be written doesn't change the status
+                _discard(stream)
+    sys.exit(status)

@@ -9,11 +9,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["BOLD", "DIM", "GREEN", "MAGENTA", "RED", "YELLOW"]
+__all__ = ["BOLD", "DIM", "GREEN", "MAGENTA", "RED", "YELLOW", "OutputError"]
 __all__ += ["colour_wanted", "format_size", "painter", "plain", "printable"]
 
 #: Codes for `painter`'s function (ECMA-48, SGR).
 BOLD, DIM, RED, GREEN, YELLOW, MAGENTA = "1", "2", "31", "32", "33", "35"
+
+
+class OutputError(OSError):
+    """Standard output can't be written."""
 
 
 def colour_wanted() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..terminal import printable
@@ -31,7 +32,8 @@ COMMANDS = (
 
 def fail(command: str, message: str, status: ExitStatus) -> ExitStatus:
     """Print the message of a command that failed to standard error; returns `status`."""
+    lines = "\n".join(printable(line) for line in message.splitlines())
     if sys.stderr is not None:
-        lines = "\n".join(printable(line) for line in message.splitlines())
-        print(f"kvmpriv {command}: {lines}", file=sys.stderr)
+        with suppress(OSError):  # standard error that can't be written doesn't change the status
+            print(f"{' '.join(filter(None, ['kvmpriv', command]))}: {lines}", file=sys.stderr)
     return status

@@ -8,7 +8,16 @@ import re
 
 from ..memory import PAGE_SIZE
 
-__all__ = ["parse_number", "parse_seconds", "parse_size"]
+__all__ = [
+    "add_device",
+    "device_error",
+    "parse_number",
+    "parse_path",
+    "parse_seconds",
+    "parse_size",
+]
+
+DEVICE = "/dev/kvm"
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SIZES = "write bytes (4096, 0x1000) or a whole number with K, M, G or T (512M)"
@@ -28,6 +37,33 @@ def parse_size(text: str) -> int:
     if size % PAGE_SIZE:
         raise argparse.ArgumentTypeError(f"{text} is not a multiple of {PAGE_SIZE} bytes")
     return size
+
+
+def parse_path(text: str) -> str:
+    """The name of a file.  As the type of an argument it makes shells complete file names."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name of a file is empty")
+    return text
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add ``--device``: which node to open for KVM."""
+    parser.add_argument(
+        "--device",
+        type=parse_path,
+        default=DEVICE,
+        metavar="PATH",
+        help="KVM's device node (default: %(default)s)",
+    )
+
+
+def device_error(device: str, error: OSError) -> str:
+    """Say why the device that was given as ``--device`` can't be used, and what to do."""
+    from ..probe import host
+
+    if hint := host.device_hint(device, error.errno, host.facts()):
+        return f"{device}: {os.strerror(error.errno or 0)} ({hint})"
+    return f"{device}: {error.strerror}"
 
 
 def parse_number(text: str) -> int:

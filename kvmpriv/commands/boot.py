@@ -21,16 +21,17 @@ from ..guest.linux.kernel import LinuxImage, load_linux
 from ..guest.linux.layout import plan
 from ..guest.linux.machine import CPUS_MAX, DEFAULT_CMDLINE, LinuxMachine, check_pin
 from ..guest.linux.net import Net
-from ..guest.linux.outcome import EXIT_STATUSES, Interrupted, Outcome
+from ..guest.linux.outcome import Interrupted, Outcome
 from ..guest.linux.tap import HOST_ADDRESS, PREFIX_LENGTH, Tap
 from ..guest.linux.usage import Cost, RangeUse
 from ..guest.linux.virtio import VirtioDevice
 from ..kvm import Kvm
 from ..private import ABIS, PrivateAbi, choose
+from ..terminal import OutputError
 from . import fail
-from ._options import parse_seconds, parse_size
+from ._options import add_device, device_error, parse_path, parse_seconds, parse_size
 
-__all__ = ["add_arguments", "main"]
+__all__ = ["EXAMPLES", "EXIT_STATUS", "add_arguments", "main"]
 
 _SCHEMA_VERSION = 1
 _KERNEL_MAX = 1 << 30  # a vmlinux with everything that debuggers want to know
@@ -44,6 +45,15 @@ def parse_cpus(text: str) -> int:
     return int(text)
 
 
+def parse_abi(text: str) -> str:
+    """The name of an ABI, or ``any``."""
+    if text not in ("any", *ABIS):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not an ABI (any, {', '.join(ABIS)}); give the kernel with --kernel"
+        )
+    return text
+
+
 def parse_pin(text: str) -> list[int]:
     """Numbers of CPUs."""
     if not all(word.isdecimal() and len(word) < 8 for word in text.split(",")):
@@ -51,68 +61,120 @@ def parse_pin(text: str) -> list[int]:
     return [int(word) for word in text.split(",")]
 
 
+EXAMPLES = (
+    (
+        "kvmpriv boot --kernel /boot/vmlinuz-$(uname -r) --initrd initrd.img",
+        "boot the host's kernel with an initial root file system",
+    ),
+    (
+        "kvmpriv boot --kernel bzImage --private --trace linux.trace",
+        "keep the applications' memory private, and record the run",
+    ),
+    (
+        "kvmpriv boot --kernel bzImage --disk root.img --append root=/dev/vda --net tap --cpus 2",
+        "two vCPUs, a disk and a network",
+    ),
+)
+EXIT_STATUS: dict[ExitStatus | str, str] = {
+    "N": "the guest reported the status N; 0 if it reported none",
+    ExitStatus.USAGE: "the command line or an input file can't be used",
+    ExitStatus.UNABLE: "KVM or standard output can't be used",
+    ExitStatus.NO_PROGRESS: "the guest makes no progress",
+    ExitStatus.TIMEOUT: "the guest was ended by --timeout",
+    ExitStatus.CRASH: "the guest crashed",
+    ExitStatus.PANIC: "the guest's kernel panicked",
+    "128+N": "signal N ended the command (130: Ctrl-C, or Ctrl-A x)",
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = (
-        "The console is the guest's ttyS0: standard output, and standard input; on a terminal\n"
-        f"{HELP}.  On ttyS1 the guest says how it ends, with the line\n"
-        "`exit N`, before it turns itself off, and whatever else --json is to report; a byte on\n"
-        f"port {EXIT_PORT:#x} ends it at once.\n\n"
-        f"exit status: the guest's (0 if it says none); {ExitStatus.USAGE:d} usage or a bad "
-        f"image;\n{ExitStatus.UNABLE:d} KVM can't be used; "
-        + "; ".join(f"{status:d} {how}" for how, status in EXIT_STATUSES.items())
-        + ";\n128 + N ended by signal N (130: by Ctrl-C or Ctrl-A x)"
+    """Add the arguments of ``kvmpriv boot``."""
+    parser.description = (
+        "Boot Linux from a bzImage or a vmlinux. The guest's serial console ttyS0 is connected to "
+        f"standard input and output; on a terminal, {HELP}.\n\n"
+        "The guest reports its exit status by writing the line `exit N` to ttyS1 before it turns "
+        f"itself off; --json also reports the other lines of ttyS1. A byte that the guest writes "
+        f"to port {EXIT_PORT:#x} ends it at once, with that status."
     )
     add = parser.add_argument
-    add("--kernel", required=True, metavar="FILE", help="a bzImage (vmlinuz) or a vmlinux")
-    add("--initrd", metavar="FILE", help="the first root file system, as the kernel takes it")
+    add(
+        "--kernel",
+        required=True,
+        type=parse_path,
+        metavar="FILE",
+        help="the kernel: a bzImage (vmlinuz) or a vmlinux",
+    )
+    add(
+        "--initrd",
+        type=parse_path,
+        metavar="FILE",
+        help="the initial root file system, in a format that the kernel unpacks",
+    )
     add(
         "--append",
         default="",
         metavar="WORDS",
-        help=f"for the kernel's command line, behind `{DEFAULT_CMDLINE}`",
+        help=f"add words to the kernel's command line, after `{DEFAULT_CMDLINE}`",
     )
-    add("--memory", type=parse_size, default=512 << 20, metavar="SIZE", help="512M if not given")
-    add("--cpus", type=parse_cpus, default=1, metavar="N", help="vCPUs; 1 if not given")
+    add(
+        "--memory",
+        type=parse_size,
+        default=512 << 20,
+        metavar="SIZE",
+        help="the guest's memory: bytes, or with K, M, G or T (default: 512M)",
+    )
+    add("--cpus", type=parse_cpus, default=1, metavar="N", help="the number of vCPUs (default: 1)")
     add(
         "--private",
         nargs="?",
         const="any",
-        choices=["any", *ABIS],
+        type=parse_abi,
         metavar="ABI",
-        help=f"keep the applications' memory private: {' or '.join(ABIS)}, what there is if not"
-        " said (write --private=ABI)",
+        help="keep the applications' memory private. Choose the ABI with --private=ABI:"
+        f" {' or '.join(ABIS)}; without it, the first that works is used",
     )
-    add("--disk", metavar="FILE", help="a disk, virtio-blk (/dev/vda); read-only if it must be")
+    add(
+        "--disk",
+        type=parse_path,
+        metavar="FILE",
+        help="a raw disk image, virtio-blk (/dev/vda); read-only if the file can't be written",
+    )
     add(
         "--net",
         default="none",
         metavar="WHERE",
-        help="tap: a card, virtio-net, in a network of its own, where the host is"
-        f" {HOST_ADDRESS}/{PREFIX_LENGTH} (`ip netns` lists it, and it ends with the guest; who may"
-        " not make such has it in a user namespace, and is told the process to `nsenter`);"
-        " tap=BRIDGE: on that bridge; none, if not given",
+        help="tap: a virtio-net card in a network namespace of its own, in which the host has the"
+        f" address {HOST_ADDRESS}/{PREFIX_LENGTH}. `ip netns` lists the namespace; it ends with the"
+        " guest. Without CAP_NET_ADMIN the network is made in a user namespace, and the command"
+        " prints the PID for `nsenter`. tap=BRIDGE: a tap device on this bridge. none: no card"
+        " (default)",
     )
-    add("--timeout", type=parse_seconds, metavar="SECONDS", help="end the guest after so long")
+    add("--timeout", type=parse_seconds, metavar="SECONDS", help="end the guest after this time")
     add(
         "--pin",
         type=parse_pin,
         default=[],
-        metavar="CPU,CPU…",
-        help="the host's CPU for each vCPU",
+        metavar="CPU,...",
+        help="run each vCPU on this CPU of the host, in this order",
     )
-    add("--watch", action="store_true", help="say on standard error each second what it costs")
+    add(
+        "--watch",
+        action="store_true",
+        help="print CPU time, exits and memory on standard error each second",
+    )
     add(
         "--trace",
+        type=parse_path,
         metavar="FILE",
-        help="keep exits and conversions with their times, and samples"
-        " of memory and cost (`kvmpriv trace FILE` shows them)",
+        help="record exits, conversions, and samples of memory and CPU time"
+        " (`kvmpriv trace FILE` shows them)",
     )
     add(
         "--json",
         action="store_true",
-        help="report as JSON on standard output; the console goes to standard error",
+        help="print a report as JSON on standard output; the console goes to standard error",
     )
+    add_device(parser)
 
 
 def _load(options: argparse.Namespace) -> tuple[LinuxImage, bytes]:
@@ -202,9 +264,9 @@ def main(options: argparse.Namespace) -> int:
     except ValueError as error:
         return fail("boot", f"--pin: {error}", ExitStatus.USAGE)
     try:
-        kvm = Kvm()
+        kvm = Kvm(options.device)
     except OSError as error:
-        return fail("boot", f"{error.filename}: {error.strerror}", ExitStatus.UNABLE)
+        return fail("boot", device_error(options.device, error), ExitStatus.UNABLE)
     screen = _Screen(sys.stderr if options.json else sys.stdout)
     with ExitStack() as stack:
         stack.enter_context(kvm)
@@ -253,8 +315,8 @@ def main(options: argparse.Namespace) -> int:
             except OSError as error:
                 if options.trace is not None and error.filename == options.trace:
                     return fail("boot", f"{options.trace}: {error.strerror}", ExitStatus.USAGE)
-                if error.filename is not None or isinstance(error, BrokenPipeError):
-                    raise  # the output's, not KVM's
+                if isinstance(error, OutputError):
+                    raise
                 outcome = Outcome("error", ExitStatus.UNABLE, str(error.strerror))
             if options.json:
                 seconds = time.monotonic() - started

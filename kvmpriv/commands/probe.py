@@ -6,40 +6,54 @@ import sys
 from typing import TYPE_CHECKING
 
 from ..exit_status import ExitStatus
-from ..probe import DEVICE, VERDICTS, probe, report
+from ..probe import VERDICTS, probe, report
 from ..probe.records import FAIL
 from ..terminal import colour_wanted
 from . import fail
+from ._options import add_device
 
 if TYPE_CHECKING:
     import argparse
 
-__all__ = ["add_arguments", "main"]
+__all__ = ["EXAMPLES", "EXIT_STATUS", "add_arguments", "main"]
+
+
+EXAMPLES = (
+    ("kvmpriv probe", "print the verdict, each check with its hint, and facts about the host"),
+    ("kvmpriv probe -q && echo usable", "use the verdict in a script"),
+    ("kvmpriv probe --json > host.json", "keep the findings"),
+)
+EXIT_STATUS: dict[ExitStatus | str, str] = {
+    ExitStatus.OK: "usable private memory",
+    ExitStatus.NEGATIVE: "probed, none usable",
+    ExitStatus.USAGE: "the command line can't be used",
+    ExitStatus.UNABLE: "could not probe, or standard output can't be written",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``kvmpriv probe``."""
+    """Add the arguments of ``kvmpriv probe``."""
     parser.description = (
         "Find out what this host's KVM can do with guest private memory, by trying it. The first "
-        f"line is the verdict: {', '.join(VERDICTS)}. PASS: asked or tried, and it does; FAIL: it "
-        "does not; SKIP: not tried or undecided. Nothing on the host is changed."
-    )
-    parser.epilog = (
-        "exit status: 0 usable private memory; 1 probed, none usable; 2 usage; 3 could not probe"
+        f"line is the verdict: {', '.join(VERDICTS)}.\n\n"
+        "PASS: asked or tried, and KVM does it. FAIL: KVM refused it. SKIP: not tried, or "
+        "undecided. The probe changes nothing on the host."
     )
     form = parser.add_mutually_exclusive_group()
     form.add_argument(
         "--json",
         action="store_true",
-        help="one JSON document, as kvmpriv/probe/schema.json describes it",
+        help="print one JSON document; kvmpriv/probe/schema.json describes it",
     )
-    form.add_argument("-q", "--quiet", action="store_true", help="the verdict alone, on one line")
+    form.add_argument(
+        "-q", "--quiet", action="store_true", help="print the verdict alone, on one line"
+    )
     parser.add_argument(
-        "--verbose", action="store_true", help="say also who holds the device (takes longer)"
+        "--verbose",
+        action="store_true",
+        help="also list the processes that have the device open (takes longer)",
     )
-    parser.add_argument(
-        "--device", default=DEVICE, metavar="PATH", help="KVM's device node (%(default)s)"
-    )
+    add_device(parser)
 
 
 def main(arguments: argparse.Namespace) -> int:

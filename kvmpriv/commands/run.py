@@ -12,43 +12,71 @@ from ..guest.bare import EXIT_PORT, SERIAL_PORT, GuestCrash, GuestTimeout, Machi
 from ..guest.image import Image, ImageError, Mode, load_flat, load_image
 from ..guest.ready import HELLO
 from ..kvm import Kvm
+from ..terminal import OutputError
 from . import fail
-from ._options import parse_number, parse_seconds, parse_size
+from ._options import (
+    add_device,
+    device_error,
+    parse_number,
+    parse_path,
+    parse_seconds,
+    parse_size,
+)
 
-__all__ = ["add_arguments", "main"]
+__all__ = ["EXAMPLES", "EXIT_STATUS", "add_arguments", "main"]
+
+
+EXAMPLES = (
+    ("kvmpriv run --hello", "run the guest that comes with kvmpriv"),
+    ("kvmpriv run hello.elf one two", "run an ELF guest with two arguments"),
+    ("kvmpriv run --mode real --timeout 5 boot.bin", "run 16-bit code for at most five seconds"),
+)
+EXIT_STATUS: dict[ExitStatus | str, str] = {
+    "N": "the guest ended with the status N",
+    ExitStatus.USAGE: "the command line or the image can't be used",
+    ExitStatus.UNABLE: "KVM or standard output can't be used",
+    ExitStatus.TIMEOUT: "the guest was ended by --timeout",
+    ExitStatus.CRASH: "the guest crashed",
+    "128+N": "signal N ended the command",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = (
-        f"The guest prints on port {SERIAL_PORT:#x} and ends with a byte, its exit status, on port "
-        f"{EXIT_PORT:#x}\n(or with HLT: 0).  It gets its arguments as main() does in long mode, "
-        "rdi = argc and rsi = argv;\nin real mode di is their number and si the first of the "
-        "strings.\n\n"
-        f"exit status: the guest's; {ExitStatus.USAGE:d} usage or a bad image; "
-        f"{ExitStatus.UNABLE:d} KVM can't be used;\n"
-        f"{ExitStatus.TIMEOUT:d} out of time; {ExitStatus.CRASH:d} the guest crashed"
+    """Add the arguments of ``kvmpriv run``."""
+    parser.description = (
+        "Run a guest from a flat binary or a static ELF file, on one vCPU. What the guest prints "
+        "goes to standard output, and its exit status is the command's.\n\n"
+        f"The guest prints by writing bytes to port {SERIAL_PORT:#x}. It ends when it writes its "
+        f"exit status, one byte, to port {EXIT_PORT:#x}, or with the instruction HLT (status 0). "
+        "In long mode it gets its arguments as main() does: rdi is argc and rsi is argv. In real "
+        "mode di is the number of arguments and si points to the first string."
     )
-    parser.add_argument("image", nargs="?", help="a flat binary, or a static ELF for x86-64")
-    parser.add_argument("arguments", nargs="*", help="arguments for the guest (after --)")
-    parser.add_argument("--hello", action="store_true", help="the ready guest instead of IMAGE")
-    parser.add_argument(
+    add = parser.add_argument
+    add(
+        "image",
+        nargs="?",
+        type=parse_path,
+        metavar="IMAGE",
+        help="a flat binary, or a static ELF file for x86-64",
+    )
+    add("arguments", nargs="*", metavar="ARGUMENT", help="arguments for the guest (after --)")
+    add("--hello", action="store_true", help="run the guest that comes with kvmpriv, not IMAGE")
+    add(
         "--mode",
         choices=[mode.value for mode in Mode],
-        help="how a flat binary starts (default: long)",
+        help="the CPU mode in which a flat binary starts (default: long)",
     )
-    parser.add_argument(
-        "--memory", type=parse_size, default=16 << 20, metavar="SIZE", help="16M if not given"
+    add(
+        "--memory",
+        type=parse_size,
+        default=16 << 20,
+        metavar="SIZE",
+        help="the guest's memory: bytes, or with K, M, G or T (default: 16M)",
     )
-    parser.add_argument(
-        "--load", type=parse_number, metavar="ADDRESS", help="where a flat binary goes"
-    )
-    parser.add_argument(
-        "--entry", type=parse_number, metavar="ADDRESS", help="where execution begins"
-    )
-    parser.add_argument(
-        "--timeout", type=parse_seconds, metavar="SECONDS", help="end the guest after so long"
-    )
+    add("--load", type=parse_number, metavar="ADDRESS", help="load a flat binary at this address")
+    add("--entry", type=parse_number, metavar="ADDRESS", help="start at this address")
+    add("--timeout", type=parse_seconds, metavar="SECONDS", help="end the guest after this time")
+    add_device(parser)
 
 
 def _image(options: argparse.Namespace) -> Image:
@@ -90,9 +118,9 @@ def main(options: argparse.Namespace) -> int:
         reason = error.strerror if isinstance(error, OSError) else error
         return fail("run", f"{name}: {reason}", ExitStatus.USAGE)
     try:
-        kvm = Kvm()
+        kvm = Kvm(options.device)
     except OSError as error:
-        return fail("run", f"{error.filename}: {error.strerror}", ExitStatus.UNABLE)
+        return fail("run", device_error(options.device, error), ExitStatus.UNABLE)
     with kvm:
         try:
             machine = Machine(
@@ -113,8 +141,8 @@ def main(options: argparse.Namespace) -> int:
                     left = round(max(0.0, left - (time.monotonic() - started)), 2)
                 status = machine.run(left)
             except OSError as error:
-                if error.filename is not None or isinstance(error, BrokenPipeError):
-                    raise  # the output's, not KVM's
+                if isinstance(error, OutputError):
+                    raise
                 return fail("run", f"the guest can't go on: {error.strerror}", ExitStatus.UNABLE)
             except GuestCrash as crash:
                 sys.stdout.flush()

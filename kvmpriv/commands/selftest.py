@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from ..exit_status import ExitStatus
 from ..selftest.records import INTERRUPTED, Result, Run
 from . import fail
-from ._options import parse_seconds
+from ._options import parse_path, parse_seconds
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from ..selftest.runner import Plan
 
-__all__ = ["add_arguments", "main"]
+__all__ = ["EXAMPLES", "EXIT_STATUS", "add_arguments", "main"]
 
 #: What the suite needs beside kvmpriv: module -> the distribution that has it.
 _NEEDS = {
@@ -30,54 +30,78 @@ _NEEDS = {
 }
 
 
+EXAMPLES = (
+    ("kvmpriv selftest", "run all tests that this kernel can run; print a table"),
+    ("kvmpriv selftest --list 'slot.*'", "list the rules about slots and their tests"),
+    ("kvmpriv selftest --json > a.json", "keep the results of this kernel"),
+    ("kvmpriv selftest --compare a.json b.json", "show what differs between two kernels"),
+)
+EXIT_STATUS: dict[ExitStatus | str, str] = {
+    ExitStatus.OK: "every test that could run has passed",
+    ExitStatus.NEGATIVE: "a test failed, crashed or hung, or --compare found a difference",
+    ExitStatus.USAGE: "the command line can't be used, or it selects no test",
+    ExitStatus.UNABLE: "the suite could not be run, or standard output can't be written",
+    ExitStatus.ALL_SKIPPED: "every test was skipped",
+    "128+N": "signal N ended the command",
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``kvmpriv selftest``."""
+    """Add the arguments of ``kvmpriv selftest``."""
     parser.description = (
-        "Run the suite that holds a kernel to the rules of guest private memory, on the running "
-        "kernel: by memfd_restricted (v9), by guest_memfd. What this kernel does not have is "
-        "skipped, and said. Needs pytest: pip install 'kvmpriv[test]'."
+        "Test the running kernel against the rules of guest private memory, through the ABI that "
+        "it has: memfd_restricted (v9) or guest_memfd. Tests that need what this kernel or this "
+        "host does not have are skipped, and each skip names what is missing. The suite needs "
+        "pytest: pip install 'kvmpriv[test]'.\n\n"
+        "KVMPRIV_REQUIRE=restrictedmem,guest_memfd in the environment turns the skips that begin "
+        "with these names into failures."
     )
-    parser.epilog = (
-        "exit status: 0 what could run has passed; 1 a test failed, crashed or hung, or --compare "
-        "found a difference; 2 usage, or nothing is selected; 3 the suite could not be run; "
-        "4 all tests were skipped. KVMPRIV_REQUIRE=restrictedmem,guest_memfd in the environment "
-        "makes failures of the skips that begin with these names."
-    )
-    parser.add_argument(
-        "rules", nargs="*", metavar="RULE", help="rules to test; * and ? stand for any characters"
+    add = parser.add_argument
+    add(
+        "rules",
+        nargs="*",
+        metavar="RULE",
+        help="test these rules only; * and ? stand for any characters",
     )
     form = parser.add_mutually_exclusive_group()
     form.add_argument(
         "--list",
         action="store_true",
-        help="run nothing; a line for each rule and test: RULE<TAB>TEST",
+        help="run nothing; print a line for each rule and test: RULE<TAB>TEST",
     )
-    form.add_argument("--ktap", action="store_true", help="KTAP, a test's lines as soon as it ends")
+    form.add_argument(
+        "--ktap", action="store_true", help="print KTAP, each test as soon as it has ended"
+    )
     form.add_argument(
         "--json",
         action="store_true",
-        help="one JSON document, as kvmpriv/selftest/schema.json describes it",
+        help="print one JSON document; kvmpriv/selftest/schema.json describes it",
     )
     form.add_argument(
         "--compare",
         nargs=2,
+        type=parse_path,
         metavar=("A.JSON", "B.JSON"),
-        help="run nothing; two documents of --json side by side, differences first",
+        help="run nothing; show two documents of --json side by side, differences first",
     )
-    parser.add_argument(
-        "-k", dest="expression", default="", metavar="EXPR", help="tests to run, as pytest's -k"
+    add(
+        "-k",
+        dest="expression",
+        default="",
+        metavar="EXPR",
+        help="run the tests that the expression selects, as pytest's -k",
     )
-    parser.add_argument(
+    add(
         "--dangerous",
         action="store_true",
-        help="also tests that crash or wedge a kernel with the defect that they look for",
+        help="also run tests that crash or hang a kernel that has the defect they look for",
     )
-    parser.add_argument(
+    add(
         "--timeout",
         type=parse_seconds,
         default=120.0,
         metavar="SECONDS",
-        help="what a test may take, unless it says so itself (%(default)g)",
+        help="time limit of a test that sets none itself (default: %(default)g)",
     )
 
 

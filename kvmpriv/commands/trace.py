@@ -10,16 +10,36 @@ from pathlib import Path
 from ..exit_status import ExitStatus
 from ..trace import TraceError, page, read, text
 from . import fail
+from ._options import parse_path
 
-__all__ = ["add_arguments", "main"]
+__all__ = ["EXAMPLES", "EXIT_STATUS", "add_arguments", "main"]
+
+
+EXAMPLES = (
+    ("kvmpriv boot --kernel bzImage --trace linux.trace", "record a run"),
+    ("kvmpriv trace linux.trace --page linux.html", "print its summary, and draw it"),
+)
+EXIT_STATUS: dict[ExitStatus | str, str] = {
+    ExitStatus.OK: "the recording was shown",
+    ExitStatus.USAGE: "the command line or the recording can't be used",
+    ExitStatus.UNABLE: "the page or standard output can't be written",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", help="what `kvmpriv boot --trace FILE` wrote")
+    """Add the arguments of ``kvmpriv trace``."""
+    parser.description = (
+        "Print the summary of a run that `kvmpriv boot --trace` recorded: its exits, its "
+        "conversions between private and shared memory, and its use of memory and CPU time."
+    )
+    parser.add_argument(
+        "file", type=parse_path, metavar="FILE", help="a recording of `kvmpriv boot --trace FILE`"
+    )
     parser.add_argument(
         "--page",
+        type=parse_path,
         metavar="HTML",
-        help="draw it, too: memory, exits and conversions over time, as one HTML page",
+        help="also draw memory, exits and conversions over time, as one HTML page",
     )
 
 

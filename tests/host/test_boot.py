@@ -66,7 +66,7 @@ def test_usage(image: Path, tmp_path: Path) -> None:
         (("--kernel", image, "--memory", "much"), "'much' is not a size"),
         (("--kernel", image, "--cpus", "0"), "'0' is not a number of vCPUs (1 to 254)"),
         (("--kernel", image, "--cpus", "255"), "'255' is not a number of vCPUs (1 to 254)"),
-        (("--kernel", image, "--private=v8"), "invalid choice: 'v8'"),
+        (("--kernel", image, "--private=v8"), "'v8' is not an ABI"),
         (("--kernel", image, "--net", "wifi"), "--net wifi: say tap, tap=BRIDGE or none"),
         (("--kernel", image, "--disk", tmp_path), "Is a directory"),
         (("--kernel", image, "--disk", empty), "a multiple of 512 bytes, more than 0, not 0"),
