@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import errno as _errno
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple
 
 from .cdefs import kvm as kvm_h
-from .fd import Fd
+from .fd import Fd, new_struct
 
-__all__ = ["CpuidEntry", "read_cpuid", "read_cpuid_growing"]
+if TYPE_CHECKING:
+    from .cdefs.cffi_types import Cdata
+    from .cdefs.kvm_structs import kvm_cpuid2
+
+__all__ = ["CpuidEntry", "read_cpuid", "read_cpuid_growing", "write_cpuid"]
 
 _ffi = kvm_h.ffi
 
 
 class CpuidEntry(NamedTuple):
-    """One leaf: struct kvm_cpuid_entry2."""
+    """One leaf: struct kvm_cpuid_entry2.
+
+    EAX, EBX, ECX and EDX are returned when CPUID is called with `function` in EAX and, if `flags`
+    has KVM_CPUID_FLAG_SIGNIFCANT_INDEX, with `index` in ECX.
+    """
 
     function: int
     index: int  # type: ignore[assignment]  # hides tuple.index
@@ -25,7 +34,7 @@ class CpuidEntry(NamedTuple):
     edx: int
 
 
-def read_cpuid(cpuid: Any) -> list[CpuidEntry]:
+def read_cpuid(cpuid: kvm_cpuid2) -> list[CpuidEntry]:
     """The entries of a ``struct kvm_cpuid2``."""
     return [
         CpuidEntry(e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx)
@@ -33,8 +42,14 @@ def read_cpuid(cpuid: Any) -> list[CpuidEntry]:
     ]
 
 
+def write_cpuid(entries: Iterable[CpuidEntry]) -> Cdata:
+    """A ``struct kvm_cpuid2 *`` with these entries; ArgumentError for one that does not fit."""
+    wanted = [entry._asdict() for entry in entries]
+    return new_struct("struct kvm_cpuid2 *", {"nent": len(wanted), "entries": wanted})
+
+
 def read_cpuid_growing(fd: Fd, request: int) -> list[CpuidEntry]:
-    """Ask for a CPUID list with room for more and more entries, as KVM can't say how many."""
+    """The entries that `request` returns.  KVM does not say how many: the room is doubled."""
     room = 64
     while True:
         cpuid = _ffi.new("struct kvm_cpuid2 *", {"nent": room, "entries": room})

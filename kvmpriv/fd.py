@@ -1,21 +1,26 @@
-"""An owned file descriptor, and the one place where an ioctl is issued and its failure told."""
+"""An owned file descriptor, and the one place where an ioctl is issued and its error is raised."""
 
 from __future__ import annotations
 
 import errno as _errno
 import os
-from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from .cdefs import kvm as kvm_h
+from .errors import ArgumentError, ClosedError
 from .libc import ioctl as _ioctl
 from .libc import last_errno, os_error, set_errno
+
+if TYPE_CHECKING:
+    from .cdefs.cffi_types import Cdata, CType
 
 __all__ = [
     "REQUEST_NAMES",
     "Fd",
     "Struct",
     "Structs",
+    "check_range",
     "describe",
     "new_struct",
     "register_requests",
@@ -26,8 +31,8 @@ REQUEST_NAMES: dict[int, str] = dict(kvm_h.REQUESTS)
 
 _ffi = kvm_h.ffi  # any FFI can cast any pointer
 _UINTPTR = _ffi.typeof("uintptr_t")
-#: What a pointer's type points to, in bytes.
-_sizes: dict[Any, int] = {}
+#: A pointer's type -> the size of what it points to, in bytes.
+_sizes: dict[CType, int] = {}
 _Self = TypeVar("_Self", bound="Fd")
 
 
@@ -36,14 +41,23 @@ def register_requests(names: Mapping[int, str]) -> None:
     REQUEST_NAMES.update(names)
 
 
-def _show(value: Any) -> str:
+def check_range(name: str, value: int, end: int, start: int = 0) -> None:
+    """ArgumentError unless start <= value < end; the message calls the value `name`."""
+    if not start <= value < end:
+        raise ArgumentError(f"{name} must be {start:#x} to {end - 1:#x}, not {value:#x}")
+
+
+def _show(value: object) -> str:
     if isinstance(value, int):
-        return hex(value) if value > 9 else str(value)
-    return "…"
+        return f"{value:#x}" if value > 9 or value < 0 else str(value)
+    return repr(value)
 
 
-def describe(argument: Any) -> str:
-    """An ioctl's argument for a message: a number, or a struct's fields that are not 0."""
+def describe(argument: object) -> str:
+    """Text for an ioctl's argument: a number, or those fields of a struct that are not 0.
+
+    ``describe(vcpu.get_regs())`` is, for example, ``rip=0xfff0, rflags=2, rdx=0x600``.
+    """
     if isinstance(argument, int):
         return _show(argument)
     kind = _ffi.typeof(argument)
@@ -63,49 +77,69 @@ def describe(argument: Any) -> str:
     return ", ".join(shown) or "all 0"
 
 
-def new_struct(pointer: Any, values: tuple[Any, ...] | dict[str, Any]) -> Any:
-    """A struct of this pointer's type (any FFI's).  ValueError names a value that does not fit."""
+def new_struct(pointer: CType | str, values: tuple[object, ...] | Mapping[str, object]) -> Cdata:
+    """Make a struct of this pointer type with these fields.
+
+    The type is a string for the structs of ``cdefs/kvm.h``, else what an FFI's ``typeof`` returns.
+    ArgumentError names the field that a value does not fit.
+    """
     try:
         return _ffi.new(pointer, values)
-    except OverflowError:
-        raise _misfit(pointer, values) from None
+    except (OverflowError, IndexError):
+        kind = _ffi.typeof(pointer) if isinstance(pointer, str) else pointer
+        raise _misfit(kind, values) from None
 
 
-def _misfit(pointer: Any, values: tuple[Any, ...] | dict[str, Any]) -> ValueError:
+def _misfit(pointer: CType, values: tuple[object, ...] | Mapping[str, object]) -> ArgumentError:
     struct = pointer.item
-    fields = dict(struct.fields)
-    named = values if isinstance(values, dict) else dict(zip(fields, values, strict=False))
+    fields = dict(struct.fields or ())
+    named = dict(values) if isinstance(values, Mapping) else dict(zip(fields, values, strict=False))
     for name, value in named.items():
         try:
             _ffi.new(pointer, {name: value})
-        except OverflowError as error:
-            if isinstance(value, tuple):
-                return _misfit(_ffi.typeof(f"{fields[name].type.cname} *"), value)
-            return ValueError(f"{struct.cname}: {name} can't be {value:#x} ({error})")
-    return ValueError(f"{struct.cname} can't have {values}")
+        except (OverflowError, IndexError) as error:
+            kind, wrong = fields[name].type, value
+            if kind.kind == "array" and isinstance(value, (list, tuple)):
+                kind, wrong = kind.item, _first_misfit(kind.item, value)
+            if kind.kind in ("struct", "union") and isinstance(wrong, (tuple, dict)):
+                return _misfit(_ffi.typeof(f"{kind.cname} *"), wrong)
+            return ArgumentError(f"{struct.cname}: {name} can't be {_show(wrong)} ({error})")
+    return ArgumentError(f"{struct.cname} can't have {values}")
+
+
+def _first_misfit(item: CType, values: Sequence[object]) -> object:
+    """The first of an array's values that does not fit, or all of them when there are too many."""
+    for value in values:
+        try:
+            _ffi.new(f"{item.cname} *", value)
+        except (OverflowError, IndexError):
+            return value
+    return values
 
 
 class Struct(NamedTuple):
     """A struct for an ioctl, and its address."""
 
-    fields: Any
+    fields: Cdata
     address: int
 
 
 class Structs:
-    """Structs of one type that are used again: making one takes longer than filling it.
+    """A pool of structs of one type: making a struct takes longer than filling one.
 
-    Who takes one has it alone, among threads and signal handlers too, filled with `values`, and
-    gives it back; one that never comes back is made anew.  Padding is 0 as long as nobody sets it.
-    ValueError as :func:`new_struct`.
+    :meth:`take` returns a struct, filled with `values`, for the caller's exclusive use, safe
+    against threads and signal handlers; the caller returns it with `give_back`.  A struct that is
+    not returned is replaced by a new one.  Padding is 0 as long as nobody sets it.
     """
 
-    def __init__(self, pointer: Any) -> None:
+    def __init__(self, pointer: CType) -> None:
         self._pointer = pointer
         self._free: list[Struct] = []
+        #: Return a struct to the pool; the caller does not use it any more.
         self.give_back = self._free.append
 
-    def take(self, values: tuple[Any, ...]) -> Struct:
+    def take(self, values: tuple[object, ...]) -> Struct:
+        """A struct with these fields.  ArgumentError as :func:`new_struct`."""
         try:
             struct = self._free.pop()
             struct.fields[0] = values
@@ -118,26 +152,26 @@ class Structs:
 
 
 class Fd:
-    """A file descriptor with one owner.
+    """A file descriptor with one owner, close-on-exec.
 
-    A context manager; `close` may be called twice; after it every use is a ValueError.  The
-    descriptor is close-on-exec.
+    A context manager.  `close` may be called twice; every use after it raises ClosedError.
     """
 
-    #: What an error calls it.
+    #: The object's name in errors.
     _what = "fd"
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
 
     def fileno(self) -> int:
-        """The descriptor's number.  ValueError when closed."""
+        """The descriptor's number.  ClosedError after close."""
         if self._fd < 0:
             raise self._closed_error()
         return self._fd
 
     @property
     def closed(self) -> bool:
+        """Whether :meth:`close` has been called."""
         return self._fd < 0
 
     def close(self) -> None:
@@ -146,12 +180,14 @@ class Fd:
         if fd >= 0:
             os.close(fd)
 
-    def ioctl(self, request: int, argument: Any = 0) -> int:
+    def ioctl(self, request: int, argument: object = 0) -> int:
         """Issue an ioctl and return its result, 0 or more.
 
-        `argument` is an int, or a cffi pointer to a struct (any FFI's).  Raises OSError, with the
-        ioctl's name and its argument in the message; ValueError for a struct that is smaller
-        than the request says (the kernel would write beyond it).
+        `argument` is an int of 64 bits, or a cffi pointer to a struct (of any FFI).  Raises OSError
+        with the ioctl's name and its argument in the message; ArgumentError for a number that does
+        not fit, and for a struct of another size than the request's: the kernel would read or
+        write beyond a smaller one, and take a larger one for what it is not.  A struct that begins
+        with the request's own (``kvm_userspace_memory_region_ext``) extends it and is accepted.
         """
         address = self._address(request, argument)
         before = last_errno()
@@ -162,10 +198,10 @@ class Fd:
             raise error
         return result
 
-    def ioctl_errno(self, request: int, argument: Any = 0) -> int:
-        """The same, for those who test refusals: 0 for success, else the errno.
+    def ioctl_errno(self, request: int, argument: object = 0) -> int:
+        """As :meth:`ioctl`, for tests of refusals: returns 0 for success, else the errno.
 
-        A result other than 0 (a new fd, a count) is lost: use :meth:`ioctl` where it matters.
+        A result other than 0 (a new descriptor, a count) is lost: use :meth:`ioctl` for those.
         """
         address = self._address(request, argument)
         before = last_errno()
@@ -178,34 +214,26 @@ class Fd:
         return errno
 
     @staticmethod
-    def _address(request: int, argument: Any) -> int:
+    def _address(request: int, argument: object) -> int:
         if isinstance(argument, int):
-            return argument & 0xFFFFFFFFFFFFFFFF
+            if argument >> 64:
+                _check_number(request, argument)
+            return argument
         kind = _ffi.typeof(argument)
-        size = request >> 16 & 0x3FFF  # _IOC_SIZE
         given = _sizes.get(kind)
-        if given is None:
-            if kind.kind == "pointer" and kind.item.kind != "void":
-                given = _sizes[kind] = _ffi.sizeof(kind.item)
-            elif kind.kind == "array":
-                given = _ffi.sizeof(argument)
-            else:
-                given = size
-        if given < size:
-            name = REQUEST_NAMES.get(request, hex(request))
-            raise ValueError(f"{name} takes {size} bytes, {kind.cname} has {given}")
+        if given != request >> 16 & 0x3FFF:  # _IOC_SIZE
+            _check_struct(request, argument, kind)
         return int(_ffi.cast(_UINTPTR, argument))
 
-    def _error(self, request: int, argument: Any = 0) -> OSError | ValueError:
+    def _error(self, request: int, argument: object = 0) -> OSError | ClosedError:
         """The exception for the ioctl that has just failed."""
         errno = last_errno()
         if errno == _errno.EBADF and self._fd < 0:
             return self._closed_error()
-        name = REQUEST_NAMES.get(request, hex(request))
-        return os_error(errno, f"{name}({describe(argument)})")
+        return os_error(errno, f"{_name(request)}({describe(argument)})")
 
-    def _closed_error(self) -> ValueError:
-        return ValueError(f"{self._what} is closed")
+    def _closed_error(self) -> ClosedError:
+        return ClosedError(f"{self._what} is closed")
 
     def __enter__(self: _Self) -> _Self:
         if self.closed:
@@ -216,10 +244,44 @@ class Fd:
         self.close()
 
     def __del__(self) -> None:
-        # An object forgotten is no leak; one that __init__ never finished has no _fd.
+        # An object that is forgotten leaks nothing; one that __init__ did not finish has no _fd.
         if getattr(self, "_fd", -1) >= 0:
             self.close()
 
     def __repr__(self) -> str:
         state = "CLOSED" if self.closed else f"fd={self._fd}"
         return f"<{type(self).__name__} {state}>"
+
+
+def _name(request: int) -> str:
+    return REQUEST_NAMES.get(request, hex(request))
+
+
+def _check_number(request: int, argument: int) -> None:
+    """ArgumentError for an argument that would be another number in the kernel."""
+    if not 0 <= argument < 1 << 64:
+        raise ArgumentError(f"{_name(request)} takes a number of 64 bits, not {argument:#x}")
+
+
+def _check_struct(request: int, argument: object, kind: CType) -> None:
+    """ArgumentError when `argument` is not what `request` takes."""
+    size = request >> 16 & 0x3FFF
+    if kind.kind == "array":  # raw bytes, for structs that the caller has laid out
+        given = _ffi.sizeof(argument)
+        fits = given >= size
+    elif kind.kind != "pointer" or kind.item.kind == "void":
+        return
+    else:
+        item = kind.item
+        given = _sizes[kind] = _ffi.sizeof(item)
+        fits = size in (given, 0) or (given > size and _extends(item, size))
+    if not fits:
+        raise ArgumentError(f"{_name(request)} takes {size} bytes, {kind.cname} has {given}")
+
+
+def _extends(struct: CType, size: int) -> bool:
+    """Whether the first member of `struct` is a struct of `size` bytes."""
+    if struct.kind != "struct" or not struct.fields:
+        return False
+    first = struct.fields[0][1].type
+    return bool(first.kind == "struct" and _ffi.sizeof(first) == size)

@@ -4,33 +4,30 @@ from __future__ import annotations
 
 import errno as _errno
 import os
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable
+from typing import TypeVar
 
 from .cdefs import kvm as kvm_h
 from .cpuid import CpuidEntry, read_cpuid_growing
-from .fd import Fd
+from .fd import REQUEST_NAMES, Fd, check_range
 from .libc import ioctl as _ioctl
 from .libc import last_errno, os_error
 from .vm import Vm
 from .wakeup import SignalsBlocked
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
 __all__ = ["Kvm"]
-
-_VmT = TypeVar("_VmT", bound=Vm)
 
 _ffi = kvm_h.ffi
 _CHECK_EXTENSION = kvm_h.KVM_CHECK_EXTENSION
+_VmT = TypeVar("_VmT", bound=Vm)
 
 
 class Kvm(Fd):
-    """The system's KVM: an open /dev/kvm.
+    """The system's KVM: an open /dev/kvm (`path`).
 
-    Raises OSError: ENOENT (no such device node: is the module loaded?), EACCES (not permitted:
-    group kvm), ENXIO or ENODEV (a node without a driver), ENOTTY (not KVM), EPROTO (an API
-    version other than 12).
+    A context manager; ClosedError after close.  Raises OSError: ENOENT (no such device node: is the
+    module loaded?), EACCES (not permitted: group kvm), ENXIO or ENODEV (a node without a driver),
+    ENOTTY (not KVM), EPROTO (an API version other than 12).
     """
 
     _what = "/dev/kvm"
@@ -59,54 +56,64 @@ class Kvm(Fd):
             raise
 
     def get_api_version(self) -> int:
-        """12, since 2007."""
+        """KVM_GET_API_VERSION: 12, since 2007."""
         return self.ioctl(kvm_h.KVM_GET_API_VERSION)
 
     def get_vcpu_mmap_size(self) -> int:
-        """How many bytes of a vCPU's fd are to be mapped: struct kvm_run and what follows it."""
+        """KVM_GET_VCPU_MMAP_SIZE: the size of a vCPU's mapping in bytes.
+
+        That is struct kvm_run and the pages that follow it.
+        """
         return self._vcpu_mmap_size
 
     def check_extension(self, cap: int) -> int:
-        """What KVM can do, as an int: 0 no, 1 yes, or more than that says the capability.
+        """KVM_CHECK_EXTENSION.
 
-        A VM may be able to do less or more: :meth:`Vm.check_extension`.
+        Returns 0 if `cap` is not supported; otherwise a positive int whose meaning depends on the
+        capability.  A VM may support less or more: :meth:`Vm.check_extension`.
         """
+        if cap >> 63:
+            check_range("cap", cap, 1 << 63)
         result: int = _ioctl(self._fd, _CHECK_EXTENSION, cap)
         if result < 0:
             raise self._error(_CHECK_EXTENSION, cap)
         return result
 
     def create_vm(self, vm_type: int = 0) -> Vm:
-        """A VM of a type that KVM_CAP_VM_TYPES lists (0, the default, always works).
+        """KVM_CREATE_VM: a VM of a type that KVM_CAP_VM_TYPES lists; 0, the default, always works.
 
         OSError: EINVAL for a type that is not offered, ENOMEM, EMFILE.
         """
         return self.create_vm_as(Vm, vm_type)
 
     def create_vm_as(self, make: Callable[[int, int], _VmT], vm_type: int = 0) -> _VmT:
-        """As :meth:`create_vm`; ``make(fd, vcpu_mmap_size)`` makes the object."""
+        """As :meth:`create_vm`, for subclasses of :class:`Vm`.
+
+        ``make(fd, vcpu_mmap_size)`` makes the object: the class or a function.
+        """
+        check_range("vm_type", vm_type, 1 << 64)
         while True:
             with SignalsBlocked():
-                fd: int = _ioctl(self._fd, kvm_h.KVM_CREATE_VM, vm_type)
+                fd = _ioctl(self._fd, kvm_h.KVM_CREATE_VM, vm_type)
                 if fd >= 0:
                     return make(fd, self._vcpu_mmap_size)
                 if last_errno() != _errno.EINTR or self._fd < 0:
                     raise self._error(kvm_h.KVM_CREATE_VM, vm_type)
 
     def get_supported_cpuid(self) -> list[CpuidEntry]:
-        """The CPUID leaves that KVM can give a guest here."""
+        """KVM_GET_SUPPORTED_CPUID: the CPUID leaves that KVM can give a guest here."""
         return read_cpuid_growing(self, kvm_h.KVM_GET_SUPPORTED_CPUID)
 
     def get_emulated_cpuid(self) -> list[CpuidEntry]:
-        """The CPUID leaves that KVM emulates, slower than the hardware would."""
+        """KVM_GET_EMULATED_CPUID: leaves whose features KVM emulates, slower than the hardware."""
         return read_cpuid_growing(self, kvm_h.KVM_GET_EMULATED_CPUID)
 
     def get_msr_index_list(self) -> list[int]:
-        """The model specific registers that a guest's state consists of."""
+        """KVM_GET_MSR_INDEX_LIST: the model specific registers of a guest's state."""
         return self._msr_list(kvm_h.KVM_GET_MSR_INDEX_LIST)
 
     def get_msr_feature_index_list(self) -> list[int]:
-        """The model specific registers that say what the host can do."""
+        """KVM_GET_MSR_FEATURE_INDEX_LIST: the model specific registers of the host's features."""
         return self._msr_list(kvm_h.KVM_GET_MSR_FEATURE_INDEX_LIST)
 
     def _msr_list(self, request: int) -> list[int]:
@@ -117,7 +124,7 @@ class Kvm(Fd):
             if not errno:
                 return list(msrs.indices[0 : msrs.nmsrs])
             if errno != _errno.E2BIG or msrs.nmsrs <= count:
-                raise os_error(errno, "KVM_GET_MSR_INDEX_LIST")
+                raise os_error(errno, f"{REQUEST_NAMES[request]}(nmsrs={count})")
             count = msrs.nmsrs
 
 

@@ -1,7 +1,7 @@
 """The C library's calls that kvmpriv needs, prototyped once; the only user of ctypes.
 
-Each function returns what C returns, -1 for failure; :func:`last_errno` then says why.  ctypes
-keeps errno per thread and lets go of the GIL during a call, but for the signal mask's.
+Each function returns what C returns, -1 for failure; :func:`last_errno` then returns the reason.
+ctypes keeps errno per thread.  It releases the GIL during a call, but not for the signal mask.
 """
 
 from __future__ import annotations
@@ -11,7 +11,11 @@ import os
 import signal
 from ctypes import c_int, c_long, c_ulong, c_void_p
 
+from .errors import ArgumentError
+
 __all__ = [
+    "CLONE_NEWNET",
+    "CLONE_NEWUSER",
     "FALLOC_FL_KEEP_SIZE",
     "FALLOC_FL_PUNCH_HOLE",
     "block_signals",
@@ -28,6 +32,7 @@ __all__ = [
     "signal_mask",
     "syscall",
     "tgkill",
+    "unshare",
 ]
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -43,9 +48,15 @@ _syscall = _libc.syscall
 _syscall.argtypes = (c_long,) * 7
 _syscall.restype = c_long
 
-_fallocate = _libc.fallocate64
+_fallocate = _libc.fallocate  # off_t has 64 bits on x86-64; musl has no fallocate64
 _fallocate.argtypes = (c_int, c_int, ctypes.c_int64, ctypes.c_int64)
 _fallocate.restype = c_int
+
+_unshare = _libc.unshare
+_unshare.argtypes = (c_int,)
+_unshare.restype = c_int
+
+CLONE_NEWUSER, CLONE_NEWNET = 0x1000_0000, 0x4000_0000  # <linux/sched.h>
 
 _SYS_tgkill = 234  # x86-64
 
@@ -53,14 +64,14 @@ FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2  # <linux/falloc.h>
 
 
 def os_error(errno: int, what: str) -> OSError:
-    """The exception for an errno: its subclass chosen by Python, `what` in the message."""
+    """The OSError for an errno, of the subclass that Python has for it; `what` failed."""
     return OSError(errno, f"{what}: {os.strerror(errno)}")
 
 
 def syscall(number: int, *arguments: int) -> int:
-    """``syscall(2)`` with six arguments, those not given being 0: no register holds garbage."""
+    """``syscall(2)`` with up to six arguments; the rest are 0.  ArgumentError for more."""
     if len(arguments) > 6:
-        raise ValueError(f"a system call takes 6 arguments, not {len(arguments)}")
+        raise ArgumentError(f"a system call takes 6 arguments, not {len(arguments)}")
     return int(_syscall(number, *arguments, *(0,) * (6 - len(arguments))))
 
 
@@ -85,10 +96,18 @@ def fstatfs_type(fd: int) -> int:
     return int(buffer.f_type) if _fstatfs(fd, ctypes.byref(buffer)) == 0 else -1
 
 
+def unshare(flags: int) -> int:
+    """``unshare(2)``: move the calling thread into new namespaces (``CLONE_NEW*``).
+
+    os.unshare does the same, from Python 3.12 on.
+    """
+    return int(_unshare(flags))
+
+
 def tgkill(tid: int, signum: int) -> int:
     """Send a signal to one thread of this process; -1 when it is gone.
 
-    errno is left alone: signal handlers kick, and may come between a call and its errno.
+    errno is preserved: a signal handler may kick, between another call and its errno.
     """
     before = last_errno()
     result = syscall(_SYS_tgkill, os.getpid(), tid, signum)
@@ -116,7 +135,7 @@ _SIG_IGN = 1
 def signal_ignored_in_c(signum: int) -> None:
     """Let `signum` interrupt a system call and do nothing else, unless it has a handler already.
 
-    Its handler becomes libc's ``getpid``, which looks at no argument and may be called at any
+    Its handler becomes libc's ``getpid``, which ignores its argument and may be called at any
     moment (signal-safety(7)).  Unlike ``signal.signal`` this works in any thread, and no
     Python code runs when the signal comes.
     """
@@ -130,23 +149,23 @@ def signal_ignored_in_c(signum: int) -> None:
         raise os_error(last_errno(), f"sigaction({signum})")
 
 
-# signal.pthread_sigmask makes a set of enum members each time, which takes longer than making a VM;
-# and who keeps the GIL need not wait for another thread to give it back.
+# signal.pthread_sigmask makes a set of enum members each time, which takes longer than making a VM.
+# PyDLL keeps the GIL, so that the caller does not wait for another thread to give it back.
 _SignalMask = c_ulong * 16  # sigset_t of glibc and musl on x86-64
 _held = ctypes.PyDLL(None)
 _pthread_sigmask = _held.pthread_sigmask
 _pthread_sigmask.argtypes = (c_int, c_void_p, c_void_p)
 _pthread_sigmask.restype = c_int
 _ALL_SIGNALS = _SignalMask()
-_held.sigfillset(ctypes.byref(_ALL_SIGNALS))  # but those that the C library keeps for itself
+_held.sigfillset(ctypes.byref(_ALL_SIGNALS))  # except those that the C library keeps for itself
 
-#: Runs the Python handlers of signals that have come, in the main thread; they may raise.
+#: Run the Python handlers of signals that have come.  In the main thread only; they may raise.
 run_signal_handlers = ctypes.pythonapi.PyErr_CheckSignals
 run_signal_handlers.argtypes = ()
 
 
 def signal_mask() -> ctypes.Array[c_ulong]:
-    """Which signals the calling thread has blocked."""
+    """The signals that the calling thread has blocked."""
     mask = _SignalMask()
     _pthread_sigmask(signal.SIG_BLOCK, None, mask)
     return mask

@@ -4,34 +4,45 @@ from __future__ import annotations
 
 import mmap
 import os
-from typing import Any
 
 from .cdefs import kvm as kvm_h
+from .errors import ArgumentError, ClosedError
+from .slots import HeldBySlots
 
 __all__ = ["PAGE_SIZE", "HostMemory"]
 
 PAGE_SIZE = 4096
 _MAP_NORESERVE = 0x4000  # <asm-generic/mman-common.h>; the mmap module has it from 3.12 only
+_ADDRESS_SPACE = 1 << 63  # larger than any
 _ffi = kvm_h.ffi
 
 
-class HostMemory:
+class HostMemory(HeldBySlots):
     """A host mapping that guests can be given: anonymous, or of a file that can be mapped.
 
     `size` in bytes, a multiple of 4096; `fd` and `offset` (bytes, page aligned) map a file,
-    MAP_SHARED.  `reserve=False` adds MAP_NORESERVE: address space alone, for sizes that will
-    never be filled.  ValueError for a bad size, OSError from mmap(2) (ENOMEM: larger than the
-    host can promise, ENODEV: the file can't be mapped).
+    MAP_SHARED.  `reserve=False` adds MAP_NORESERVE: address space alone, for sizes that are never
+    filled.  ArgumentError for a bad size, offset or descriptor, OSError from mmap(2) (ENOMEM:
+    larger than the host can promise, ENODEV: the file can't be mapped).
 
-    `close` ends the use through this object; the mapping itself goes when no slot has it any more
-    and no view of it is left.
+    A context manager.  `userspace_addr` is where the mapping begins in this process.  :meth:`close`
+    ends the use through this object; the mapping itself goes when no slot uses it any more and no
+    view of it is left.  Slots call :meth:`hold`, :meth:`release` and :meth:`discard_held`.
     """
 
     def __init__(self, size: int, *, fd: int = -1, offset: int = 0, reserve: bool = True) -> None:
-        if size <= 0 or size % PAGE_SIZE:
-            raise ValueError(f"memory size {size:#x} is not a positive multiple of {PAGE_SIZE}")
-        if size >= 1 << 63:
-            raise ValueError(f"memory size {size:#x} is beyond any address space")
+        if not 0 < size < _ADDRESS_SPACE or size % PAGE_SIZE:
+            raise ArgumentError(
+                f"the memory size must be a positive multiple of {PAGE_SIZE} below 2^63,"
+                f" not {size:#x}"
+            )
+        if not 0 <= offset < _ADDRESS_SPACE or offset % PAGE_SIZE:
+            raise ArgumentError(
+                f"the offset must be a multiple of {PAGE_SIZE} below 2^63, not {offset:#x}"
+            )
+        if not -1 <= fd < 1 << 31:
+            raise ArgumentError(f"fd must be a file descriptor, or -1 for none, not {fd}")
+        super().__init__()
         self._discard = mmap.MADV_REMOVE if fd >= 0 else mmap.MADV_DONTNEED
         if fd >= 0:
             flags = mmap.MAP_SHARED
@@ -43,36 +54,37 @@ class HostMemory:
             raise OSError(
                 error.errno, f"mmap({size:#x} bytes): {os.strerror(error.errno or 0)}"
             ) from None
+        except ValueError as error:  # the module itself looks at a regular file's size
+            raise ArgumentError(f"{size:#x} bytes at {offset:#x} of fd {fd}: {error}") from None
         self.size = size
-        self._pointer: Any = _ffi.from_buffer("char[]", self._mmap)
-        #: Where the mapping begins in this process.
+        self._pointer = _ffi.from_buffer("char[]", self._mmap)
         self.userspace_addr = int(_ffi.cast("uintptr_t", self._pointer))
-        self._open = True
-        self._slots = 0
 
     @property
     def closed(self) -> bool:
+        """Whether :meth:`close` has been called."""
         return not self._open
 
     def view(self) -> memoryview:
-        """The bytes, to be read and written in place."""
+        """The bytes, to be read and written in place.  ClosedError after close."""
         return memoryview(self._checked())
 
     def read(self, offset: int, size: int) -> bytes:
-        """`size` bytes from `offset`; ValueError beyond the end."""
+        """`size` bytes from `offset` on.  ArgumentError beyond the end, ClosedError after close."""
         return self._checked(offset, size)[offset : offset + size]
 
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
-        """Put `data` at `offset`; ValueError beyond the end."""
+        """Put `data` at `offset`.  ArgumentError beyond the end, ClosedError after close."""
         self._checked(offset, len(data))[offset : offset + len(data)] = data
 
     def find(self, data: bytes, start: int = 0) -> int:
-        """Where `data` is, from `start` on; -1 where it is not."""
+        """The offset of the first `data` from `start` on, or -1 if there is none."""
         return self._checked(start).find(data, start)
 
     def madvise(self, advice: int, offset: int = 0, size: int | None = None) -> None:
-        """madvise(2) with one of ``mmap.MADV_*``."""
-        self._checked().madvise(advice, offset, self.size - offset if size is None else size)
+        """madvise(2) with one of ``mmap.MADV_*``; bytes, page aligned; `size` None: to the end."""
+        size = self.size - offset if size is None else size
+        self._checked(offset, size).madvise(advice, offset, size)
 
     def discard(self, offset: int, size: int) -> None:
         """Give pages back to the system; they read as zeros afterwards.  Bytes, page aligned.
@@ -84,43 +96,30 @@ class HostMemory:
         self.discard_held(offset, size)
 
     def discard_held(self, offset: int, size: int) -> None:
-        """The same, for a slot that holds the mapping: works when its maker has closed it."""
+        """As :meth:`discard`, for a slot that holds the mapping: works after :meth:`close`."""
         self._mapped(offset, size).madvise(self._discard, offset, size)
 
     def _checked(self, offset: int = 0, size: int = 0) -> mmap.mmap:
         if not self._open:
-            raise ValueError("host memory is closed")
+            raise self._closed_error()
         return self._mapped(offset, size)
 
     def _mapped(self, offset: int, size: int) -> mmap.mmap:
         if self._mmap is None:
-            raise ValueError("host memory is closed")
+            raise self._closed_error()
         if offset < 0 or size < 0 or offset + size > self.size:
-            raise ValueError(
+            raise ArgumentError(
                 f"{size:#x} bytes at {offset:#x} are not inside host memory of {self.size:#x} bytes"
             )
         return self._mmap
 
-    def hold(self) -> None:
-        """A slot begins to use the mapping."""
-        if not self._open:
-            self._checked()
-        self._slots += 1
-
-    def release(self) -> None:
-        """A slot has ended."""
-        self._slots -= 1
-        if not self._open:
-            self._unmap_if_unused()
-
-    def close(self) -> None:
-        self._open = False
-        self._unmap_if_unused()
-
-    def _unmap_if_unused(self) -> None:
-        if not self._open and self._slots == 0 and self._mmap is not None:
+    def _end(self) -> None:
+        if self._mmap is not None:
             _ffi.release(self._pointer)
             self._mmap = None  # a view that is left keeps the mapping, and ends it with itself
+
+    def _closed_error(self) -> ClosedError:
+        return ClosedError("host memory is closed")
 
     def __enter__(self) -> HostMemory:
         self._checked()

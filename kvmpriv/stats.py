@@ -1,6 +1,9 @@
-"""KVM's own counters, as its statistics fds give them (api.rst, "KVM_GET_STATS_FD")."""
+"""KVM's counters of a VM or a vCPU (api.rst, "KVM_GET_STATS_FD")."""
+
+from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from .cdefs import kvm as kvm_h
@@ -27,20 +30,29 @@ _TYPES = {
 
 
 class StatsDesc(NamedTuple):
-    """One counter.  A value counts `unit` times `base` to the power of `exponent`."""
+    """Describes one counter.  A value counts `unit` times `base` to the power of `exponent`.
+
+    `type` is "cumulative", "instant", "peak", "linear histogram" or "logarithmic histogram"; `size`
+    how many values of 64 bits it has, more than 1 for a histogram; `offset` where they are, in
+    bytes from the start of the data; `bucket_size` the width of a linear histogram's buckets.
+    """
 
     name: str
     type: str
     unit: str
     base: int
     exponent: int
-    size: int  # how many 64-bit values; more than 1 for a histogram
-    offset: int  # bytes, from the start of the data
+    size: int
+    offset: int
     bucket_size: int
 
 
 class StatsFd(Fd):
-    """The counters of a VM or a vCPU.  It outlives neither: it holds its VM."""
+    """The counters of a VM or a vCPU, which :meth:`read` reads without another KVM call.
+
+    `id` is KVM's name for the VM or the vCPU; `descriptors` maps names to descriptions, in KVM's
+    order.  The descriptor keeps the kernel's VM alive.
+    """
 
     _what = "statistics fd"
 
@@ -59,13 +71,11 @@ class StatsFd(Fd):
         each = _ffi.sizeof("struct kvm_stats_desc") + header.name_size
         raw = self._pread(each * header.num_desc, header.desc_offset)
         self._data_offset = header.data_offset
-        #: name -> description, in KVM's order
         self.descriptors: dict[str, StatsDesc] = {}
         keep = _ffi.from_buffer("char[]", raw)
         for number in range(header.num_desc):
             desc = _ffi.cast("struct kvm_stats_desc *", keep + number * each)
             name = _ffi.string(desc.name, header.name_size)
-            assert isinstance(name, bytes)
             pow2 = desc.flags & kvm_h.KVM_STATS_BASE_MASK == kvm_h.KVM_STATS_BASE_POW2
             self.descriptors[name.decode()] = StatsDesc(
                 name.decode(),
@@ -85,11 +95,15 @@ class StatsFd(Fd):
             raise OSError(f"statistics fd: {len(data)} of {size} bytes at {offset:#x}")
         return data
 
-    def read(self) -> dict[str, int | list[int]]:
-        """Every counter's value now; a histogram's is a list."""
+    def _values(self) -> Iterator[tuple[StatsDesc, list[int]]]:
         data = memoryview(self._pread(self._size, self._data_offset))
-        values: dict[str, int | list[int]] = {}
         for desc in self.descriptors.values():
-            numbers = data[desc.offset : desc.offset + 8 * desc.size].cast("Q").tolist()
-            values[desc.name] = numbers[0] if desc.size == 1 else numbers
-        return values
+            yield desc, data[desc.offset : desc.offset + 8 * desc.size].cast("Q").tolist()
+
+    def read(self) -> dict[str, int]:
+        """The counters now, without histograms: name -> value."""
+        return {desc.name: values[0] for desc, values in self._values() if desc.size == 1}
+
+    def read_histograms(self) -> dict[str, list[int]]:
+        """The histograms now: name -> how often each bucket was hit."""
+        return {desc.name: values for desc, values in self._values() if desc.size > 1}

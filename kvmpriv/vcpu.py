@@ -8,27 +8,44 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from fcntl import ioctl as _enter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NoReturn, cast
 
 from . import wakeup
+from .base import KvmFd
 from .cdefs import kvm as kvm_h
 from .cdefs.kvm import KVM_EXIT_INTR, KVM_RUN
-from .cpuid import CpuidEntry, read_cpuid_growing
+from .cpuid import CpuidEntry, read_cpuid_growing, write_cpuid
+from .errors import ArgumentError, ClosedError
 from .faults import layout_of
-from .fd import Fd
+from .fd import check_range, new_struct
 from .libc import ioctl as _ioctl
 from .libc import last_errno, os_error, tgkill
 from .wakeup import SignalsBlocked
 
 if TYPE_CHECKING:
+    from .cdefs.kvm_structs import (
+        kvm_debugregs,
+        kvm_fpu,
+        kvm_lapic_state,
+        kvm_msrs,
+        kvm_regs,
+        kvm_run,
+        kvm_sregs,
+        kvm_vcpu_events,
+        kvm_xcrs,
+    )
+    from .exits import Exit
     from .slots import Lifeline
-    from .stats import StatsFd
 
 __all__ = ["Vcpu"]
 
 _ffi = kvm_h.ffi
+
+_MMIO_DATA = _ffi.offsetof("struct kvm_run", "mmio", "data")
+_RFLAGS_FIXED = 2  # bit 1 is always set
 
 # After a world switch every cache line counts: without a third argument fcntl.ioctl issues
 # KVM_RUN at a sixth of ctypes' cost.  From Python 3.14 on it hides EINTR and calls again, and so
@@ -47,30 +64,45 @@ _here = _Here()
 
 
 class _ClosedKvmRun:
-    """What is in the place of struct kvm_run once the vCPU is closed: every use says so.
+    """Takes the place of struct kvm_run once the vCPU is closed: every use raises ClosedError.
 
-    A __getattr__ of Vcpu itself would do, and make each attribute that run() looks at slower.
+    A __getattr__ of Vcpu would do the same, and make each attribute that run() reads slower.
     """
 
-    def __getattr__(self, name: str) -> Any:
-        raise ValueError("vCPU is closed")
+    def __getattr__(self, name: str) -> NoReturn:
+        raise ClosedError("vCPU is closed")
 
     def __setattr__(self, name: str, value: object) -> None:
-        raise ValueError("vCPU is closed")
+        raise ClosedError("vCPU is closed")
 
 
-class Vcpu(Fd):
+class Vcpu(KvmFd):
     """A vCPU; made by :meth:`Vm.create_vcpu`.
 
-    One thread at a time may run it; any thread may `kick` it.  Where the methods are named after
-    an ioctl they are that ioctl (Documentation/virt/kvm/api.rst of the kernel), and raise what
-    it fails with as OSError.
+    One thread at a time may run it; any thread may `kick` it.  The methods named after an ioctl
+    are that ioctl (Documentation/virt/kvm/api.rst), and raise OSError with the errno that it fails
+    with.  ArgumentError is raised for a value that does not fit its field, ClosedError after
+    close, RuntimeError while another thread runs the vCPU.
+
+    `kvm_run` is the ``struct kvm_run *`` that the kernel shares with this process, read and written
+    in place.  A part of it (``kvm_run.io``) does not keep it alive: get it anew after each run, and
+    never after close.
     """
 
     _what = "vCPU"
 
-    def __init__(self, fd: int, mmap_size: int, lifeline: Lifeline, vcpu_id: int) -> None:
+    #: ``struct kvm_run *``, shared with the kernel
+    kvm_run: kvm_run
+
+    def __init__(
+        self,
+        fd: int,
+        mmap_size: int,
+        lifeline: Lifeline,
+        vcpu_id: int,
+    ) -> None:
         self.vcpu_id = vcpu_id
+        self._fault_layout = lifeline.fault_layout
         #: The thread that is in KVM_RUN or about to be; at most one entry.
         self._runner: dict[str, object] = {}
         self._prepared: object = None  # the thread that has run it last …
@@ -78,16 +110,13 @@ class Vcpu(Fd):
         self._errno = 0  # what KVM_RUN failed with, when that is an exit
         # Re-entrant: a signal handler may kick while kick is under way.
         self._kick_lock = threading.RLock()
-        self._pid = os.getpid()
         self._lifeline: Lifeline | None = None
-        self._fault_layout = lifeline.fault_layout
         super().__init__(fd)
         try:
             self._mmap = mmap.mmap(fd, mmap_size)
-            #: ``struct kvm_run *``, read and written in place.  A part of it (``kvm_run.io``) does
-            #: not keep it alive: take it anew after each run, and never after close.
-            self.kvm_run: Any = _ffi.from_buffer(
-                "struct kvm_run *", self._mmap, require_writable=True
+            self.kvm_run = cast(
+                "kvm_run",
+                _ffi.from_buffer("struct kvm_run *", self._mmap, require_writable=True),
             )
         except BaseException:
             super().close()
@@ -105,15 +134,21 @@ class Vcpu(Fd):
         or a kick ended the call: Python's signal handlers have run by then.  A memory fault is an
         exit, also where KVM_RUN fails with EFAULT to report it (guest_memfd).
 
+        A signal handler that interrupts this call may run the vCPU itself; afterwards this call
+        enters the guest again, and a kick that the handler's run has answered is answered.
+
         Raises OSError with KVM_RUN's errno, RuntimeError when another thread runs this vCPU,
-        ValueError after close.
+        ClosedError after close.
         """
         me = _here.me
         runner = self._runner
+        # A signal handler may have interrupted this thread's run and call it anew: the mark stays
+        # the outer call's.
+        nested = runner.get("thread") is me if runner else False
         try:
             # One call, hence atomic; and what it did can be seen below, whatever came between.
             if runner.setdefault("thread", me) is not me:
-                runner = {}  # not ours to clear
+                runner = {}  # the mark is not ours to clear
                 raise self._busy_error()
             if self._prepared is not me or self._errno:
                 self._prepare(me)
@@ -121,16 +156,15 @@ class Vcpu(Fd):
                 _enter(self._fd, KVM_RUN)
             elif _ioctl(self._fd, KVM_RUN, 0) != 0:
                 return self._no_ordinary_exit(last_errno())
-            return self.kvm_run.exit_reason  # type: ignore[no-any-return]
+            return self.kvm_run.exit_reason
         except (OSError, ValueError) as error:
             # Signal handlers run in _enter: what they raise has their frames, and is not KVM's.
             if error.__traceback__ is None or error.__traceback__.tb_next is not None:
                 raise
             return self._no_ordinary_exit(getattr(error, "errno", _errno.EBADF))
         finally:
-            if (
-                runner and runner["thread"] is me
-            ):  # no call, after which a signal handler might come
+            # No call here, after which a signal handler might come.
+            if runner and not nested and runner["thread"] is me:
                 del runner["thread"]
 
     def _prepare(self, me: object) -> None:
@@ -155,25 +189,51 @@ class Vcpu(Fd):
             run.immediate_exit = 0
             run.exit_reason = KVM_EXIT_INTR
             return KVM_EXIT_INTR
-        reason: int = run.exit_reason
+        reason = run.exit_reason
         layout = layout_of(reason, self._fault_layout)
         if layout is not None and errno in layout.errnos:
             self._errno = errno
             return reason
         raise self._of_another_process(os_error(errno, "KVM_RUN")) from None
 
-    def exit(self) -> Any:
+    def exit(self) -> Exit:
         """The last exit, decoded: one of the tuples of :mod:`kvmpriv.exits`."""
         from .exits import decode
 
         self.fileno()
         return decode(self.kvm_run, self._errno, self._fault_layout)
 
-    def kick(self) -> None:
-        """Make :meth:`run`, in whichever thread, return KVM_EXIT_INTR: now, or as soon as called.
+    def reply(self, data: bytes | bytearray | memoryview) -> None:
+        """Answer the last exit: what the guest reads when :meth:`run` is called next.
 
-        Kicks that come before the vCPU is seen to stop count as one.  ValueError after close,
-        RuntimeError in a process that has it by fork.
+        The exit is an IN (`data` is its `size` times `count` bytes) or an MMIO read (`size` bytes).
+        Bytes are in the order of memory: the value's lowest first.  ArgumentError for another exit
+        or another length.
+
+            match vcpu.exit():
+                case IoExit(is_write=False, port=0x3FD):
+                    vcpu.reply(bytes((status,)))
+        """
+        self._check_idle()
+        data = bytes(data)
+        run = self.kvm_run
+        reason = run.exit_reason
+        if reason == kvm_h.KVM_EXIT_IO and run.io.direction == kvm_h.KVM_EXIT_IO_IN:
+            start, size = run.io.data_offset, run.io.size * run.io.count
+        elif reason == kvm_h.KVM_EXIT_MMIO and not run.mmio.is_write:
+            start, size = _MMIO_DATA, run.mmio.len
+        else:
+            raise ArgumentError(f"the last exit does not read: {self.exit()}")
+        if len(data) != size:
+            raise ArgumentError(f"the guest reads {size} bytes, not {len(data)}: {self.exit()}")
+        self._mmap[start : start + size] = data
+
+    def kick(self) -> None:
+        """Make the current :meth:`run` return KVM_EXIT_INTR, or the next one if there is none.
+
+        May be called from any thread and from signal handlers.  Kicks that come before the vCPU is
+        seen to stop count as one.  ClosedError after close, RuntimeError in a process that has the
+        vCPU by fork.
         """
         with self._kick_lock:
             self.fileno()
@@ -187,7 +247,10 @@ class Vcpu(Fd):
             tgkill(self._tid, wakeup.KICK_SIGNAL)
 
     def close(self) -> None:
-        """Close the vCPU; one that is running elsewhere is called back first."""
+        """Close the vCPU.  If another thread runs it, it is called back first.
+
+        RuntimeError in a signal handler that interrupts this thread's own run of it.
+        """
         if self._runner.get("thread") is _here.me:
             raise RuntimeError("a vCPU can't be closed by a signal handler that interrupts its run")
         with SignalsBlocked():
@@ -203,101 +266,187 @@ class Vcpu(Fd):
                 self._interrupt()
                 time.sleep(0.0005)
         finally:
-            self.kvm_run = _ClosedKvmRun()
+            self.kvm_run = cast("kvm_run", _ClosedKvmRun())
             del self._mmap
             os.close(fd)
             if self._lifeline is not None:
                 self._lifeline.leave()
 
-    def _busy_error(self) -> RuntimeError | ValueError:
+    def _busy_error(self) -> RuntimeError | ClosedError:
         if self.closed:
             return self._closed_error()
         return RuntimeError(
             f"vCPU {self.vcpu_id} is being run by another thread: kick it and wait for it first"
         )
 
-    def ioctl(self, request: int, argument: Any = 0) -> int:
-        """As :meth:`Fd.ioctl`; RuntimeError while another thread runs the vCPU.
-
-        The kernel would let the call wait until that thread comes back, for ever maybe;
-        :meth:`Fd.ioctl_errno` does.
-        """
+    def _check_idle(self) -> None:
         if self._runner and self._runner.get("thread") is not _here.me:
             raise self._busy_error()
+
+    def ioctl(self, request: int, argument: object = 0) -> int:
+        """As :meth:`Fd.ioctl`; RuntimeError while another thread runs the vCPU.
+
+        The kernel would let the call wait until that thread comes back, perhaps for ever;
+        :meth:`ioctl_errno` does.
+        """
+        if self._runner:
+            self._check_idle()
         return super().ioctl(request, argument)
-
-    def _error(self, request: int, argument: Any = 0) -> OSError | ValueError:
-        return self._of_another_process(super()._error(request, argument))
-
-    def _of_another_process(self, error: OSError | ValueError) -> OSError | ValueError:
-        if isinstance(error, OSError) and error.errno == _errno.EIO and os.getpid() != self._pid:
-            return OSError(error.errno, f"{error.strerror} (the VM belongs to process {self._pid})")
-        return error
 
     # -- registers -----------------------------------------------------------------------------
 
-    def get_regs(self) -> Any:
-        """The general purpose registers: a ``struct kvm_regs *``."""
-        return self._get(kvm_h.KVM_GET_REGS, "struct kvm_regs *")
+    def get_regs(self) -> kvm_regs:
+        """KVM_GET_REGS: the general purpose registers, as a new struct.
 
-    def set_regs(self, regs: Any) -> None:
-        self.ioctl(kvm_h.KVM_SET_REGS, regs)
+        :func:`kvmpriv.fd.describe` shows a struct as text.
+        """
+        regs = _ffi.new("struct kvm_regs *")
+        self.ioctl(kvm_h.KVM_GET_REGS, regs)
+        return regs
 
-    def get_sregs(self) -> Any:
-        """Segments, control registers, EFER: a ``struct kvm_sregs *``."""
-        return self._get(kvm_h.KVM_GET_SREGS, "struct kvm_sregs *")
+    def set_regs(self, regs: kvm_regs) -> None:
+        """KVM_SET_REGS.  ArgumentError for another struct."""
+        self._set(kvm_h.KVM_SET_REGS, "struct kvm_regs *", regs)
 
-    def set_sregs(self, sregs: Any) -> None:
-        self.ioctl(kvm_h.KVM_SET_SREGS, sregs)
+    @contextmanager
+    def regs(self) -> Iterator[kvm_regs]:
+        """Get the general purpose registers, let the block change them, and set them.
 
-    def get_fpu(self) -> Any:
-        return self._get(kvm_h.KVM_GET_FPU, "struct kvm_fpu *")
+            with vcpu.regs() as regs:
+                regs.rip += 2
 
-    def set_fpu(self, fpu: Any) -> None:
-        self.ioctl(kvm_h.KVM_SET_FPU, fpu)
+        They are not set when the block raises.
+        """
+        regs = self.get_regs()
+        yield regs
+        self.set_regs(regs)
 
-    def get_lapic(self) -> Any:
-        return self._get(kvm_h.KVM_GET_LAPIC, "struct kvm_lapic_state *")
+    def get_sregs(self) -> kvm_sregs:
+        """KVM_GET_SREGS: segments, descriptor tables, control registers, EFER."""
+        sregs = _ffi.new("struct kvm_sregs *")
+        self.ioctl(kvm_h.KVM_GET_SREGS, sregs)
+        return sregs
 
-    def set_lapic(self, lapic: Any) -> None:
-        self.ioctl(kvm_h.KVM_SET_LAPIC, lapic)
+    def set_sregs(self, sregs: kvm_sregs) -> None:
+        """KVM_SET_SREGS.
 
-    def get_vcpu_events(self) -> Any:
-        return self._get(kvm_h.KVM_GET_VCPU_EVENTS, "struct kvm_vcpu_events *")
+        ArgumentError for another struct; OSError (EINVAL) for control registers that contradict
+        each other.
+        """
+        self._set(kvm_h.KVM_SET_SREGS, "struct kvm_sregs *", sregs)
 
-    def set_vcpu_events(self, events: Any) -> None:
-        self.ioctl(kvm_h.KVM_SET_VCPU_EVENTS, events)
+    @contextmanager
+    def sregs(self) -> Iterator[kvm_sregs]:
+        """Get the special registers, let the block change them, and set them, as :meth:`regs`."""
+        sregs = self.get_sregs()
+        yield sregs
+        self.set_sregs(sregs)
 
-    def get_debugregs(self) -> Any:
-        return self._get(kvm_h.KVM_GET_DEBUGREGS, "struct kvm_debugregs *")
+    def start_real_mode(self, rip: int, *, rsp: int = 0) -> None:
+        """Let a new vCPU begin in real mode at `rip`, with every segment at 0.
 
-    def set_debugregs(self, debugregs: Any) -> None:
-        self.ioctl(kvm_h.KVM_SET_DEBUGREGS, debugregs)
+        `rip` and `rsp` are 0 to 0xffff; a stack at 0 grows down from 0x10000.
+        """
+        check_range("rip", rip, 1 << 16)
+        check_range("rsp", rsp, 1 << 16)
+        with self.sregs() as sregs:
+            for segment in (sregs.cs, sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss):
+                segment.base = segment.selector = 0
+        with self.regs() as regs:
+            regs.rip, regs.rsp, regs.rflags = rip, rsp, _RFLAGS_FIXED
 
-    def get_xcrs(self) -> Any:
-        return self._get(kvm_h.KVM_GET_XCRS, "struct kvm_xcrs *")
+    def get_fpu(self) -> kvm_fpu:
+        """KVM_GET_FPU: x87 and SSE registers."""
+        fpu = _ffi.new("struct kvm_fpu *")
+        self.ioctl(kvm_h.KVM_GET_FPU, fpu)
+        return fpu
 
-    def set_xcrs(self, xcrs: Any) -> None:
-        self.ioctl(kvm_h.KVM_SET_XCRS, xcrs)
+    def set_fpu(self, fpu: kvm_fpu) -> None:
+        """KVM_SET_FPU.  ArgumentError for another struct."""
+        self._set(kvm_h.KVM_SET_FPU, "struct kvm_fpu *", fpu)
+
+    def get_lapic(self) -> kvm_lapic_state:
+        """KVM_GET_LAPIC: the local APIC's register page.
+
+        OSError (EINVAL) without an in-kernel irqchip.
+        """
+        lapic = _ffi.new("struct kvm_lapic_state *")
+        self.ioctl(kvm_h.KVM_GET_LAPIC, lapic)
+        return lapic
+
+    def set_lapic(self, lapic: kvm_lapic_state) -> None:
+        """KVM_SET_LAPIC.
+
+        ArgumentError for another struct, OSError (EINVAL) without an in-kernel irqchip.
+        """
+        self._set(kvm_h.KVM_SET_LAPIC, "struct kvm_lapic_state *", lapic)
+
+    def get_vcpu_events(self) -> kvm_vcpu_events:
+        """KVM_GET_VCPU_EVENTS: pending exceptions, interrupts, NMIs."""
+        events = _ffi.new("struct kvm_vcpu_events *")
+        self.ioctl(kvm_h.KVM_GET_VCPU_EVENTS, events)
+        return events
+
+    def set_vcpu_events(self, events: kvm_vcpu_events) -> None:
+        """KVM_SET_VCPU_EVENTS.
+
+        ArgumentError for another struct, OSError (EINVAL) for unknown flags or exceptions.
+        """
+        self._set(kvm_h.KVM_SET_VCPU_EVENTS, "struct kvm_vcpu_events *", events)
+
+    def get_debugregs(self) -> kvm_debugregs:
+        """KVM_GET_DEBUGREGS: DR0 to DR3, DR6, DR7."""
+        debugregs = _ffi.new("struct kvm_debugregs *")
+        self.ioctl(kvm_h.KVM_GET_DEBUGREGS, debugregs)
+        return debugregs
+
+    def set_debugregs(self, debugregs: kvm_debugregs) -> None:
+        """KVM_SET_DEBUGREGS.  ArgumentError for another struct, OSError (EINVAL) for flags."""
+        self._set(kvm_h.KVM_SET_DEBUGREGS, "struct kvm_debugregs *", debugregs)
+
+    def get_xcrs(self) -> kvm_xcrs:
+        """KVM_GET_XCRS: the extended control registers (XCR0).  OSError (EINVAL) without XSAVE."""
+        xcrs = _ffi.new("struct kvm_xcrs *")
+        self.ioctl(kvm_h.KVM_GET_XCRS, xcrs)
+        return xcrs
+
+    def set_xcrs(self, xcrs: kvm_xcrs) -> None:
+        """KVM_SET_XCRS.
+
+        ArgumentError for another struct; OSError (EINVAL) for features that the guest's CPUID does
+        not list, or without XSAVE.
+        """
+        self._set(kvm_h.KVM_SET_XCRS, "struct kvm_xcrs *", xcrs)
 
     def get_mp_state(self) -> int:
-        """One of ``KVM_MP_STATE_*``."""
-        state = self._get(kvm_h.KVM_GET_MP_STATE, "struct kvm_mp_state *")
-        return int(state.mp_state)
+        """KVM_GET_MP_STATE: one of ``KVM_MP_STATE_*``."""
+        state = _ffi.new("struct kvm_mp_state *")
+        self.ioctl(kvm_h.KVM_GET_MP_STATE, state)
+        return state.mp_state
 
     def set_mp_state(self, mp_state: int) -> None:
+        """KVM_SET_MP_STATE: one of ``KVM_MP_STATE_*``.
+
+        OSError (EINVAL) for another state than KVM_MP_STATE_RUNNABLE without an in-kernel irqchip.
+        """
         self.ioctl(
-            kvm_h.KVM_SET_MP_STATE, _ffi.new("struct kvm_mp_state *", {"mp_state": mp_state})
+            kvm_h.KVM_SET_MP_STATE, new_struct("struct kvm_mp_state *", {"mp_state": mp_state})
         )
 
     def get_tsc_khz(self) -> int:
+        """KVM_GET_TSC_KHZ: how fast the guest's time stamp counter runs, in kHz."""
         return self.ioctl(kvm_h.KVM_GET_TSC_KHZ)
 
     def set_tsc_khz(self, khz: int) -> None:
+        """KVM_SET_TSC_KHZ: 1 to 2^32 - 1 kHz, or 0 for the host's.
+
+        OSError (EINVAL) for a frequency that the host can't offer (KVM_CAP_TSC_CONTROL).
+        """
+        check_range("khz", khz, 1 << 32)  # KVM takes the low 32 bits
         self.ioctl(kvm_h.KVM_SET_TSC_KHZ, khz)
 
     def get_msrs(self, indices: Iterable[int]) -> dict[int, int]:
-        """Read model specific registers: index -> value.
+        """KVM_GET_MSRS: read model specific registers; returns index -> value.
 
         OSError (EINVAL) names the first that KVM refuses.
         """
@@ -307,17 +456,20 @@ class Vcpu(Fd):
         return {entry.index: entry.data for entry in msrs.entries[0 : len(wanted)]}
 
     def set_msrs(self, values: Mapping[int, int]) -> None:
-        """Write model specific registers, in order.  OSError (EINVAL) names the first refused."""
+        """KVM_SET_MSRS: write model specific registers, in order.
+
+        OSError (EINVAL) names the first that KVM refuses; those before it have been written.
+        """
         msrs = self._msrs(list(values.items()))
         self._all_done(self.ioctl(kvm_h.KVM_SET_MSRS, msrs), list(values), "write")
 
     @staticmethod
-    def _msrs(pairs: list[tuple[int, int]]) -> Any:
-        msrs = _ffi.new("struct kvm_msrs *", {"nmsrs": len(pairs), "entries": len(pairs)})
-        for entry, (index, value) in zip(msrs.entries[0 : len(pairs)], pairs, strict=True):
-            entry.index = index
-            entry.data = value
-        return msrs
+    def _msrs(pairs: list[tuple[int, int]]) -> kvm_msrs:
+        for index, value in pairs:
+            check_range("an MSR's index", index, 1 << 32)
+            check_range("an MSR's value", value, 1 << 64)
+        entries = [(index, 0, value) for index, value in pairs]
+        return _ffi.new("struct kvm_msrs *", {"nmsrs": len(pairs), "entries": entries})
 
     @staticmethod
     def _all_done(done: int, indices: list[int], verb: str) -> None:
@@ -325,61 +477,52 @@ class Vcpu(Fd):
             raise OSError(_errno.EINVAL, f"KVM does not {verb} MSR {indices[done]:#x}")
 
     def get_cpuid2(self) -> list[CpuidEntry]:
+        """KVM_GET_CPUID2: the CPUID leaves that the guest sees."""
         return read_cpuid_growing(self, kvm_h.KVM_GET_CPUID2)
 
     def set_cpuid2(self, entries: Iterable[CpuidEntry]) -> None:
-        """What CPUID says in the guest; :meth:`Kvm.get_supported_cpuid` is a start."""
-        wanted = list(entries)
-        cpuid = _ffi.new("struct kvm_cpuid2 *", {"nent": len(wanted), "entries": len(wanted)})
-        for target, entry in zip(cpuid.entries[0 : len(wanted)], wanted, strict=True):
-            for name, value in entry._asdict().items():
-                setattr(target, name, value)
-        self.ioctl(kvm_h.KVM_SET_CPUID2, cpuid)
+        """KVM_SET_CPUID2: what CPUID returns in the guest.
+
+        Start from :meth:`Kvm.get_supported_cpuid`.  OSError: E2BIG for too many entries, EINVAL for
+        contradicting ones, or for others than before once the vCPU has run.
+        """
+        self.ioctl(kvm_h.KVM_SET_CPUID2, write_cpuid(entries))
 
     # -- events and the rest -------------------------------------------------------------------
 
     def interrupt(self, irq: int) -> None:
-        """KVM_INTERRUPT: queue vector `irq` (0 to 255); without an in-kernel irqchip only."""
-        self.ioctl(kvm_h.KVM_INTERRUPT, _ffi.new("struct kvm_interrupt *", {"irq": irq}))
+        """KVM_INTERRUPT: queue the interrupt with vector `irq`, 0 to 255.
+
+        OSError: EINVAL for another vector, EEXIST when one is queued, ENXIO with an in-kernel
+        irqchip.
+        """
+        self.ioctl(kvm_h.KVM_INTERRUPT, new_struct("struct kvm_interrupt *", {"irq": irq}))
 
     def nmi(self) -> None:
+        """KVM_NMI: queue a non-maskable interrupt."""
         self.ioctl(kvm_h.KVM_NMI)
 
     def translate(self, linear_address: int) -> int | None:
-        """The guest physical address behind a linear one; None where no page is mapped."""
-        translation = _ffi.new("struct kvm_translation *", {"linear_address": linear_address})
+        """KVM_TRANSLATE: the guest physical address that the guest's page tables give.
+
+        None where no page is mapped.
+        """
+        translation = new_struct("struct kvm_translation *", {"linear_address": linear_address})
         self.ioctl(kvm_h.KVM_TRANSLATE, translation)
         return int(translation.physical_address) if translation.valid else None
 
     def set_guest_debug(self, control: int) -> None:
-        """KVM_SET_GUEST_DEBUG with ``KVM_GUESTDBG_*`` flags, 0 to end it."""
+        """KVM_SET_GUEST_DEBUG with ``KVM_GUESTDBG_*`` flags; 0 ends it.
+
+        OSError: EBUSY when an exception is pending that the flags would inject.
+        """
         self.ioctl(
-            kvm_h.KVM_SET_GUEST_DEBUG, _ffi.new("struct kvm_guest_debug *", {"control": control})
+            kvm_h.KVM_SET_GUEST_DEBUG, new_struct("struct kvm_guest_debug *", {"control": control})
         )
 
     def kvmclock_ctrl(self) -> None:
-        """Tell a kvmclock guest that it was stopped; OSError (EINVAL) when it uses none."""
+        """KVM_KVMCLOCK_CTRL: tell a guest that uses kvmclock that it was stopped.
+
+        OSError (EINVAL) when the guest does not use kvmclock.
+        """
         self.ioctl(kvm_h.KVM_KVMCLOCK_CTRL)
-
-    def enable_cap(self, cap: int, *args: int, flags: int = 0) -> None:
-        enable_cap(self, cap, args, flags)
-
-    def get_stats_fd(self) -> StatsFd:
-        """The vCPU's counters."""
-        from .stats import StatsFd
-
-        with SignalsBlocked():
-            return StatsFd(self.ioctl(kvm_h.KVM_GET_STATS_FD))
-
-    def _get(self, request: int, kind: str) -> Any:
-        value = _ffi.new(kind)
-        self.ioctl(request, value)
-        return value
-
-
-def enable_cap(fd: Fd, cap: int, args: tuple[int, ...], flags: int) -> None:
-    """KVM_ENABLE_CAP on a VM or a vCPU: up to four arguments of 64 bits."""
-    fd.ioctl(
-        kvm_h.KVM_ENABLE_CAP,
-        _ffi.new("struct kvm_enable_cap *", {"cap": cap, "flags": flags, "args": list(args)}),
-    )

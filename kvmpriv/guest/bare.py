@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from threading import Timer
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..cdefs import kvm as kvm_h
+from ..exits import IoExit
 from ..memory import HostMemory
 from . import crash, exceptions, loader
 from .crash import GuestCrash, GuestTimeout
@@ -79,20 +80,21 @@ class Machine:
         if timer is not None:
             timer.daemon = True
             timer.start()
-        vcpu, run = self.vcpu, self.vcpu.kvm_run
+        vcpu = self.vcpu
         try:
             while True:
                 reason = vcpu.run()
                 if reason == kvm_h.KVM_EXIT_IO:
-                    if run.io.direction == kvm_h.KVM_EXIT_IO_IN:
-                        self._port_in(run)
-                        continue
-                    port = run.io.port
-                    if port == SERIAL_PORT:
-                        self._output(vcpu.exit().data)
-                    elif port == EXIT_PORT:
-                        return int(vcpu.exit().data[0])
-                    elif port == exceptions.CRASH_PORT:
+                    io = vcpu.exit()
+                    assert isinstance(io, IoExit)
+                    if not io.is_write:
+                        ready = _TRANSMITTER_EMPTY if io.port == _LINE_STATUS else 0xFF
+                        vcpu.reply(bytes((ready,)) * (io.size * io.count))
+                    elif io.port == SERIAL_PORT:
+                        self._output(io.data)
+                    elif io.port == EXIT_PORT:
+                        return io.data[0]
+                    elif io.port == exceptions.CRASH_PORT:
                         raise self._exception()
                 elif reason == kvm_h.KVM_EXIT_HLT:
                     return 0
@@ -103,13 +105,6 @@ class Machine:
         finally:
             if timer is not None:
                 timer.cancel()
-
-    @staticmethod
-    def _port_in(run: Any) -> None:
-        io = run.io
-        value = _TRANSMITTER_EMPTY if io.port == _LINE_STATUS else 0xFF
-        target = kvm_h.ffi.cast("unsigned char *", run) + io.data_offset
-        kvm_h.ffi.memmove(target, bytes((value,)) * (io.size * io.count), io.size * io.count)
 
     def _exception(self) -> GuestCrash:
         exception = loader.read_exception(self._image.mode, self.memory, self.vcpu)

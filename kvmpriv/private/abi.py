@@ -65,7 +65,7 @@ class PrivateAbi(ABC):
 
     @abstractmethod
     def set_slot(self, slot: PrivateSlot) -> None:
-        """Issue the ioctl that makes this slot, by ``vm.set_region``."""
+        """Issue the ioctl that makes this slot, by :meth:`Vm.set_slot`."""
 
     def convert_vm(self, vm: PrivateVm, gpa: int, size: int, *, private: bool) -> None:
         """Issue the ioctl that converts a range of the VM, for ``converts == "vm"``."""
@@ -116,19 +116,18 @@ class PrivateAbi(ABC):
         """
         if vm.abi is not self:
             raise ValueError(f"{vm!r} was made for {vm.abi!r}, not for {self!r}")
-        with vm.slots_lock:
-            new = PrivateSlot(
-                vm,
-                vm.free_slot() if slot is None else slot,
-                guest_phys_addr,
-                memory_size,
-                flags | self.slot_flag,
-                file,
-                offset,
-                memory,
-                memory_offset,
-            )
-            self.set_slot(new)
+        new = PrivateSlot(
+            vm,
+            slot,
+            guest_phys_addr,
+            memory_size,
+            flags | self.slot_flag,
+            file,
+            offset,
+            memory,
+            memory_offset,
+        )
+        self.set_slot(new)
         return new
 
     def convert(

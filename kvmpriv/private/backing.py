@@ -127,7 +127,7 @@ class PrivateSlot(Slot):
     def __init__(
         self,
         vm: PrivateVm,
-        slot: int,
+        slot: int | None,
         guest_phys_addr: int,
         memory_size: int,
         flags: int,

@@ -93,10 +93,11 @@ def set_user_memory_region2(
 
 
 def _set_slot(slot: Slot, fd: int, offset: int) -> None:
-    where = (slot.guest_phys_addr, slot.memory_size, slot.userspace_addr)
-    region = _REGIONS.take((slot.slot, slot.flags, *where, offset, fd & 0xFFFFFFFF))
-    slot.vm.set_region(guest_memfd_h.KVM_SET_USER_MEMORY_REGION2, region, slot)
-    _REGIONS.give_back(region)
+    def fields(slot: Slot) -> tuple[object, ...]:
+        where = (slot.guest_phys_addr, slot.memory_size, slot.userspace_addr)
+        return (slot.slot, slot.flags, *where, offset, fd & 0xFFFFFFFF)
+
+    slot.vm.set_slot(slot, guest_memfd_h.KVM_SET_USER_MEMORY_REGION2, _REGIONS, fields)
 
 
 def set_memory_attributes(vm: Vm, address: int, size: int, attributes: int) -> None:

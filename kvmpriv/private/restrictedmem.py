@@ -125,10 +125,11 @@ def set_user_memory_region_ext(
 
 
 def _set_slot(slot: Slot, fd: int, offset: int) -> None:
-    where = (slot.guest_phys_addr, slot.memory_size, slot.userspace_addr)
-    region = _REGIONS.take(((slot.slot, slot.flags, *where), offset, fd & 0xFFFFFFFF))
-    slot.vm.set_region(kvm_h.KVM_SET_USER_MEMORY_REGION, region, slot)
-    _REGIONS.give_back(region)
+    def fields(slot: Slot) -> tuple[object, ...]:
+        where = (slot.guest_phys_addr, slot.memory_size, slot.userspace_addr)
+        return ((slot.slot, slot.flags, *where), offset, fd & 0xFFFFFFFF)
+
+    slot.vm.set_slot(slot, kvm_h.KVM_SET_USER_MEMORY_REGION, _REGIONS, fields)
 
 
 def memory_encrypt_reg_region(vm: Vm, gpa: int, size: int) -> None:

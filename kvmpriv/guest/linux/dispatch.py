@@ -40,7 +40,7 @@ class Record(Protocol):
     def __call__(self, **fields: object) -> None: ...
 
 
-class GuestThread(VcpuThread):
+class GuestThread(VcpuThread[Outcome]):
     """A vCPU's thread, which calls `ended` as its last action.
 
     With `cpu` it runs on that CPU of the host only.
