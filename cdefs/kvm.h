@@ -645,6 +645,7 @@ struct kvm_stats_desc {
 
 /* Hypercalls: from <linux/kvm_para.h> and <asm/kvm_para.h>. */
 #define KVM_HC_MAP_GPA_RANGE		12
+#define KVM_ENOSYS			1000
 #define KVM_MAP_GPA_RANGE_PAGE_SZ_4K	0
 #define KVM_MAP_GPA_RANGE_PAGE_SZ_2M	(1 << 0)
 #define KVM_MAP_GPA_RANGE_PAGE_SZ_1G	(1 << 1)

@@ -1,18 +1,20 @@
 /*
- * The puppet: a resident guest that does what its mailbox says, one command an exit.
+ * The puppet's agent: it executes the command in its mailbox, exits, and does so again.
  *
- * It runs in long mode; rbx is its mailbox, whose layout puppet.py has too.  The page tables map
- * the agent's home at 0 and a window at 1 GiB, whose page directory the agent fills itself: a KVM
- * that shadows page tables would not see the host write there.
+ * It runs in long mode; rbx points to its mailbox.  The page tables map the agent's home at 0 and a
+ * window at 1 GiB.  The agent writes the window's page directory itself, because a KVM that shadows
+ * page tables does not notice when the host writes there.
+ *
+ * The absolute symbols (.set) are generated into ready.py, PUPPET_SYMBOLS, for mailbox.py.
  */
 	.set	DONE_PORT, 0xf6
 
 	.set	COMMAND, 0x00
 	.set	ARGUMENTS, 0x08		/* rdi, rsi, rdx, rcx, r8 */
 	.set	RESULT, 0x30
-	.set	WINDOW, 0x38		/* where it shall begin: a multiple of 2 MiB */
-	.set	PAGES, 0x40		/* how many pages of 2 MiB it shall have */
-	.set	OLD_WINDOW, 0x48	/* the agent's own: what it maps now */
+	.set	WINDOW, 0x38		/* where the window must begin: a multiple of 2 MiB */
+	.set	PAGES, 0x40		/* how many pages of 2 MiB it must have */
+	.set	OLD_WINDOW, 0x48	/* the agent's own: what the window shows now */
 	.set	OLD_PAGES, 0x50
 	.set	DIRECTORY, 0x58		/* the window's page directory */
 	.set	LARGE, 0x83		/* present, writable, 2 MiB */
@@ -43,7 +45,7 @@ _start:
 	dec	%edx
 	dec	%rcx
 	jmp	3b
-4:	test	%edx, %edx		/* and nothing behind it, if something is there */
+4:	test	%edx, %edx		/* clear the entries behind it, up to the first empty one */
 	jz	6f
 	cmpq	$0, (%rdi)
 	je	6f
@@ -69,26 +71,31 @@ _start:
 	pop	%rbx
 	jmp	1b
 
+	.macro	command name
+	.set	COMMAND_\name, (. - commands) / 4
+	.long	do_\name - commands
+	.endm
+
 	.balign	4
 commands:
-	.long	do_copy - commands
-	.long	do_fill - commands
-	.long	do_checksum - commands
-	.long	do_span - commands
-	.long	do_touch - commands
-	.long	do_increment - commands
-	.long	do_load - commands
-	.long	do_store - commands
-	.long	do_out - commands
-	.long	do_in - commands
-	.long	do_vmcall - commands
-	.long	do_vmmcall - commands
-	.long	do_cpuid - commands
-	.long	do_rdtsc - commands
-	.long	do_rdmsr - commands
-	.long	do_wrmsr - commands
-	.long	do_run - commands
-	.long	do_halt - commands
+	command copy
+	command fill
+	command checksum
+	command span
+	command touch
+	command increment
+	command load
+	command store
+	command out
+	command in
+	command vmcall
+	command vmmcall
+	command cpuid
+	command rdtsc
+	command rdmsr
+	command wrmsr
+	command run
+	command halt
 
 do_copy:				/* (to, from, bytes) */
 	mov	%rdx, %rcx

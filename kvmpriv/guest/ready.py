@@ -12,6 +12,12 @@ HELLO = bytes.fromhex(
     "0000617267756d656e743a20000a00"
 )
 
+#: hello.S, what it defines by .set
+HELLO_SYMBOLS = {
+    "EXIT": 244,
+    "SERIAL": 1016,
+}
+
 #: puppet.S, a flat binary for long mode
 PUPPET = bytes.fromhex(
     "31c048894330e6f6488b4338488b4b40483b43487506483b4b50744f4889434848894b50488b7b58"
@@ -30,3 +36,35 @@ PUPPET = bytes.fromhex(
     "0141895904418949084189510cc30f3148c1e2204809d0c389f90f3248c1e2204809d0c389f94889"
     "f04889f248c1ea200f30c34889f84889f7ffd0c3f4c3"
 )
+
+#: puppet.S, what it defines by .set
+PUPPET_SYMBOLS = {
+    "ARGUMENTS": 8,
+    "COMMAND": 0,
+    "COMMAND_checksum": 2,
+    "COMMAND_copy": 0,
+    "COMMAND_cpuid": 12,
+    "COMMAND_fill": 1,
+    "COMMAND_halt": 17,
+    "COMMAND_in": 9,
+    "COMMAND_increment": 5,
+    "COMMAND_load": 6,
+    "COMMAND_out": 8,
+    "COMMAND_rdmsr": 14,
+    "COMMAND_rdtsc": 13,
+    "COMMAND_run": 16,
+    "COMMAND_span": 3,
+    "COMMAND_store": 7,
+    "COMMAND_touch": 4,
+    "COMMAND_vmcall": 10,
+    "COMMAND_vmmcall": 11,
+    "COMMAND_wrmsr": 15,
+    "DIRECTORY": 88,
+    "DONE_PORT": 246,
+    "LARGE": 131,
+    "OLD_PAGES": 80,
+    "OLD_WINDOW": 72,
+    "PAGES": 64,
+    "RESULT": 48,
+    "WINDOW": 56,
+}

@@ -31,6 +31,7 @@ import guest
 from kvmpriv import HostMemory, Kvm, Vcpu, private
 from kvmpriv.cdefs import guest_memfd as gm
 from kvmpriv.cdefs import kvm as cdefs
+from kvmpriv.guest.mailbox import DONE_PORT
 from kvmpriv.guest.puppet import Puppet
 
 if TYPE_CHECKING:
@@ -312,7 +313,7 @@ class Bench:
                 guest_.store(gpa, 8, 0x1234)
                 guest_.load(gpa, 8)
                 vcpu = guest_.vcpu
-                run, done, reason = vcpu.kvm_run, guest_.done_port, cdefs.KVM_EXIT_IO
+                run, done, reason = vcpu.kvm_run, DONE_PORT, cdefs.KVM_EXIT_IO
                 io = run.io
 
                 def ours() -> float:

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvmpriv import HostMemory, Kvm, Vm
+from kvmpriv import ArgumentError, ClosedError, HostMemory, Kvm, Vm
 from kvmpriv.cdefs import kvm as k
 from kvmpriv.exits import IoExit, MmioExit, SimpleExit
-from kvmpriv.guest import GuestCrash
-from kvmpriv.guest.puppet import HOME, HOME_SIZE, GuestExit, Puppet
+from kvmpriv.guest import GuestCrash, mailbox
+from kvmpriv.guest.puppet import HOME, HOME_SIZE, GuestExit, Puppet, PuppetCpu
 from private.support.leaks import open_fds
 
 GPA, SIZE = 0x1_0000_0000, 8 << 20
@@ -56,7 +56,7 @@ def test_fill_span_checksum_touch(guest: Puppet, memory: HostMemory) -> None:
     words = memory.view()[:80_000].cast("Q")
     assert guest.checksum(GPA, 80_000) == sum(words) % (1 << 64)
     words.release()
-    with pytest.raises(ValueError, match="12 bytes are not a number of 64-bit words"):
+    with pytest.raises(ArgumentError, match="size must be a multiple of 8, not 12"):
         guest.checksum(GPA, 12)
     guest.touch(GPA + 1, 4096, 5, byte=0x55)
     assert [memory.read(n * 4096 + 1, 1) for n in range(6)] == [b"\x55"] * 5 + [b"\xab"]
@@ -72,7 +72,7 @@ def test_single_accesses(guest: Puppet, memory: HostMemory) -> None:
         assert memory.read(3, size + 1) == value.to_bytes(size, "little") + b"\xff"
         assert guest.load(GPA + 3, size) == value
     for bad in (0, 3, 16):
-        with pytest.raises(ValueError, match="one access has"):
+        with pytest.raises(ArgumentError, match="the size of an access must be"):
             guest.load(GPA, bad)
 
 
@@ -93,7 +93,7 @@ def test_exits_on_the_way(guest: Puppet) -> None:
     with pytest.raises(GuestExit) as stopped:
         guest.load(nowhere + 8, 4)
     assert stopped.value.exit == MmioExit(6, False, nowhere + 8, 4, b"")
-    assert stopped.value.cpu is guest
+    assert stopped.value.cpu is guest.cpu
     with pytest.raises(RuntimeError, match="a command is under way"):
         guest.load(GPA, 4)
     guest.vcpu.kvm_run.mmio.data = b"\x78\x56\x34\x12\0\0\0\0"
@@ -102,7 +102,7 @@ def test_exits_on_the_way(guest: Puppet) -> None:
         guest.resume()
 
     with pytest.raises(GuestExit):
-        guest.out(0x80, 2, 0xBEEF)
+        guest.port_out(0x80, 2, 0xBEEF)
     guest.resume()
     with pytest.raises(GuestExit, match="KVM_EXIT_HLT"):
         guest.halt()
@@ -114,18 +114,44 @@ def test_exits_on_the_way(guest: Puppet) -> None:
 def test_a_server_settles_exits(guest: Puppet) -> None:
     asked = []
 
-    def serve(cpu: Puppet, exit_: IoExit) -> bool:
+    def serve(cpu: PuppetCpu, exit_: IoExit) -> bool:
         asked.append((exit_.port, exit_.size))
         io = cpu.vcpu.kvm_run.io
         target = k.ffi.cast("unsigned char *", cpu.vcpu.kvm_run) + io.data_offset
         k.ffi.memmove(target, b"\x0d\xf0\xad\x8b", exit_.size)
         return True
 
-    guest.serve = serve  # type: ignore[assignment]
-    assert guest.in_(0x71, 1) == 0x0D
-    assert guest.in_(0x71, 2) == 0xF00D
-    assert guest.in_(0x71, 4) == 0x8BADF00D
+    guest.serve = serve
+    assert guest.port_in(0x71, 1) == 0x0D
+    assert guest.port_in(0x71, 2) == 0xF00D
+    assert guest.port_in(0x71, 4) == 0x8BADF00D
     assert asked == [(0x71, 1), (0x71, 2), (0x71, 4)]
+
+
+def test_the_oldest_exits_are_forgotten(guest: Puppet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a long run would keep every one of them."""
+    monkeypatch.setattr(mailbox, "_EXITS_KEPT", 4)
+    guest.serve = lambda _cpu, _exit: True
+    for port in range(0x80, 0x80 + 30):
+        guest.port_out(port, 1, 0)
+    assert guest.exit_count == guest.cpu.exit_count == 30
+    assert 4 <= len(guest.exits) <= 8
+    last = range(0x80 + 30 - len(guest.exits), 0x80 + 30)
+    assert [exit_.port for exit_ in guest.exits] == list(last)
+
+
+def test_commands_go_to_the_first_vcpu(guest: Puppet) -> None:
+    assert guest.cpu is guest.cpus[0]
+    assert guest.vcpu is guest.cpu.vcpu
+    assert guest.serve is None
+    guest.serve = serve = lambda _cpu, _exit: True
+    assert (guest.cpu.serve, guest.cpus[1].serve) == (serve, None)
+    guest.port_out(0x80, 1, 0)
+    assert (guest.cpu.exit_count, guest.cpus[1].exit_count) == (1, 0)
+    with pytest.raises(GuestExit) as stopped:
+        guest.cpus[1].port_out(0x80, 1, 0)
+    assert stopped.value.cpu is guest.cpus[1]
+    guest.cpus[1].resume()
 
 
 def test_reset_in_the_middle(guest: Puppet) -> None:
@@ -173,12 +199,12 @@ def test_anywhere(kvm: Kvm, vm: Vm, memory: HostMemory, home: int) -> None:
 
 def test_bad_arguments(vm: Vm) -> None:
     for home in (HOME + 4096, -HOME_SIZE, 1 << 52):
-        with pytest.raises(ValueError, match="is not a multiple of 0x200000 below"):
+        with pytest.raises(ArgumentError, match="home must be a multiple of 0x200000 below"):
             Puppet(vm, home=home)
     for cpus in (0, 16):
-        with pytest.raises(ValueError, match=f"a puppet has 1 to 15 vCPUs, not {cpus}"):
+        with pytest.raises(ArgumentError, match=f"a puppet can have 1 to 15 vCPUs, not {cpus}"):
             Puppet(vm, cpus=cpus)
-    with pytest.raises(ValueError, match="a hypercall is vmcall or vmmcall, not 'int3'"):
+    with pytest.raises(ArgumentError, match="must be vmcall or vmmcall, not 'int3'"):
         Puppet(vm, hypercall_instruction="int3")
     assert vm.slots == {}
     with HostMemory(4096) as memory:
@@ -187,7 +213,7 @@ def test_bad_arguments(vm: Vm) -> None:
             Puppet(vm)
     with Puppet(vm, home=0) as guest:
         for gpa, size in ((-1, 1), (1 << 52, 1), ((1 << 52) - 1, 2)):
-            with pytest.raises(ValueError, match="are no guest physical range"):
+            with pytest.raises(ArgumentError, match=r"guest physical addresses .* out of range"):
                 guest.read(gpa, size)
 
 
@@ -207,9 +233,9 @@ def test_nothing_is_done_out_of_reach(guest: Puppet, memory: HostMemory, gpa: in
     )
     for command in commands:
         # Beyond the last byte for the shortest of them, too.
-        with pytest.raises(ValueError, match="are no guest physical range"):
+        with pytest.raises(ArgumentError, match=r"guest physical addresses .* out of range"):
             command(gpa + 7)
-    with pytest.raises(ValueError, match="are no guest physical range"):
+    with pytest.raises(ArgumentError, match=r"guest physical addresses .* out of range"):
         guest.run(gpa + 7)
     assert memory.read(0, SIZE) == bytes(SIZE)
     for command in commands:
@@ -225,15 +251,15 @@ def test_numbers_that_mean_nothing(guest: Puppet, memory: HostMemory) -> None:
             lambda byte=byte: guest.span(GPA, byte, 1),
             lambda byte=byte: guest.touch(GPA, 1, 1, byte),
         ):
-            with pytest.raises(ValueError, match=f"{byte} is not a byte"):
+            with pytest.raises(ArgumentError, match=f"must be 0 to 255, not {byte}"):
                 command()
-    for stride, count in ((0, 1), (-1, 1), (1, -1)):
-        with pytest.raises(ValueError, match=f"no {count} accesses can be {stride} bytes apart"):
+    for stride, count, wrong in ((0, 1, "stride"), (-1, 1, "stride"), (1, -1, "count")):
+        with pytest.raises(ArgumentError, match=f"^{wrong} must be [01] or more, not"):
             guest.touch(GPA, stride, count, 1)
-    with pytest.raises(ValueError, match="-1 times is no number of times"):
+    with pytest.raises(ArgumentError, match="times must be 0 or more, not -1"):
         guest.increment(GPA, -1)
     assert guest.increment(GPA, 0) == 0
-    with pytest.raises(ValueError, match="a hypercall has up to 4 arguments, not 5"):
+    with pytest.raises(ArgumentError, match="a hypercall has up to 4 arguments, not 5"):
         guest.hypercall(1, 1, 2, 3, 4, 5)
     assert memory.read(0, 16) == bytes(16)
 
@@ -242,7 +268,7 @@ def test_after_close(vm: Vm) -> None:
     with Puppet(vm, cpus=2) as guest:
         cpus = guest.cpus
     for cpu in cpus:
-        with pytest.raises(ValueError, match="the puppet is closed"):
+        with pytest.raises(ClosedError, match="the puppet is closed"):
             cpu.rdtsc()
         with pytest.raises(ValueError, match="vCPU is closed"):
             cpu.reset()
@@ -254,7 +280,7 @@ def test_what_resume_returns(guest: Puppet, memory: HostMemory) -> None:
     for command, expected in (
         (lambda: guest.store(far, 8, 0x1234), None),
         (lambda: guest.write(far, b"x"), None),
-        (lambda: guest.out(0x80, 1, 7), None),
+        (lambda: guest.port_out(0x80, 1, 7), None),
         (guest.halt, None),
         (lambda: guest.load(far, 1), 0xAB),
     ):
