@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+from .errors import ArgumentError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from cffi import FFI
+
+    from .cdefs.cffi_types import Cdata, CType, Ffi
 
 __all__ = ["DeclarationError", "Declared", "declare"]
 
@@ -30,9 +34,14 @@ _NONE, _WRITE, _READ = 0, 1, 2  # <asm-generic/ioctl.h>
 _IOC = {"_IO": _NONE, "_IOW": _WRITE, "_IOR": _READ, "_IOWR": _READ | _WRITE}
 _IOC_SIZE_MAX = (1 << 14) - 1
 
+#: The largest struct, in bytes.  What is larger is a mistake, and cffi computes sizes modulo 2^64.
+_SIZE_MAX = 1 << 30
 
-class DeclarationError(ValueError):
-    """The header text can't be used; the message names the line and what to do."""
+_TOO_DEEP = "it is nested too deeply"
+
+
+class DeclarationError(ArgumentError):
+    """The header text can't be used.  The message names the line and what to do."""
 
 
 class _Int(NamedTuple):
@@ -131,9 +140,11 @@ class _Evaluator:
         types = "".join(f"typedef int {name};\n" for name in self._ffi.list_types()[0])
         try:
             tree = CParser().parse(f"{types}long x = {text};")
+            return self._visit(tree.ext[-1].init)
         except c_parser.ParseError as error:
             raise DeclarationError(f"not a constant expression: {text.strip()}") from error
-        return self._visit(tree.ext[-1].init)
+        except RecursionError:
+            raise DeclarationError(_TOO_DEEP) from None
 
     def _visit(self, node: Any) -> _Int:
         visit = getattr(self, f"_visit_{type(node).__name__}", None)
@@ -217,13 +228,28 @@ class _Evaluator:
     def _sizeof(self, node: Any) -> int:
         if type(node).__name__ != "Typename":
             raise DeclarationError("sizeof takes a type here")
-        import cffi
+        return _checked_size(self._ffi, self._type_name(node))
 
-        name = self._type_name(node)
-        try:
-            return self._ffi.sizeof(name)
-        except (ValueError, cffi.FFIError, cffi.CDefError) as error:
-            raise DeclarationError(f"sizeof({name}): {error}") from None
+
+def _checked_size(ffi: FFI, type_name: str) -> int:
+    """The size of a type, in bytes.  DeclarationError if C has no such type."""
+    import cffi
+
+    sizeof: Callable[[CType], int] = ffi.sizeof  # type: ignore[assignment]  # types-cffi: str
+    try:
+        kind = ffi.typeof(type_name)
+        sizes = [ffi.sizeof(type_name)]
+        if kind.kind in ("struct", "union"):
+            inner = [field.type for _, field in kind.fields]
+            sizes += [sizeof(part) for part in inner if part.cname[-2:] != "[]"]
+    except (
+        *(ValueError, TypeError, OverflowError, NotImplementedError),
+        *(cffi.FFIError, cffi.CDefError),
+    ) as error:
+        raise DeclarationError(f"sizeof({type_name}): {error}") from None
+    if max(sizes) > _SIZE_MAX:
+        raise DeclarationError(f"sizeof({type_name}): {max(sizes)} bytes are too many for a struct")
+    return sizes[0]
 
 
 def _logical_lines(text: str) -> list[tuple[int, str]]:
@@ -244,6 +270,41 @@ def _logical_lines(text: str) -> list[tuple[int, str]]:
     if pending:
         lines.append((start, pending))
     return lines
+
+
+def _statements(types: str) -> Iterator[tuple[int, str]]:
+    """The declarations of a header, one by one: (line number, text without its semicolon)."""
+    depth = begin = 0
+    for match in re.finditer(r"[{};]", types):
+        depth += {"{": 1, "}": -1}.get(match.group(), 0)
+        if match.group() == ";" and depth == 0:
+            text = types[begin : match.start()]
+            first = begin + len(text) - len(text.lstrip())
+            yield types.count("\n", 0, first) + 1, text.strip()
+            begin = match.end()
+
+
+def _check_statements(types: str) -> None:
+    """DeclarationError for a variable or a function: cffi would look for it in this process."""
+    for number, text in _statements(types):
+        if not re.fullmatch(
+            r"typedef\b.*|(struct|union|enum)\b\s*\w*\s*(\{.*\})?", text, re.DOTALL
+        ):
+            shown = " ".join(text.split())[:60]
+            raise DeclarationError(
+                f"line {number}: `{shown}` is not a type: remove variables and functions, and use"
+                " #define for constants"
+            )
+
+
+def _check_structs(types: str, ffi: FFI) -> None:
+    """DeclarationError for a struct or union that C does not allow: one that contains itself."""
+    for match in re.finditer(r"\b(struct|union)\s+(\w+)\s*\{", types):
+        number = types.count("\n", 0, match.start()) + 1
+        try:
+            _checked_size(ffi, " ".join(match.groups()))
+        except DeclarationError as error:
+            raise DeclarationError(f"line {number}: {error}") from None
 
 
 class _Text(NamedTuple):
@@ -273,7 +334,8 @@ def _divide(text: str) -> _Text:
                 macros.append((number, name, body))
         elif word not in ("include", "pragma"):
             raise DeclarationError(
-                f"line {number}: #{word} is not understood: leave the declarations that apply"
+                f"line {number}: #{word} is not supported: remove the conditional and keep only the"
+                " declarations that apply"
             )
 
     types = "\n".join(declarations)
@@ -285,9 +347,8 @@ def _divide(text: str) -> _Text:
 
 
 class Parsed(NamedTuple):
-    """What a header says: its types (for cffi), its constants, which of these are requests."""
+    """What a header declares: its constants, and which of them are ioctls (number -> name)."""
 
-    types: str
     constants: dict[str, int]
     requests: dict[int, str]
 
@@ -300,10 +361,14 @@ def parse(text: str, ffi: FFI, known: Mapping[str, int]) -> Parsed:
     import cffi
 
     types, macros = _divide(text)
+    _check_statements(types)
     try:
         ffi.cdef(types)
-    except (cffi.FFIError, cffi.CDefError) as error:
+    except (cffi.FFIError, cffi.CDefError, OverflowError) as error:
         raise DeclarationError(str(error)) from error
+    except RecursionError:
+        raise DeclarationError(f"the declarations can't be read: {_TOO_DEEP}") from None
+    _check_structs(types, ffi)
 
     evaluator = _Evaluator(ffi, known)
     constants: dict[str, int] = {}
@@ -311,6 +376,8 @@ def parse(text: str, ffi: FFI, known: Mapping[str, int]) -> Parsed:
     library = ffi.dlopen(None)
     for name in dir(library):  # the enumerators
         constants[name] = value = int(getattr(library, name))
+        if not -1 << 63 <= value < 1 << 64:
+            raise DeclarationError(f"{name}: {value} is too large for any integer type")
         evaluator.define(name, _typed(value))
     for number, name, body in macros:
         try:
@@ -321,19 +388,25 @@ def parse(text: str, ffi: FFI, known: Mapping[str, int]) -> Parsed:
         constants[name] = value_.value
         if re.search(r"\b_IO[WR]{0,2}\(", body):
             requests[value_.value] = name
-    return Parsed(types, constants, requests)
+    return Parsed(constants, requests)
 
 
 class Declared:
-    """A namespace made by :func:`declare`: each constant is an attribute."""
+    """What :func:`declare` read: each constant is an attribute, and `new` makes a struct."""
 
-    def __init__(self, ffi: FFI, constants: dict[str, int]) -> None:
+    #: The cffi object that knows the types.
+    ffi: Ffi
+    #: Name -> value: the macros and the enumerators of the header.
+    constants: dict[str, int]
+
+    def __init__(self, ffi: Ffi, constants: dict[str, int]) -> None:
         self.ffi = ffi
         self.constants = constants
 
     def __getattr__(self, name: str) -> int:
+        constants: dict[str, int] = self.__dict__["constants"]
         try:
-            return self.__dict__["constants"][name]  # type: ignore[no-any-return]
+            return constants[name]
         except KeyError:
             raise AttributeError(f"{name} was not declared") from None
 
@@ -341,18 +414,52 @@ class Declared:
         return [*super().__dir__(), *self.constants]
 
     def __repr__(self) -> str:
-        return f"<Declared {' '.join(self.constants)}>"
+        names = [*self.constants]
+        if len(names) > 4:
+            names[3:] = [f"and {len(names) - 3} more"]
+        return f"<Declared: {', '.join(names) or 'no constants'}>"
 
-    def new(self, type_name: str, **fields: Any) -> Any:
-        """A zeroed struct, with `fields` set; a pointer that owns it.
+    def new(self, type_name: str, /, **fields: object) -> Cdata:
+        """Make a struct, 0 but for `fields`, and return a pointer that owns it.
 
-        ``abi.new("struct kvm_foo", gpa=0x1000)``; raises KeyError for a field it does not have.
+        ``abi.new("struct kvm_foo", gpa=0x1000)``.  A field may be a number, a list for an array,
+        or a dict for a struct.  ArgumentError for a type or a field that was not declared, and
+        for a value that does not fit.  A type checker does not know the fields.
         """
-        return self.ffi.new(f"{type_name} *", fields)
+        from .fd import new_struct
+
+        pointer = self._pointer(type_name)
+        if unknown := sorted(fields.keys() - set(_field_names(pointer.item))):
+            raise ArgumentError(
+                f"{type_name} has no field {unknown[0]}:"
+                f" it has {', '.join(_field_names(pointer.item))}"
+            )
+        try:
+            return new_struct(pointer, fields)
+        except (TypeError, KeyError) as error:
+            raise ArgumentError(f"{type_name}({fields}): {error}") from None
 
     def sizeof(self, type_name: str) -> int:
-        """The size of a declared type, in bytes."""
-        return self.ffi.sizeof(type_name)
+        """The size of a declared type, in bytes.  ArgumentError if it was not declared."""
+        return self.ffi.sizeof(self._pointer(type_name).item)
+
+    def _pointer(self, type_name: str) -> CType:
+        try:
+            pointer = self.ffi.typeof(f"{type_name} *")
+            self.ffi.sizeof(pointer.item)
+        except Exception as error:  # noqa: BLE001  # cffi.FFIError and CDefError, not loaded here
+            raise ArgumentError(f"{type_name!r} was not declared: {error}") from None
+        return pointer
+
+
+def _field_names(kind: CType) -> list[str]:
+    """The fields of a struct or a union, with those of its parts that have no name."""
+    if kind.kind not in ("struct", "union"):
+        return []
+    names = []
+    for name, field in kind.fields or ():
+        names += [name] if name else _field_names(field.type)
+    return names
 
 
 def _header(name: str) -> str:
@@ -369,8 +476,8 @@ def declare(header_text: str) -> Declared:
 
     The text is plain C as in a uapi header: structs, unions, enums, typedefs, and ``#define`` of
     integer constants, ``_IO``, ``_IOR``, ``_IOW`` and ``_IOWR`` among them.  ``__u8``…``__s64``
-    and all of ``cdefs/kvm.h`` are known.  A struct that kvmpriv has already may be declared
-    anew, for a tree that changed it.
+    and all of ``cdefs/kvm.h`` are known.  The text may declare a struct of kvm.h again, for a tree
+    that has changed it.
 
         abi = kvmpriv.declare('''
             struct kvm_foo { __u64 gpa; __u64 flags; };
@@ -378,7 +485,7 @@ def declare(header_text: str) -> Declared:
         ''')
         vm.ioctl(abi.KVM_FOO, abi.new("struct kvm_foo", gpa=0x1000))
 
-    Raises DeclarationError (a ValueError) that names the line.
+    Messages name the declared ioctls, too.  DeclarationError (an ArgumentError) names the line.
     """
     import cffi
 
@@ -393,4 +500,4 @@ def declare(header_text: str) -> Declared:
     ffi.cdef(core)
     parsed = parse(header_text, ffi, known)
     register_requests(parsed.requests)
-    return Declared(ffi, parsed.constants)
+    return Declared(cast("Ffi", ffi), parsed.constants)

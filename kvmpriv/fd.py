@@ -98,7 +98,8 @@ def _misfit(pointer: CType, values: tuple[object, ...] | Mapping[str, object]) -
         try:
             _ffi.new(pointer, {name: value})
         except (OverflowError, IndexError) as error:
-            kind, wrong = fields[name].type, value
+            # A field of an anonymous union is not in `fields`.
+            kind, wrong = (fields[name].type if name in fields else struct), value
             if kind.kind == "array" and isinstance(value, (list, tuple)):
                 kind, wrong = kind.item, _first_misfit(kind.item, value)
             if kind.kind in ("struct", "union") and isinstance(wrong, (tuple, dict)):

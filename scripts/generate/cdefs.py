@@ -8,13 +8,14 @@ With --check, write nothing and exit with 1 unless all of them are current.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import importlib
 import io
 import keyword
 import re
 import sys
 import tempfile
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import cffi
@@ -48,15 +49,12 @@ PRECEDENCE = (
 NOTE = "Generated from cdefs/{name}.h by `make cdefs`: edit the header instead."
 
 
-def load_cdecl() -> Any:
-    """kvmpriv/cdecl.py by itself: the package can't be imported while a constant is missing."""
-    spec = importlib.util.spec_from_file_location("cdecl", ROOT / "kvmpriv" / "cdecl.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["cdecl"] = module
-    spec.loader.exec_module(module)
-    return module
+def load_cdecl() -> ModuleType:
+    """kvmpriv.cdecl without kvmpriv itself, which can't be imported while a constant is missing."""
+    package = ModuleType("kvmpriv")
+    package.__path__ = [str(ROOT / "kvmpriv")]
+    sys.modules["kvmpriv"] = package
+    return importlib.import_module("kvmpriv.cdecl")
 
 
 def number(value: int) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from kvmpriv import DeclarationError, declare
+from kvmpriv.errors import ArgumentError
 from kvmpriv.fd import REQUEST_NAMES
 
 from . import abi
@@ -40,10 +41,28 @@ def test_structs_flags_and_ioctls_of_a_new_abi() -> None:
     assert REQUEST_NAMES[new.KVM_EXAMPLE] == "KVM_EXAMPLE"
     value = new.new("struct kvm_example", gpa=0x1000, word=0x01020304)
     assert (value.gpa, list(value.bytes), value.region.slot) == (0x1000, [4, 3, 2, 1], 0)
-    with pytest.raises(KeyError):
+    with pytest.raises(ArgumentError, match="no field gap: it has gpa, region, word, bytes"):
         new.new("struct kvm_example", gap=1)
+    with pytest.raises(ArgumentError, match="gpa can't be 0x10000000000000000"):
+        new.new("struct kvm_example", gpa=1 << 64)
+    with pytest.raises(ArgumentError, match="word can't be 0x100000000"):
+        new.new("struct kvm_example", word=1 << 32)
+    with pytest.raises(ArgumentError, match="an integer is required"):
+        new.new("struct kvm_example", gpa="0x1000")
+    with pytest.raises(ArgumentError, match="too many initializers"):
+        new.new("struct kvm_example", bytes=[0] * 5)
+    for call in (new.new, new.sizeof):
+        with pytest.raises(ArgumentError, match="'struct kvm_exmaple' was not declared"):
+            call("struct kvm_exmaple")
     with pytest.raises(AttributeError, match="KVM_EXAMPLE_FLAGS was not declared"):
         _ = new.KVM_EXAMPLE_FLAGS
+
+
+def test_a_namespace_is_shown_in_short() -> None:
+    many = declare("\n".join(f"#define A{n} {n}" for n in range(100)))
+    assert repr(many) == "<Declared: A0, A1, A2, and 97 more>"
+    assert repr(declare("#define A 1")) == "<Declared: A>"
+    assert "A99" in dir(many)
 
 
 def test_a_struct_that_the_tree_has_changed() -> None:
@@ -64,7 +83,7 @@ def test_a_struct_that_the_tree_has_changed() -> None:
         ("#define A (1 << \n", r"line 1: A: not a constant expression"),
         ("\n\n#define A NOBODY_KNOWS", r"line 3: A: NOBODY_KNOWS is not defined"),
         ("#define A(x) (x)", r"line 1: A: a macro with arguments"),
-        ("\n#ifdef CONFIG_KVM\n#endif", r"line 2: #ifdef is not understood"),
+        ("\n#ifdef CONFIG_KVM\n#endif", r"line 2: #ifdef is not supported"),
         ("#define A BIT(3)", r"line 1: A: BIT\(…\) is a macro that is not known here"),
         ("#define A (1 / 0)", r"line 1: A: division by zero"),
         ("#define A (1 << 32)", r"line 1: A: shift by 32 in 32 bits"),
@@ -76,12 +95,30 @@ def test_a_struct_that_the_tree_has_changed() -> None:
         ("struct kvm_x { __u64 a; int b }", r"cannot parse"),
         ("struct kvm_x { u64 a; };", r"Invalid specifier list"),
         ("#define A _IO(KVMIO)", r"line 1: A: _IO takes 2 arguments"),
+        ("\nstruct s { struct s a; };", r"line 2: sizeof\(struct s\): recursive structure"),
+        ("struct a { struct b x; }; struct b { struct a x; };", r"line 1: sizeof\(struct a\): rec"),
+        ("union u { union u x; };", r"line 1: sizeof\(union u\): recursive structure"),
+        ("struct a { struct nobody x; };", r"'struct a.x' has ctype 'struct nobody' of unknown"),
+        ("\n\nint a[1<<62];", r"line 3: `int a\[1<<62\]` is not a type: remove variables"),
+        ("struct s { int a[1<<62]; };", r"line 1: sizeof\(struct s\): array size would overflow"),
+        (f"struct s {{ char a[{1 << 62}]; }};", r"sizeof\(struct s\): \d+ bytes are too many"),
+        ("extern int stdin;", r"line 1: `extern int stdin` is not a type"),
+        ("int ioctl(int fd, long r);", r"line 1: `int ioctl\(int fd, long r\)` is not a type"),
+        ("struct s {" * 2000 + "}" * 2000 + ";", "nested too deeply"),
+        (f"#define A {'(' * 5000}1{')' * 5000}", "line 1: A: it is nested too deeply"),
+        ("enum e { A = 99999999999999999999 };", "A: 99999999999999999999 is too large"),
         ("#define A -9223372036854775807 - 2", r"line 1: A: -9223372036854775809 does not fit"),
     ],
 )
 def test_an_error_names_the_line_and_what_is_wrong(text: str, says: str) -> None:
     with pytest.raises(DeclarationError, match=says):
         declare(text)
+
+
+def test_declare_works_after_declarations_that_were_nested_too_deeply() -> None:
+    with pytest.raises(DeclarationError):
+        declare("struct s {" * 2000)
+    assert declare("struct s { __u32 a; };").sizeof("struct s") == 4
 
 
 def expression(dice: random.Random, depth: int = 3) -> str:

@@ -8,15 +8,32 @@ from __future__ import annotations
 
 from typing_extensions import assert_never, assert_type
 
-from kvmpriv import exits, uapi
+from kvmpriv import Vcpu, exits, uapi
 from kvmpriv.cdefs.enums import ExitReason
 from kvmpriv.cdefs.guest_memfd_structs import kvm_create_guest_memfd
-from kvmpriv.cdefs.kvm_structs import kvm_regs
+from kvmpriv.cdefs.kvm_structs import kvm_regs, kvm_segment
 from kvmpriv.exits import Exit, IoExit, MemoryFaultExit, MmioExit, SimpleExit
 
 
-def run(found: Exit) -> bytes:
-    match found:
+def registers(vcpu: Vcpu) -> None:
+    regs = vcpu.get_regs()
+    assert_type(regs, kvm_regs)
+    regs.rip = 0x1000
+    regs.ripp = 0x1000  # type: ignore[attr-defined]
+    sregs = vcpu.get_sregs()
+    assert_type(sregs.cs, kvm_segment)
+    sregs.interrupt_bitmap[0] = 1
+    vcpu.set_sregs(sregs)
+    vcpu.set_regs(sregs)  # type: ignore[arg-type]
+    with vcpu.regs() as regs:
+        regs.rax = 1
+    assert_type(vcpu.kvm_run.io.port, int)
+
+
+def run(vcpu: Vcpu) -> bytes:
+    assert_type(vcpu.run(), int)
+    assert_type(vcpu.exit(), Exit)
+    match vcpu.exit():
         case IoExit(port=0x3F8, is_write=True, data=data):
             assert_type(data, bytes)
             return data
