@@ -1,4 +1,4 @@
-"""``kvmpriv selftest``: holds the running kernel to the rules of private memory."""
+"""``kvmpriv selftest``: checks whether the running kernel keeps the rules of private memory."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ _NEEDS = {
     "pytest": "pytest",
     "pytest_timeout": "pytest-timeout",
     "hypothesis": "hypothesis",
+    "jsonschema": "jsonschema",
 }
 
 
@@ -67,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     form.add_argument(
         "--list",
         action="store_true",
-        help="run nothing; print a line for each rule and test: RULE<TAB>TEST",
+        help="run nothing; print a line for each rule and test: RULE<TAB>TEST<TAB>SENTENCE",
     )
     form.add_argument(
         "--ktap", action="store_true", help="print KTAP, each test as soon as it has ended"
@@ -112,7 +113,7 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.compare:
         if arguments.rules or arguments.expression:
             return fail(
-                "selftest", "--compare takes whole documents, no RULE and no -k", ExitStatus.USAGE
+                "selftest", "--compare reads whole documents: remove RULE and -k", ExitStatus.USAGE
             )
         return _compare(*arguments.compare)
     try:
@@ -128,6 +129,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _check_installed() -> None:
+    """Raise CannotRun if a distribution of the `test` extra is missing."""
     from importlib.util import find_spec
 
     from ..selftest.runner import CannotRun
@@ -155,60 +157,52 @@ def _list(folder: Path, selection: dict[str, Any]) -> int:
             assert isinstance(plan, Plan)
             for test in plan.tests:
                 for rule in test.rules or ("",):
-                    sys.stdout.write(f"{rule}\t{test.test}\n")
+                    sentence = plan.sentences.get(rule, "")
+                    sys.stdout.write(f"{rule}\t{test.test}\t{sentence}\n")
     return 0
 
 
 def _run(folder: Path, arguments: argparse.Namespace) -> int:
-    from ..selftest import report, runner
+    from ..selftest import runner
     from ..selftest.kernel_log import KernelLog
-    from ..terminal import colour_wanted
 
-    unseen = KernelLog().unseen()
     selection = _selection(arguments)
+    output = _FORMS["ktap" if arguments.ktap else "json" if arguments.json else "text"](
+        KernelLog().unseen()
+    )
     plan: Plan | None = None
     results: list[Result] = []
     started = time.monotonic()
     stopped = ""
     ending: BaseException | None = None
-    progress = _Progress()
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
+        output.begin()
         with closing(runner.run(folder, selection)) as events:
             for event in events:
                 if isinstance(event, Result):
+                    assert plan is not None, "the plan comes first"
                     results.append(event)
-                    if arguments.ktap:
-                        sys.stdout.write(report.ktap_result(len(results), event))
+                    output.result(len(results), event, plan)
                 else:
                     plan = event
-                    if arguments.ktap:
-                        sys.stdout.write(report.ktap_head(plan, unseen))
-                if arguments.ktap:
-                    sys.stdout.flush()
-                elif plan:
-                    progress.show(len(results), plan)
-    except runner.CannotRun as error:
+                    output.plan(plan)
+    except (runner.CannotRun, runner.BadSelection) as error:
         stopped, ending = str(error), error
-    except (KeyboardInterrupt, SystemExit) as error:  # then what has been found is told, too
+    except (KeyboardInterrupt, SystemExit) as error:  # the results so far are reported
         stopped, ending = INTERRUPTED, error
     finally:
         signal.signal(signal.SIGTERM, before)
-        progress.clear()
+        output.clear()
     if plan is None:
         assert ending is not None
+        output.never_began(stopped)
         raise ending
     seconds = time.monotonic() - started
-    run = Run(plan.host, selection, len(plan.tests), tuple(results), seconds, stopped)
-    if arguments.ktap:
-        sys.stdout.write(report.ktap_end(run))
-    elif arguments.json:
-        import json
-
-        json.dump(run.to_json(), sys.stdout, indent=2)
-        sys.stdout.write("\n")
-    else:
-        sys.stdout.write(report.text(run, unseen, colour=colour_wanted()))
+    run = Run(
+        plan.host, selection, len(plan.tests), tuple(results), seconds, stopped, plan.sentences
+    )
+    output.end(run)
     sys.stdout.flush()
     if ending is None:
         return run.exit_status
@@ -221,24 +215,103 @@ def _terminate(*_: object) -> NoReturn:
     raise SystemExit(ExitStatus.SIGNALLED + signal.SIGTERM)
 
 
-class _Progress:
-    """On a terminal, how far the run is: a line on the error output, written over."""
+class _Output:
+    """What the user sees of a run: on a terminal its progress, on the error output."""
 
-    def __init__(self) -> None:
-        self._on = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    def __init__(self, note: str) -> None:
+        self._note = note
+        self._shows_progress = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
-    def show(self, number: int, plan: Plan) -> None:
-        """That so many tests have ended, and which is next."""
-        if self._on:
-            name = plan.tests[number].test if number < len(plan.tests) else ""
-            sys.stderr.write(f"\r\x1b[K{number}/{len(plan.tests)} {name[:60]}")
+    def begin(self) -> None:
+        """Before the tests are known."""
+
+    def never_began(self, why: str) -> None:
+        """The tests could not be found."""
+
+    def plan(self, plan: Plan) -> None:
+        """The tests are known."""
+        self._progress(0, plan)
+
+    def result(self, number: int, result: Result, plan: Plan) -> None:
+        """The test with this number (from 1) has ended."""
+        self._progress(number, plan)
+
+    def end(self, run: Run) -> None:
+        """All tests have ended, or the run was stopped."""
+        raise NotImplementedError
+
+    def _progress(self, ended: int, plan: Plan) -> None:
+        if self._shows_progress:
+            name = plan.tests[ended].test if ended < len(plan.tests) else ""
+            sys.stderr.write(f"\r\x1b[K{ended}/{len(plan.tests)} {name[:60]}")
             sys.stderr.flush()
 
     def clear(self) -> None:
-        """The line is gone."""
-        if self._on:
+        """Remove the line of the progress."""
+        if self._shows_progress:
             sys.stderr.write("\r\x1b[K")
             sys.stderr.flush()
+
+
+class _Text(_Output):
+    """The report as text, at the end."""
+
+    def end(self, run: Run) -> None:
+        from ..selftest import report
+        from ..terminal import colour_wanted
+
+        sys.stdout.write(report.text(run, self._note, colour=colour_wanted()))
+
+
+class _Json(_Output):
+    """The report as one JSON document, at the end."""
+
+    def end(self, run: Run) -> None:
+        import json
+
+        json.dump(run.to_json(), sys.stdout, indent=2)
+        sys.stdout.write("\n")
+
+
+class _Ktap(_Output):
+    """KTAP, each line as soon as it is known."""
+
+    def __init__(self, note: str) -> None:
+        super().__init__(note)
+        self._shows_progress = False
+
+    def begin(self) -> None:
+        from ..selftest import report
+
+        self._write(report.ktap_version())
+
+    def never_began(self, why: str) -> None:
+        from ..selftest import report
+
+        self._write(report.ktap_bail_out(why))
+
+    def plan(self, plan: Plan) -> None:
+        from ..selftest import report
+
+        self._write(report.ktap_plan(plan, self._note))
+
+    def result(self, number: int, result: Result, plan: Plan) -> None:
+        from ..selftest import report
+
+        self._write(report.ktap_result(number, result, plan.sentences))
+
+    def end(self, run: Run) -> None:
+        from ..selftest import report
+
+        self._write(report.ktap_end(run))
+
+    @staticmethod
+    def _write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+_FORMS: dict[str, type[_Output]] = {"text": _Text, "json": _Json, "ktap": _Ktap}
 
 
 def _compare(*paths: str) -> int:
@@ -251,13 +324,24 @@ def _compare(*paths: str) -> int:
     runs = []
     for path in paths:
         try:
-            runs.append(Run.from_json(json.loads(Path(path).read_bytes())))
+            document = json.loads(Path(path).read_bytes(), parse_constant=_no_constant)
+            runs.append(Run.from_json(document))
+        except ImportError:
+            return fail(
+                "selftest",
+                "--compare needs jsonschema: pip install 'kvmpriv[test]'",
+                ExitStatus.UNABLE,
+            )
         except OSError as error:
             return fail("selftest", f"{path}: {error.strerror}", ExitStatus.USAGE)
         except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            return fail("selftest", f"{path}: no JSON: {error}", ExitStatus.USAGE)
+            return fail("selftest", f"{path}: not JSON: {error}", ExitStatus.USAGE)
         except ValueError as error:
             return fail("selftest", f"{path}: {error}", ExitStatus.USAGE)
     words, differ = report.compare((runs[0], runs[1]), (paths[0], paths[1]), colour=colour_wanted())
     sys.stdout.write(words)
     return ExitStatus.NEGATIVE if differ else ExitStatus.OK
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"not JSON: {name} is not a JSON number")

@@ -1,1 +1,1 @@
-"""The suite that holds the running kernel to the rules of private memory: run, and reported."""
+"""The suite's runner and its reports; the tests themselves are tests/private."""

@@ -1,4 +1,4 @@
-"""What the kernel says of itself when something is wrong; scripts/vm loads this file alone."""
+"""The kernel's reports that something is wrong (scripts/vm loads this file alone)."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ class KernelLog:
             self._fd = -1
 
     def mark(self) -> None:
-        """What is there already was before."""
+        """Later calls of complaints() leave out what is in the log now."""
         if self._fd >= 0:
             os.lseek(self._fd, 0, os.SEEK_END)
 
     def complaints(self) -> list[str]:
-        """In what the kernel has said since; what others have written there is not its word."""
+        """The kernel's complaints since the mark; records of user space are left out."""
         found: list[str] = []
         while self._fd >= 0:
             try:
                 record = os.read(self._fd, 1 << 14).decode(errors="replace")
             except BlockingIOError:
                 break
-            except BrokenPipeError:  # what came next is overwritten; go on with what is there
+            except BrokenPipeError:  # records were overwritten; read on with the oldest
                 continue
             prefix, _, message = record.partition(";")
             if int(prefix.partition(",")[0]) >> 3 == 0:  # the facility
@@ -58,11 +58,11 @@ class KernelLog:
         return found
 
     def unseen(self) -> str:
-        """What goes unseen, as the log can't be read and a taint stays; mostly nothing."""
+        """A warning if complaints can be missed: no log can be read, and the taint is set."""
         taint = TAINT.read_text().strip()
         if self._fd >= 0 or taint == "0":
             return ""
         return (
             f"the kernel is tainted ({taint}) and /dev/kmsg can't be read: another complaint of "
-            "the same kind goes unseen"
+            "the same kind can't be seen"
         )

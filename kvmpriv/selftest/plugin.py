@@ -1,4 +1,7 @@
-"""The process that runs the tests: what pytest says of them, a JSON document a line, to a pipe."""
+"""The process that runs the tests: it reports what pytest does by a pipe, a JSON object a line.
+
+Events: "nothing" (why), "plan" (tests, host, sentences), "start" (test, timeout), "end" (result).
+"""
 
 from __future__ import annotations
 
@@ -18,21 +21,22 @@ import pytest_timeout
 import kvmpriv
 
 from .. import probe
+from . import rules
 from .records import FAILED, KNOWN_DEFECT, PASSED, SKIPPED, TIMEOUT
 
 __all__ = ["main"]
 
-#: How the message of a test begins that has failed in a known way.
+#: How the message of a test begins that failed by a known defect.
 DEFECT = "known defect: "
 
 Send = Callable[[dict[str, Any]], None]
 
 
 def main(folder: Path, selection: dict[str, Any], skip: int, pipe: int, *, collect: bool) -> int:
-    """Run the tests in `folder` from the one with number `skip` on; pytest's exit status.
+    """Run the tests in `folder` but the first `skip`; returns pytest's exit status.
 
-    Nothing is left in the folder, and nobody's settings matter: no configuration file, no plugins
-    but ours and pytest-timeout.
+    It writes nothing to the folder.  The user's settings do not matter: no configuration file is
+    read, and no plugin is loaded but this one and pytest-timeout.
     """
     for name in ("PYTEST_ADDOPTS", "PYTEST_PLUGINS"):
         os.environ.pop(name, None)
@@ -55,12 +59,12 @@ def main(folder: Path, selection: dict[str, Any], skip: int, pipe: int, *, colle
         arguments.append("--dangerous")
     if collect:
         arguments.append("--collect-only")
-    recorder = Recorder(send, selection, skip, describe=not collect)
+    recorder = Recorder(send, selection, skip, rules.read(folder), describe=not collect)
     return int(pytest.main(arguments, plugins=[recorder, pytest_timeout]))
 
 
 def describe_host() -> dict[str, Any]:
-    """Which kernel this is, and what private memory the probe finds in it."""
+    """The kernel, and which private memory the probe finds in it."""
     found = probe.probe()
     passed = {check.name for check in found.checks if check.status == probe.records.PASS}
     abis = [name for name in ("v9", "guest_memfd") if any(_is_file(name, c) for c in passed)]
@@ -80,16 +84,25 @@ def _is_file(abi: str, check: str) -> bool:
 
 
 def rules_of(item: pytest.Item) -> list[str]:
-    """The rules of a kernel that a test names, in its own order; not the suite's own."""
+    """The rules that a test names, in its order, without those of the suite itself."""
     names = (name for mark in item.iter_markers("rule") for name in mark.args)
     return list(dict.fromkeys(name for name in names if not name.startswith("suite.")))
 
 
 class Recorder:
-    """Tells what is planned, then of each test when it starts and how it has ended."""
+    """Reports the plan, then when each test starts and how it has ended."""
 
-    def __init__(self, send: Send, selection: dict[str, Any], skip: int, *, describe: bool) -> None:
+    def __init__(
+        self,
+        send: Send,
+        selection: dict[str, Any],
+        skip: int,
+        table: dict[str, rules.Rule],
+        *,
+        describe: bool,
+    ) -> None:
         self.send = send
+        self.table = table
         self.selection = selection
         self.skip = skip
         self.describe = describe
@@ -113,12 +126,12 @@ class Recorder:
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        # A test of the suite itself says nothing of a kernel, and would pass on any.
+        # A test of the suite itself says nothing about a kernel.
         items[:] = [item for item in items if rules_of(item) or not item.get_closest_marker("rule")]
         globs = self.selection["rules"]
         for glob in globs:
             if not any(fnmatchcase(name, glob) for name in self.rules):
-                self.send({"nothing": f"no rule matches {glob!r}"})
+                self.send({"event": "nothing", "why": f"no rule matches {glob!r}"})
                 items.clear()
                 return
         if globs:
@@ -131,20 +144,22 @@ class Recorder:
             expression = self.selection["expression"]
             named = f" of {' '.join(map(repr, globs))}" if globs else ""
             by = f" matches -k {expression!r}" if expression else " is there"
-            self.send({"nothing": f"no test{named}{by}"})
+            self.send({"event": "nothing", "why": f"no test{named}{by}"})
             return
         if not self.skip:
             self.send(
                 {
-                    "plan": [
+                    "event": "plan",
+                    "tests": [
                         *({"test": name, "rules": [], "about": ""} for name in self.not_collected),
                         *map(self._planned, items),
                     ],
                     "host": describe_host() if self.describe else {},
+                    "sentences": {name: rule.sentence for name, rule in self.table.items()},
                 }
             )
             for result in self.not_collected.values():
-                self.send({"end": result})
+                self.send({"event": "end", "result": result})
         del items[: max(0, self.skip - len(self.not_collected))]
 
     @staticmethod
@@ -158,11 +173,12 @@ class Recorder:
         self.now = {"result": PASSED, "message": "", "detail": "", "seconds": 0.0}
         mark = item.get_closest_marker("timeout")
         own = mark and (mark.args[0] if mark.args else mark.kwargs.get("timeout"))
-        self.send({"start": item.nodeid, "timeout": own or self.selection["timeout"]})
+        timeout = own or self.selection["timeout"]
+        self.send({"event": "start", "test": item.nodeid, "timeout": timeout})
 
     def pytest_runtest_logfinish(self) -> None:
-        # Not in a wrapper of the protocol, which Ctrl-C and pytest.exit() leave by an exception.
-        self.send({"end": self.now})
+        # Ctrl-C and pytest.exit() leave a wrapper of the protocol by an exception; not this hook.
+        self.send({"event": "end", "result": self.now})
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_makereport(self, call: pytest.CallInfo[None]) -> Generator[None, Any, None]:

@@ -1,8 +1,10 @@
-"""What a run of the suite leaves behind, and what follows from it.  Nothing here runs a test."""
+"""The records of a run of the suite, and what follows from them.  Nothing here runs a test."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..exit_status import ExitStatus
@@ -19,34 +21,34 @@ __all__ = [
     "TIMEOUT",
     "Planned",
     "Result",
-    "Rule",
+    "RuleResult",
     "Run",
 ]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 #: How a test ends.
 PASSED = "passed"
 FAILED = "failed"
-#: It took longer than it may.
+#: It took longer than its timeout.
 TIMEOUT = "timeout"
-#: It took the process with it.
+#: Its process died.
 CRASHED = "crashed"
-#: The kernel fails it in the way that is known of the v9 series as it was posted.
+#: The kernel has a known defect of the v9 series as it was posted.
 KNOWN_DEFECT = "known defect"
-#: Something is missing; the message says what.
+#: The machine lacks something; the message says what.
 SKIPPED = "skipped"
 
-#: In the order in which one of a rule's tests decides for the rule.
+#: The first of these that one of a rule's tests has is the rule's result.
 FAILURES = (FAILED, CRASHED, TIMEOUT, KNOWN_DEFECT)
 _RESULTS = (*FAILURES, PASSED, SKIPPED)
 
-#: Why a run that somebody stopped is not complete.
+#: Why a run that the user stopped is not complete.
 INTERRUPTED = "interrupted"
 
 
 class Planned(NamedTuple):
-    """A test that is to run: its id, the rules that it holds a kernel to, what it says of them."""
+    """A test that is going to run: its id, its rules, the first paragraph of its docstring."""
 
     test: str
     rules: tuple[str, ...] = ()
@@ -56,8 +58,8 @@ class Planned(NamedTuple):
 class Result(NamedTuple):
     """A test that has ended.
 
-    `message` is one line: why it failed or was skipped.  `detail` is the traceback and what the
-    test wrote.
+    `message` is one line: why it failed or was skipped.  `detail` is the traceback and the test's
+    output.
     """
 
     test: str
@@ -69,17 +71,18 @@ class Result(NamedTuple):
     seconds: float = 0.0
 
 
-class Rule(NamedTuple):
-    """What the tests of a rule say together; `tests` counts them by result."""
+class RuleResult(NamedTuple):
+    """The result of a rule, from those of its tests; `tests` counts them by result."""
 
     rule: str
+    sentence: str
     result: str
     tests: dict[str, int]
     message: str
 
 
 class Run(NamedTuple):
-    """A whole run.  `stopped` says why not all that was planned has run; empty: it has."""
+    """A run.  `stopped` says why some planned tests did not run; empty: all did."""
 
     host: dict[str, Any]
     selection: dict[str, Any]
@@ -87,24 +90,29 @@ class Run(NamedTuple):
     results: tuple[Result, ...]
     seconds: float
     stopped: str = ""
+    #: The sentences of the rules, by id.
+    sentences: dict[str, str] = {}  # noqa: RUF012  # never changed
 
     @property
     def totals(self) -> dict[str, int]:
-        """How many tests ended how, every result named."""
+        """The number of tests by result, with every result as a key."""
         found = Counter(result.result for result in self.results)
         return {name: found[name] for name in _RESULTS}
 
     @property
-    def rules(self) -> tuple[Rule, ...]:
-        """By name: failed, or a known defect, if one of its tests says so, else passed if one has.
+    def rules(self) -> tuple[RuleResult, ...]:
+        """The rules by id.
 
-        What is left is skipped.
+        A rule failed, or has a known defect, if one of its tests did; else it passed if one of
+        them passed; else it is skipped.
         """
         tests: dict[str, list[Result]] = {}
         for result in self.results:
             for name in result.rules:
                 tests.setdefault(name, []).append(result)
-        return tuple(_rule(name, tests[name]) for name in sorted(tests))
+        return tuple(
+            _rule(name, self.sentences.get(name, ""), tests[name]) for name in sorted(tests)
+        )
 
     @property
     def exit_status(self) -> ExitStatus:
@@ -145,17 +153,12 @@ class Run(NamedTuple):
     @classmethod
     def from_json(cls, document: Any) -> Run:
         """The run that a document was made from; ValueError says what is wrong with it."""
-        from .schema import check
-
         if not isinstance(document, dict) or "schema_version" not in document:
-            raise ValueError("no document of `kvmpriv selftest --json`: no schema_version")
+            raise ValueError("not a document of `kvmpriv selftest --json`: no schema_version")
         version = document["schema_version"]
         if type(version) is not int or version != SCHEMA_VERSION:
             raise ValueError(f"schema version {version!r}; this kvmpriv reads {SCHEMA_VERSION}")
-        try:
-            check(document)
-        except ValueError as error:
-            raise ValueError(f"no document of `kvmpriv selftest --json`: {error}") from None
+        _check(document)
         results = (Result(**{**test, "rules": tuple(test["rules"])}) for test in document["tests"])
         return cls(
             document["host"],
@@ -164,14 +167,28 @@ class Run(NamedTuple):
             tuple(results),
             document["seconds"],
             document["stopped"],
+            {rule["rule"]: rule["sentence"] for rule in document["rules"]},
         )
 
 
-def _rule(name: str, results: list[Result]) -> Rule:
+def _check(document: Any) -> None:
+    """ValueError unless the document is as ``schema.json`` says."""
+    import jsonschema
+
+    schema = json.loads(Path(__file__).with_name("schema.json").read_text(encoding="utf-8"))
+    validator = jsonschema.Draft202012Validator(schema)
+    error = jsonschema.exceptions.best_match(validator.iter_errors(document))
+    if error is not None:
+        where = error.json_path.removeprefix("$").removeprefix(".") or "the document"
+        message = error.message if len(error.message) <= 200 else f"{error.message[:197]}..."
+        raise ValueError(f"not a document of `kvmpriv selftest --json`: {where}: {message}")
+
+
+def _rule(name: str, sentence: str, results: list[Result]) -> RuleResult:
     tests = Counter(result.result for result in results)
     worst = next(kind for kind in _RESULTS if tests[kind])
     messages = (result.message for result in results if result.result == worst)
-    if worst == PASSED:  # then a test that could not run is worth a word
+    if worst == PASSED:  # a test that could not run is worth mentioning
         messages = (f"not all: {result.message}" for result in results if result.result == SKIPPED)
     verdict = FAILED if worst in (CRASHED, TIMEOUT) else worst
-    return Rule(name, verdict, dict(tests), next(messages, ""))
+    return RuleResult(name, sentence, verdict, dict(tests), next(messages, ""))

@@ -1,4 +1,4 @@
-"""A run as KTAP, as a table, and beside another."""
+"""A run as KTAP, as a table, and compared with another run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .records import (
     SKIPPED,
     TIMEOUT,
     Result,
-    Rule,
+    RuleResult,
     Run,
 )
 
@@ -24,7 +24,15 @@ if TYPE_CHECKING:
 
     from .runner import Plan
 
-__all__ = ["compare", "ktap_end", "ktap_head", "ktap_result", "text"]
+__all__ = [
+    "compare",
+    "ktap_bail_out",
+    "ktap_end",
+    "ktap_plan",
+    "ktap_result",
+    "ktap_version",
+    "text",
+]
 
 _COLOURS = {
     PASSED: GREEN,
@@ -34,13 +42,13 @@ _COLOURS = {
     KNOWN_DEFECT: MAGENTA,
     SKIPPED: YELLOW,
 }
-#: In a comparison: the run has no test of the rule.
+#: In a comparison: the run has no test of this rule.
 ABSENT = "absent"
 
 
 # -- KTAP: Documentation/dev-tools/ktap.rst --------------------------------------------------------
 
-#: What comes before the message: KTAP's own words where it has one.
+#: What precedes the message: KTAP's directive where it has one.
 _DIRECTIVES = {
     SKIPPED: "SKIP ",
     TIMEOUT: "TIMEOUT ",
@@ -49,26 +57,34 @@ _DIRECTIVES = {
 }
 
 
-def ktap_head(plan: Plan, note: str = "") -> str:
-    """The version, the plan, what is tested, and a note on that."""
+def ktap_version() -> str:
+    """The first line, which can be written before the tests are known."""
+    return "KTAP version 1\n"
+
+
+def ktap_plan(plan: Plan, note: str = "") -> str:
+    """The number of tests, the kernel, and a note about it."""
     about = "".join(f"# {line}\n" for line in (_host(plan.host), note) if line)
-    return f"KTAP version 1\n1..{len(plan.tests)}\n{about}"
+    return f"1..{len(plan.tests)}\n{about}"
 
 
-def ktap_result(number: int, result: Result) -> str:
-    """The lines of a test: what it has to say, then how it has ended."""
-    said = result.result in FAILURES and (result.about, *result.detail.splitlines())
-    lines = [f"# {plain(line)}".rstrip() for line in said or () if line]
+def ktap_result(number: int, result: Result, sentences: dict[str, str]) -> str:
+    """The lines of a test: for a failure its rules and its output, then how it has ended."""
+    lines: list[str] = []
+    if result.result in FAILURES:
+        lines += _rules(result, sentences)
+        lines += filter(None, [result.about, *result.detail.splitlines()])
     end = f"{'not ok' if result.result in FAILURES else 'ok'} {number} {_name(result.test)}"
     why = f"{_DIRECTIVES.get(result.result, '')}{result.message}".strip()
-    return "\n".join([*lines, f"{end} # {_name(why)}" if why else end]) + "\n"
+    comments = [f"# {plain(line)}".rstrip() for line in lines]
+    return "\n".join([*comments, f"{end} # {_name(why)}" if why else end]) + "\n"
 
 
 def ktap_end(run: Run) -> str:
-    """Each rule's result, and the sums as the kernel's own tests print them."""
+    """Each rule's result, and the sums in the form of the kernel's own tests."""
     lines = [f"# rule {rule.rule}: {_of_rule(rule)}" for rule in run.rules]
     if run.stopped:
-        lines.append(f"Bail out! {plain(run.stopped)}")
+        lines.append(ktap_bail_out(run.stopped).rstrip())
     totals = run.totals
     crashed = totals[CRASHED] + totals[TIMEOUT]
     failed = totals[FAILED] + totals[KNOWN_DEFECT]
@@ -79,8 +95,13 @@ def ktap_end(run: Run) -> str:
     return "\n".join(lines) + "\n"
 
 
+def ktap_bail_out(why: str) -> str:
+    """The line that says why there are no more results."""
+    return f"Bail out! {plain(' '.join(why.split()))}\n"
+
+
 def _name(words: str) -> str:
-    """Without what would end a description, or a line."""
+    """Without the characters that end a description or a line."""
     return plain(words).replace("#", "%")
 
 
@@ -88,13 +109,14 @@ def _name(words: str) -> str:
 
 
 def text(run: Run, note: str = "", *, colour: bool = False) -> str:
-    """On what, with a note on that; what failed and why, rule x result, what is missing, sums."""
+    """The kernel and a note about it; each failure; a line a rule; what is missing; the sums."""
     paint = painter(colour)
     lines = [paint(BOLD, _host(run.host)), *filter(None, [note]), ""]
     for result in run.results:
         if result.result in FAILURES:
             lines.append(f"{paint(_COLOURS[result.result], result.result.upper())} {result.test}")
-            lines += [f"  {plain(line)}" for line in (result.about, result.message) if line]
+            about = [*_rules(result, run.sentences), result.about, result.message]
+            lines += [f"  {plain(line)}" for line in about if line]
             lines += [f"    {plain(line)}".rstrip() for line in result.detail.splitlines()]
             lines.append("")
     rules = run.rules
@@ -127,7 +149,7 @@ def _sums(run: Run) -> Iterator[str]:
 def compare(
     runs: tuple[Run, Run], names: tuple[str, str], *, colour: bool = False
 ) -> tuple[str, bool]:
-    """rule x (a, b), the differences first; and whether there are any."""
+    """A line for each rule with both results, differences first; and whether there are any."""
     paint = painter(colour)
     rules = [{rule.rule: rule for rule in run.rules} for run in runs]
     every = sorted({*rules[0], *rules[1]})
@@ -138,7 +160,7 @@ def compare(
         if run.stopped:
             lines.append(f"   not complete: {plain(run.stopped)}")
     if runs[0].selection != runs[1].selection:
-        lines.append("not selected in the same way: a rule may be absent for that alone")
+        lines.append("the two runs selected different tests: a rule may be absent only for that")
     lines.append("")
     rows: dict[bool, list[str]] = {True: [], False: []}
     for name in every:
@@ -164,14 +186,19 @@ def compare(
     return "\n".join(lines) + "\n", bool(different)
 
 
-# -- words -----------------------------------------------------------------------------------------
+# -- parts -----------------------------------------------------------------------------------------
 
 
 def _host(host: dict[str, object]) -> str:
     return plain("Linux {release} {machine}, {verdict}; kvmpriv {kvmpriv}".format(**host))
 
 
-def _of_rule(rule: Rule) -> str:
+def _rules(result: Result, sentences: dict[str, str]) -> list[str]:
+    """The rules of a test, with their sentences where the suite has a table of them."""
+    return [f"{name}: {sentences[name]}" for name in result.rules if name in sentences]
+
+
+def _of_rule(rule: RuleResult) -> str:
     return plain(f"{rule.result} ({_list(rule.tests)})")
 
 

@@ -1,4 +1,4 @@
-"""Running the suite in a process of its own, which may crash or hang without taking us along."""
+"""Runs the suite in a process of its own, so that a crash or a hang there does not end this one."""
 
 from __future__ import annotations
 
@@ -10,27 +10,32 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from .records import CRASHED, KNOWN_DEFECT, PASSED, SKIPPED, TIMEOUT, Planned, Result
 
-__all__ = ["BadSelection", "CannotRun", "Plan", "run", "suite"]
+__all__ = ["BadSelection", "CannotRun", "Plan", "Selection", "run", "suite"]
 
-#: Seconds beyond its own timeout after which no test can be hoped to end by itself.
+#: Seconds that a test may take beyond its own timeout before its process is killed.
 GRACE = 20.0
-#: Seconds to find the tests and probe the host, or after a test to clean up and start the next:
-#: an emulated machine with much else to do takes minutes.
+#: Seconds in which the process must find the tests and probe the host, or clean up after a test
+#: and start the next one.  A busy emulated machine needs minutes.
 BETWEEN = 600.0
-#: Seconds for a process to clean up after Ctrl-C, or to die when it is killed.
+#: Seconds for the process to clean up after Ctrl-C, or to end when it is killed.
 _DYING = 5.0
-#: How much of its error output is kept of a process that died.
+#: How many bytes of the error output of a process that died are kept.
 _TAIL = 8192
-#: pytest's exit statuses after all tests (passed, some failed, none collected), for a fault of its
-#: own, and for arguments that it can't use.
+#: pytest's exit statuses: after all tests (passed, some failed, none collected); an error of
+#: pytest's own; arguments that it does not accept.
 _PYTEST_ENDED, _PYTEST_INTERNAL, _PYTEST_USAGE = (0, 1, 5), 3, 4
+
+#: What is run: the options of the command, as the JSON document has them.
+Selection = dict[str, Any]
+#: What the process of the tests reports, see plugin.py.
+Event = dict[str, Any]
 
 
 class CannotRun(Exception):  # noqa: N818  # it is an outcome
@@ -38,18 +43,19 @@ class CannotRun(Exception):  # noqa: N818  # it is an outcome
 
 
 class BadSelection(ValueError):  # noqa: N818
-    """Nothing is selected, or what was asked for means nothing; the message says why."""
+    """The selection is empty, or pytest does not accept it; the message says why."""
 
 
 class Plan(NamedTuple):
-    """What is going to run, and on what."""
+    """The tests that are going to run, the kernel they run on, and the rules' sentences."""
 
     tests: tuple[Planned, ...]
     host: dict[str, Any]
+    sentences: dict[str, str]
 
 
 def suite() -> Path:
-    """The folder with the tests: the wheel's, or the checkout's."""
+    """The folder with the tests: the wheel's, or the checkout's.  Raises CannotRun."""
     package = Path(__file__).resolve().parent.parent
     for folder in (package / "_suite", package.parent / "tests" / "private"):
         if (folder / "conftest.py").is_file():
@@ -58,83 +64,151 @@ def suite() -> Path:
 
 
 def run(
-    folder: Path, selection: dict[str, Any], *, collect: bool = False
+    folder: Path, selection: Selection, *, collect: bool = False
 ) -> Generator[Plan | Result, None, None]:
-    """The plan, then each result as its test ends; `collect` stops after the plan.
+    """Yield the plan, then a result when each test has ended; `collect` stops after the plan.
 
-    A test that ends its process has its result too, as has one that hangs in spite of its timeout
-    and is killed; the rest run in a new process.  A result is told when the next test starts: what
-    happens to the process before that is charged to the test that ended last.
+    A test that ends its process has a result too, and so has one that hangs in spite of its
+    timeout and is killed; the remaining tests run in a new process.
+
+    Raises BadSelection, and CannotRun if the tests can't be run to the end.
     """
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, nobody learns how a child ended
-    plan: Plan | None = None
-    ended = 0
-    while plan is None or ended < len(plan.tests):
-        before = ended
-        running: Planned | None = None
-        last: Result | None = None
-        started = 0.0
-        with _Process(folder, selection, ended, collect=collect) as process:
-            for event in process.events():
-                if "nothing" in event:
-                    raise BadSelection(f"{event['nothing']} (--list shows what there is)")
-                if "plan" in event:
-                    tests = tuple(
-                        Planned(test["test"], tuple(test["rules"]), test["about"])
-                        for test in event["plan"]
-                    )
-                    plan = Plan(tests, event["host"])
-                    yield plan
-                    if collect:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if it is ignored, no exit status can be had
+    _check_surroundings()
+    yield from _Run(folder, selection, collect=collect).results()
+
+
+def _check_surroundings() -> None:
+    """Raise CannotRun where pytest would fail with a traceback."""
+    try:
+        os.getcwd()  # noqa: PTH109  # Path.cwd() is the same
+    except OSError as error:
+        raise CannotRun(
+            f"the current directory can't be used ({error.strerror}): change to one that exists"
+        ) from None
+    try:
+        os.close(os.open(os.devnull, os.O_RDWR))
+    except OSError as error:
+        raise CannotRun(
+            f"{os.devnull} can't be opened ({error.strerror}): mknod -m 666 {os.devnull} c 1 3"
+        ) from None
+
+
+class _Run:
+    """A run over as many processes as it takes: one method for each event that they report.
+
+    A result is yielded only when the next event comes: if the process dies before that, the death
+    is charged to the test that ended last.
+    """
+
+    def __init__(self, folder: Path, selection: Selection, *, collect: bool) -> None:
+        self._folder, self._selection, self._collect = folder, selection, collect
+        self._plan: Plan | None = None
+        #: How many tests of the plan have ended, in all processes.
+        self._ended = 0
+        #: The test that runs now, and when it started.
+        self._running: Planned | None = None
+        self._started = 0.0
+        #: The result that is not yielded yet.
+        self._last: Result | None = None
+        self._handlers: dict[str, Callable[[Event], Iterator[Plan | Result]]] = {
+            "nothing": self._nothing,
+            "plan": self._planned,
+            "start": self._start,
+            "end": self._end,
+        }
+
+    def results(self) -> Generator[Plan | Result, None, None]:
+        """The plan and the results, as run() yields them."""
+        while not self._complete:
+            before = self._ended
+            with _Process(
+                self._folder, self._selection, self._ended, collect=self._collect
+            ) as process:
+                for event in process.events():
+                    yield from self._handlers[event["event"]](event)
+                    if self._collect and self._plan:
                         return
-                    continue
-                assert plan is not None, "the plan comes first"
-                if last:
-                    yield last
-                    last = None
-                if "start" in event:
-                    running, started = plan.tests[ended], time.monotonic()
-                    if event["start"] != running.test:
-                        raise CannotRun(f"planned was {running.test}, now {event['start']} runs")
-                else:
-                    planned, running = plan.tests[ended], None
-                    ended += 1
-                    last = Result(*planned, **event["end"])
-        if plan is None and process.status == _PYTEST_USAGE:
+            yield from self._process_ended(process, progress=self._ended > before)
+
+    @property
+    def _complete(self) -> bool:
+        return self._plan is not None and self._ended == len(self._plan.tests)
+
+    def _nothing(self, event: Event) -> Iterator[Plan | Result]:
+        """The selection is empty."""
+        raise BadSelection(f"{event['why']} (--list shows what there is)")
+
+    def _planned(self, event: Event) -> Iterator[Plan | Result]:
+        """The tests have been found."""
+        tests = tuple(
+            Planned(test["test"], tuple(test["rules"]), test["about"]) for test in event["tests"]
+        )
+        self._plan = Plan(tests, event["host"], event["sentences"])
+        yield self._plan
+
+    def _start(self, event: Event) -> Iterator[Plan | Result]:
+        """A test starts."""
+        yield from self._take_last()
+        self._running, self._started = self._next(), time.monotonic()
+        if event["test"] != self._running.test:
+            raise CannotRun(f"the plan says {self._running.test}, but {event['test']} runs")
+
+    def _end(self, event: Event) -> Iterator[Plan | Result]:
+        """A test has ended, or a file could not be collected."""
+        yield from self._take_last()
+        self._last = Result(*self._next(), **event["result"])
+        self._running = None
+        self._ended += 1
+
+    def _process_ended(self, process: _Process, *, progress: bool) -> Iterator[Plan | Result]:
+        """The process is gone: at the end of its tests, or with one of them."""
+        if self._plan is None and process.status == _PYTEST_USAGE:
             raise BadSelection(process.said.removeprefix("ERROR: "))
-        result = TIMEOUT if process.killed else CRASHED
-        culprit = running or last
-        if running:
-            ended += 1
-            seconds = time.monotonic() - started
-            yield Result(*running, result, process.how, process.said, seconds)
-        elif last:
-            ordinary = not process.killed and process.status in _PYTEST_ENDED
-            if plan is None or ended < len(plan.tests) or not ordinary:
-                how = f"after the test: {process.how}"
-                detail = "\n".join(filter(None, [last.detail, how, process.said]))
-                last = last._replace(detail=detail)
-                if last.result in (PASSED, SKIPPED, KNOWN_DEFECT):  # else that came first
-                    last = last._replace(result=result, message=how)
-            yield last
-        elif plan is None or ended == before:
+        culprit = self._running or self._last
+        kind = TIMEOUT if process.killed else CRASHED
+        if self._running:
+            seconds = time.monotonic() - self._started
+            yield Result(*self._running, kind, process.how, process.said, seconds)
+            self._running = None
+            self._ended += 1
+        elif self._last:
+            if not self._complete or process.killed or process.status not in _PYTEST_ENDED:
+                self._charge(self._last, kind, process)
+            yield from self._take_last()
+        elif not progress:
             said = f": {process.said}" if process.said else ""
-            raise CannotRun(f"pytest did not come as far as the tests, {process.how}{said}")
+            raise CannotRun(f"pytest ended before the first test, {process.how}{said}")
         if culprit and not process.gone:
             raise CannotRun(f"{culprit.test} hangs in the kernel and can't be killed")
 
+    def _charge(self, last: Result, kind: str, process: _Process) -> None:
+        """The process died after its last test had ended: that test failed, if it had not yet."""
+        how = f"after the test: {process.how}"
+        detail = "\n".join(filter(None, [last.detail, how, process.said]))
+        self._last = last._replace(detail=detail)
+        if last.result in (PASSED, SKIPPED, KNOWN_DEFECT):
+            self._last = self._last._replace(result=kind, message=how)
+
+    def _next(self) -> Planned:
+        assert self._plan is not None, "the plan comes first"
+        return self._plan.tests[self._ended]
+
+    def _take_last(self) -> Iterator[Plan | Result]:
+        if self._last:
+            yield self._last
+            self._last = None
+
 
 class _Process:
-    """pytest in a forked process, in a session of its own: Ctrl-C reaches it through us."""
+    """pytest in a forked process with a session of its own: Ctrl-C reaches only the parent."""
 
     killed = False
     gone = False
-    #: The exit status; minus the signal.
+    #: The exit status; minus the signal's number if a signal ended it.
     status = 0
 
-    def __init__(
-        self, folder: Path, selection: dict[str, Any], skip: int, *, collect: bool
-    ) -> None:
+    def __init__(self, folder: Path, selection: Selection, skip: int, *, collect: bool) -> None:
         self._job = folder, selection, skip
         self._collect = collect
         #: What it wrote to its error output, after its end.
@@ -142,7 +216,7 @@ class _Process:
 
     def __enter__(self) -> _Process:
         for stream in (sys.stdout, sys.stderr):
-            stream.flush()  # or both of us would write what is buffered
+            stream.flush()  # or parent and child would both write what is buffered
         self._errors = os.fdopen(os.memfd_create("errors"), "w+b")
         self._pipe, writable = os.pipe()
         self._pid = os.fork()
@@ -155,13 +229,13 @@ class _Process:
         status = _PYTEST_INTERNAL
         try:
             os.setsid()
-            os.close(self._pipe)  # when we go, it must not write on
+            os.close(self._pipe)  # then writes fail once the parent is gone
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             null = os.open(os.devnull, os.O_RDWR)
             for number, target in enumerate((null, null, self._errors.fileno())):
                 os.dup2(target, number)
-            faulthandler.enable(self._errors.fileno())  # pytest bends 2 while it captures
+            faulthandler.enable(self._errors.fileno())  # pytest redirects 2 while it captures
             sys.stdout, sys.stderr = (
                 open(number, "w", buffering=1, closefd=False, errors="backslashreplace")  # noqa: SIM115
                 for number in (1, 2)
@@ -175,12 +249,12 @@ class _Process:
         finally:
             os._exit(status)
 
-    def events(self) -> Iterator[dict[str, Any]]:
-        """What the process tells, until it has ended or, silent for too long, been killed."""
+    def events(self) -> Iterator[Event]:
+        """What the process reports until it has ended, or was killed for its silence."""
         rest = b""
         deadline = time.monotonic() + BETWEEN
         while True:
-            ended = self._has_ended()  # before looking for the last that it told
+            ended = self._has_ended()  # asked before the last events are read
             wait = 0.0 if ended else min(0.5, max(0.0, deadline - time.monotonic()))
             if select.select([self._pipe], [], [], wait)[0]:
                 data = os.read(self._pipe, 1 << 16)
@@ -188,8 +262,8 @@ class _Process:
                     *lines, rest = (rest + data).split(b"\n")
                     for line in lines:
                         event = json.loads(line)
-                        patience = event["timeout"] + GRACE if "start" in event else BETWEEN
-                        deadline = time.monotonic() + patience
+                        own = event["event"] == "start"
+                        deadline = time.monotonic() + (event["timeout"] + GRACE if own else BETWEEN)
                         yield event
                     continue
                 ended = self._wait(deadline - time.monotonic())
@@ -197,7 +271,7 @@ class _Process:
                 return
             if time.monotonic() > deadline:
                 self.killed = True
-                os.kill(self._pid, signal.SIGABRT)  # faulthandler says where it is
+                os.kill(self._pid, signal.SIGABRT)  # faulthandler writes where it hangs
                 self._wait(_DYING)
                 return
 
@@ -219,7 +293,7 @@ class _Process:
                 self._wait(_DYING)
         finally:
             with suppress(ProcessLookupError):  # there is no group before setsid()
-                os.killpg(self._pid, signal.SIGKILL)  # with what tests have left behind
+                os.killpg(self._pid, signal.SIGKILL)  # and what the tests have left running
             os.kill(self._pid, signal.SIGKILL)
             self.gone = self._wait(_DYING)
             if self.gone:

@@ -29,6 +29,7 @@ from kvmpriv.selftest.records import (
     TIMEOUT,
 )
 from private.support.requirements import missing
+from private.support.rules import RULES
 from unit.ktap import parse
 
 SCHEMA = json.loads((ROOT / "kvmpriv/selftest/schema.json").read_text())
@@ -313,13 +314,17 @@ def test_selection_and_status(folder: Path) -> None:
     assert ran("b.one", "c.??") == (0, ["test_one", "test_no"])
     assert ran("a.*", "-k", "two") == (0, everything[1:3])
     assert ran("c.*") == (ExitStatus.ALL_SKIPPED, ["test_no"])
+    (folder / "support").mkdir()
+    (folder / "support/rules.toml").write_text(
+        '[some]\nabis = ["any"]\nsource = "commit 0"\n[some.rules]\n"a.one" = "It is one."\n'
+    )
     listed = selftest(folder, "--list", "a.one", "a.two")
     assert listed.returncode == 0
     assert listed.stdout.splitlines() == [
-        "a.one\ttest_it.py::test_one",
-        "b.one\ttest_it.py::test_one",
-        "a.two\ttest_it.py::test_two[1]",
-        "a.two\ttest_it.py::test_two[2]",
+        "a.one\ttest_it.py::test_one\tIt is one.",
+        "b.one\ttest_it.py::test_one\t",
+        "a.two\ttest_it.py::test_two[1]\t",
+        "a.two\ttest_it.py::test_two[2]\t",
     ]
 
 
@@ -336,9 +341,13 @@ def test_selection_and_status(folder: Path) -> None:
 def test_nothing_selected(folder: Path, arguments: list[str], expected: str) -> None:
     (folder / "test_it.py").write_text(PASSING)
     done = selftest(folder, *arguments)
-    assert (done.returncode, done.stdout) == (2, "")
+    assert done.returncode == 2
     assert expected in done.stderr
     assert "Traceback" not in done.stderr
+    if "--ktap" in arguments:
+        assert done.stdout == f"KTAP version 1\nBail out! {expected} (--list shows what there is)\n"
+    else:
+        assert done.stdout == ""
 
 
 def test_a_file_that_breaks_hides_no_other(folder: Path) -> None:
@@ -371,6 +380,40 @@ def test_a_suite_that_can_not_run(folder: Path) -> None:
     assert (done.returncode, done.stdout) == (ExitStatus.UNABLE, "")
     assert "it did not end in time and was killed" in done.stderr
     assert "conftest.py" in done.stderr, "where it hung"
+
+
+def test_ktap_begins_at_once(folder: Path) -> None:
+    """The version line is there before pytest has found the tests."""
+    (folder / "test_it.py").write_text(PASSING)
+    (folder / "conftest.py").write_text("import time; time.sleep(600)")
+    with subprocess.Popen(command(folder, "--ktap"), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "KTAP version 1\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.read() == "Bail out! interrupted\n"
+    assert process.returncode == 130
+
+
+def test_in_a_folder_that_is_deleted(folder: Path, tmp_path: Path) -> None:
+    (folder / "test_it.py").write_text(PASSING)
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    shell = ["sh", "-c", 'cd "$0" && rmdir "$0" && exec "$@"', gone, *command(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(shell, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (ExitStatus.UNABLE, "")
+    (said,) = done.stderr.splitlines()
+    assert said.startswith("kvmpriv selftest: the current directory can't be used (No such file")
+
+
+def test_without_dev_null(folder: Path) -> None:
+    (folder / "test_it.py").write_text(PASSING)
+    code = command(folder)
+    code[2] = f"import os; os.devnull = '/nonesuch'; {code[2]}"
+    done = subprocess.run(code, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (ExitStatus.UNABLE, "")
+    (said,) = done.stderr.splitlines()
+    assert said.startswith("kvmpriv selftest: /nonesuch can't be opened (No such file")
 
 
 @pytest.mark.parametrize(
@@ -538,16 +581,17 @@ def test_list_is_the_suite() -> None:
     """The real suite, as the running kernel has it."""
     done = run("--list")
     assert (done.returncode, done.stderr) == (0, "")
-    pairs = [line.split("\t") for line in done.stdout.splitlines()]
-    assert len({test for _, test in pairs}) > 300
-    assert len(set(map(tuple, pairs))) == len(pairs)
-    for name, test in pairs:
+    rows = [line.split("\t") for line in done.stdout.splitlines()]
+    assert len({test for _, test, _ in rows}) > 300
+    assert len(set(map(tuple, rows))) == len(rows)
+    for name, test, sentence in rows:
+        assert sentence == RULES[name].sentence
         assert re.fullmatch(r"[a-z0-9-]+(\.[a-z0-9_-]+)+", name)
         assert not name.startswith("suite.")
         assert re.match(r"test_\w+\.py::test_\w+(\[[^\t]+\])?$", test)
     some = run("--list", "v9.slot.copy.*")
     assert {line.split("\t")[0] for line in some.stdout.splitlines()} == {
-        name for name, _ in pairs if name.startswith("v9.slot.copy.")
+        name for name, _, _ in rows if name.startswith("v9.slot.copy.")
     }
 
 
@@ -557,7 +601,8 @@ def test_what_can_not_be_required(form: str) -> None:
     wrong = "KVMPRIV_REQUIRE: nothing is called 'guest-memfd'; there are: "
     selftest = [sys.executable, "-m", "kvmpriv", "selftest", form]
     done = subprocess.run(selftest, env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
+    assert done.returncode == 2
+    assert done.stdout.startswith(f"KTAP version 1\nBail out! {wrong}") == (form == "--ktap")
     assert done.stderr.startswith(f"kvmpriv selftest: {wrong}")
     for tests in ("tests/private/test_rules.py", "tests/unit/test_bench.py"):
         plain = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests]
@@ -633,7 +678,8 @@ def test_the_wheel_with_tests_that_fail(installed: Path) -> None:
     broken.write_text(
         "import os\n"
         "from .support.defects import DEFECTS, known_defect\n"
-        "from .support.rules import rule\n"
+        "from pytest import mark\n"
+        "rule = mark.rule\n"
         "@rule('broken.known')\ndef test_known(): known_defect(next(iter(DEFECTS)), 'seen')\n"
         "@rule('broken.dies')\ndef test_dies(): os.abort()\n"
         "@rule('broken.leaks')\ndef test_leaks(no_leak): os.dup(0)\n"

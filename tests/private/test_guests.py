@@ -33,6 +33,7 @@ from .support.kernels import MakeVm
 from .support.races import ROUNDS, beside, rounds
 from .support.requirements import missing
 from .support.rigs import run_again
+from .support.rules import rule
 
 MakeGuest = Callable[..., PrivateGuest]
 
@@ -79,7 +80,7 @@ def private(make: MakeGuest) -> PrivateGuest:
 PATTERN = bytes(range(256)) * 16
 
 
-@pytest.mark.rule("faults.private-from-file", "faults.shared-from-userspace-addr")
+@rule("faults.private-from-file", "faults.shared-from-userspace-addr")
 def test_private_and_shared_are_two_memories(private: PrivateGuest) -> None:
     """What the guest writes to private memory is in the file, not where the host can look."""
     gpa = GPA + 3 * PAGE
@@ -96,7 +97,7 @@ def test_private_and_shared_are_two_memories(private: PrivateGuest) -> None:
     assert private.guest.exits == []
 
 
-@pytest.mark.rule("faults.fresh-pages-are-zero")
+@rule("faults.fresh-pages-are-zero")
 @pytest.mark.spoiled_by("pages-not-zeroed", "notified-in-bytes")
 def test_fresh_private_pages_are_zero(private: PrivateGuest) -> None:
     """Whatever those pages were before: at first touch, after fallocate, after a hole."""
@@ -112,7 +113,7 @@ def test_fresh_private_pages_are_zero(private: PrivateGuest) -> None:
     assert private.guest.span(GPA + 2 * MIB, 0x77, SIZE - 2 * MIB) == SIZE - 2 * MIB
 
 
-@pytest.mark.rule("invalidation.precise")
+@rule("invalidation.precise")
 @pytest.mark.spoiled_by("notified-in-bytes", "pages-not-zeroed")
 @pytest.mark.parametrize(
     ("first", "count"), [(0, 1), (5, 1), (1, 3), (511, 2), (512, 512), (1535, 1)]
@@ -129,7 +130,7 @@ def test_a_hole_takes_just_its_pages(private: PrivateGuest, first: int, count: i
     assert private.guest.read(GPA + start, 5) == b"again"
 
 
-@pytest.mark.rule("invalidation.outside-the-slot")
+@rule("invalidation.outside-the-slot")
 @pytest.mark.spoiled_by("notified-in-bytes", "pages-not-zeroed")
 def test_holes_beside_the_binding(private: PrivateGuest) -> None:
     """A hole of the same file before or behind what the slot uses takes nothing."""
@@ -142,7 +143,7 @@ def test_holes_beside_the_binding(private: PrivateGuest) -> None:
     assert private.guest.span(GPA + PAGE, 0x5A, SIZE - PAGE) == SIZE - PAGE
 
 
-@pytest.mark.rule("convert.state-survives-the-slot")
+@rule("convert.state-survives-the-slot")
 def test_the_state_survives_the_slot(private: PrivateGuest) -> None:
     """Private or shared is the VM's and the gfn's: deleting the slot changes neither."""
     private.memory.write(0, b"host 0 ")
@@ -162,7 +163,7 @@ def test_the_state_survives_the_slot(private: PrivateGuest) -> None:
     assert private.guest.read(GPA + PAGE, 7) == b"host 1 "
 
 
-@pytest.mark.rule("convert.large-ranges")
+@rule("convert.large-ranges")
 def test_conversion_of_parts_of_a_large_range(private: PrivateGuest) -> None:
     """2 MiB and its parts, back and forth: each stage seen from both sides."""
     private.memory.write(0, b"\x11" * SIZE)
@@ -182,7 +183,7 @@ def test_conversion_of_parts_of_a_large_range(private: PrivateGuest) -> None:
     assert private.guest.exits == []
 
 
-@pytest.mark.rule("slots.same-offset-mapping")
+@rule("slots.same-offset-mapping")
 @pytest.mark.spoiled_by("notified-in-bytes", "pages-not-zeroed")
 def test_two_slots_of_one_file(private: PrivateGuest) -> None:
     """A second slot at another guest address has its own part of the file."""
@@ -200,7 +201,7 @@ def test_two_slots_of_one_file(private: PrivateGuest) -> None:
         slot.delete()
 
 
-@pytest.mark.rule("convert.range-across-slots")
+@rule("convert.range-across-slots")
 def test_ranges_across_pages(private: PrivateGuest) -> None:
     """One access that begins in a shared page and ends in a private one reaches both."""
     private.convert(GPA, PAGE, private=False)
@@ -209,7 +210,7 @@ def test_ranges_across_pages(private: PrivateGuest) -> None:
     assert private.guest.read(GPA + PAGE - 3, 6) == b"abcdef"
 
 
-@pytest.mark.rule("isolation.host-mapping")
+@rule("isolation.host-mapping")
 def test_the_marker_is_nowhere_in_the_process(private: PrivateGuest) -> None:
     """A marker in private memory is in no page of ours; its twin in shared memory is found."""
     # Never whole in our own memory: the guest's copy is put together by the guest itself.
@@ -229,7 +230,7 @@ def test_the_marker_is_nowhere_in_the_process(private: PrivateGuest) -> None:
     assert private.guest.read(GPA + 16 * PAGE, 32) == marker, "it is there, for the guest"
 
 
-@pytest.mark.rule("dirty-log.private-writes")
+@rule("dirty-log.private-writes")
 def test_dirty_logging(v9_guest: RestrictedGuest) -> None:
     """v9 logs writes to private pages."""
     v9_guest.slot.delete()
@@ -243,7 +244,7 @@ def test_dirty_logging(v9_guest: RestrictedGuest) -> None:
 # -- faults --------------------------------------------------------------------------------------
 
 
-@pytest.mark.rule("v9.fault.exit", "v9.fault.again", "v9.hypercall.wants")
+@rule("v9.fault.exit", "v9.fault.again", "v9.hypercall.wants")
 @pytest.mark.spoiled_by("pages-not-zeroed")
 @pytest.mark.parametrize("wants", [False, True], ids=["wants shared", "wants private"])
 def test_a_guest_that_wants_the_other_kind_exits(v9_guest: RestrictedGuest, wants: bool) -> None:
@@ -272,7 +273,7 @@ def test_a_guest_that_wants_the_other_kind_exits(v9_guest: RestrictedGuest, want
     assert len(v9_guest.guest.exits) == 4
 
 
-@pytest.mark.rule("v9.fault.implicit-conversion")
+@rule("v9.fault.implicit-conversion")
 def test_implicit_conversion_by_a_server(v9_guest: RestrictedGuest) -> None:
     """A guest that just accesses, and a host that converts at each exit."""
 
@@ -292,7 +293,7 @@ def test_implicit_conversion_by_a_server(v9_guest: RestrictedGuest) -> None:
     assert len(v9_guest.guest.exits) == 512 + 256
 
 
-@pytest.mark.rule("v9.hypercall.errors")
+@rule("v9.hypercall.errors")
 def test_the_hypercalls_errors(v9_guest: RestrictedGuest) -> None:
     """-EINVAL for a bad range, also with the wish bits; -1000 without them, when not enabled."""
     call, wish = v9_guest.guest.hypercall, 1 << 8
@@ -314,7 +315,7 @@ def test_the_hypercalls_errors(v9_guest: RestrictedGuest) -> None:
         call(k.KVM_HC_MAP_GPA_RANGE, GPA, 1, k.KVM_MAP_GPA_RANGE_DECRYPTED)
 
 
-@pytest.mark.rule("v9.fault.unmapped-userspace-addr")
+@rule("v9.fault.unmapped-userspace-addr")
 def test_shared_memory_that_is_not_mapped(v9_guest: RestrictedGuest) -> None:
     """userspace_addr 0: private memory works, a shared access makes KVM_RUN fail with EFAULT."""
     gpa = GPA + SIZE
@@ -329,7 +330,7 @@ def test_shared_memory_that_is_not_mapped(v9_guest: RestrictedGuest) -> None:
     assert v9_guest.guest.resume() == b"works", "nothing is lost by the failure"
 
 
-@pytest.mark.rule("v9.fault.plain-slot")
+@rule("v9.fault.plain-slot")
 def test_a_plain_slot_ignores_the_state(v9_guest: RestrictedGuest) -> None:
     """All gfns are private at first, and an ordinary slot works all the same."""
     with HostMemory(MIB) as memory:
@@ -341,7 +342,7 @@ def test_a_plain_slot_ignores_the_state(v9_guest: RestrictedGuest) -> None:
         v9_guest.vm.slots[5].delete()
 
 
-@pytest.mark.rule("v9.fault.no-page")
+@rule("v9.fault.no-page")
 @pytest.mark.spoiled_by("no-page-spins")
 def test_a_page_that_can_not_be_had(v9_guest: RestrictedGuest) -> None:
     """restricted_offset 1<<63, for which there is no page: KVM_RUN fails, and does not spin."""
@@ -356,7 +357,7 @@ def test_a_page_that_can_not_be_had(v9_guest: RestrictedGuest) -> None:
     assert v9_guest.guest.read(gpa, 1) == b"\0", "the twin below it"
 
 
-@pytest.mark.rule("v9.fault.read-only")
+@rule("v9.fault.read-only")
 @pytest.mark.spoiled_by("read-only-spins")
 def test_a_write_to_read_only_private_memory(v9_guest: RestrictedGuest) -> None:
     """It exits; the page stays as it is; reads work."""
@@ -371,7 +372,7 @@ def test_a_write_to_read_only_private_memory(v9_guest: RestrictedGuest) -> None:
     assert v9_guest.guest.read(GPA, 6) == b"before"
 
 
-@pytest.mark.rule("gm.fault.exit")
+@rule("gm.fault.exit")
 @pytest.mark.parametrize("make", ["guest_memfd"], indirect=True)
 def test_private_memory_without_a_slot_for_it(make: MakeGuest) -> None:
     """A private gfn in a plain slot is exit 39, and KVM_RUN fails with EFAULT."""
@@ -404,7 +405,7 @@ def _in_thread(errors: list[BaseException], body: Callable[[], None]) -> threadi
     return thread
 
 
-@pytest.mark.rule("race.hole-against-fault")
+@rule("race.hole-against-fault")
 @pytest.mark.spoiled_by("notified-in-bytes", "pages-not-zeroed")
 def test_holes_against_faults(make: MakeGuest) -> None:
     """Two vCPUs fault while holes are punched; nothing stale is read once a hole is made."""
@@ -437,7 +438,7 @@ def test_holes_against_faults(make: MakeGuest) -> None:
         assert cpu.span(GPA, 0, MIB) == MIB, "nothing stale after the last hole"
 
 
-@pytest.mark.rule("race.conversion-against-fault")
+@rule("race.conversion-against-fault")
 @pytest.mark.spoiled_by("notified-in-bytes", "pages-not-zeroed")
 def test_conversions_against_faults(make: MakeGuest) -> None:
     """Every write lands in one of the two memories, whatever the moment of the conversion."""
@@ -474,7 +475,7 @@ def test_conversions_against_faults(make: MakeGuest) -> None:
     assert in_private + in_shared == done[0], "no increment was lost, none counted twice"
 
 
-@pytest.mark.rule("race.slot-against-fault")
+@rule("race.slot-against-fault")
 def test_slot_deletion_under_access(make: MakeGuest) -> None:
     """A slot that comes and goes under a running guest: it exits or it works."""
     private = make()
@@ -493,7 +494,7 @@ def test_slot_deletion_under_access(make: MakeGuest) -> None:
     assert private.guest.read(GPA, 5) == b"works"
 
 
-@pytest.mark.rule("v9.hook.off")
+@rule("v9.hook.off")
 def test_no_private_memory_where_the_hook_says_no(kvm: Kvm, refusing_vm: object) -> None:
     """The wish bits reach no kernel code then: the hypercall answers as it always has."""
     from kvmpriv.guest.puppet import Puppet

@@ -1,8 +1,7 @@
-"""The suite itself: every test says which rules it holds a kernel to."""
+"""The suite itself: every test names the rules that it checks."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from .support.rules import rule
 
 @rule("suite.rules")
 def test_every_test_names_its_rules(request: pytest.FixtureRequest) -> None:
-    """Each test here has a docstring and rule ids: lower case, dotted."""
+    """Each test has a docstring and rules (rule() refuses those that are not in the table)."""
     ours = [
         item
         for item in request.session.items
@@ -22,6 +21,4 @@ def test_every_test_names_its_rules(request: pytest.FixtureRequest) -> None:
     for item in ours:
         ids = [name for mark in item.iter_markers("rule") for name in mark.args]
         assert ids, f"{item.nodeid} names no rule"
-        for name in ids:
-            assert re.fullmatch(r"[a-z0-9-]+(\.[a-z0-9_-]+)+", name), f"{item.nodeid}: {name}"
-        assert item.function.__doc__, f"{item.nodeid} does not say what its rule is"
+        assert item.function.__doc__, f"{item.nodeid} has no docstring"

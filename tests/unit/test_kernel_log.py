@@ -104,4 +104,4 @@ def test_a_log_that_can_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert conftest.pytest_report_header() == [note]
     host = dict.fromkeys(("release", "machine", "verdict", "kvmpriv"), "x")
     assert report.text(Run(host, {}, 0, (), 0.0), note).splitlines()[1] == note
-    assert report.ktap_head(Plan((), host), note).splitlines()[3] == f"# {note}"
+    assert report.ktap_plan(Plan((), host, {}), note).splitlines()[2] == f"# {note}"
