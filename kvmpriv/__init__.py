@@ -1,53 +1,146 @@
-"""KVM guest private memory, for Python: the binding, the probe, and guests to try it with."""
+"""Python tools for KVM guest private memory: probe a host, test a kernel, script guests.
 
-from typing import TYPE_CHECKING, Any
+This module has what most programs need: the objects of the binding (`Kvm`, `Vm`, `Vcpu`), what a
+vCPU exits with (`Exit`), two kinds of guests (`Machine`, `Puppet`), the kernel's numbers (`uapi`),
+and their names where they are shown (`ExitReason`, `Cap`).  `private` has the ABIs of private
+memory, `guest.linux` boots Linux.
+
+The Python API may change before version 1.0, and CHANGELOG.md lists every change that a program
+can notice.  Names that are not in an ``__all__`` or that begin with an underscore may change at
+any time.  What the commands print as JSON has a version of its own, and exit statuses stay.
+"""
+
+from typing import TYPE_CHECKING
 
 from . import private
 from .cpuid import CpuidEntry
 from .errors import ArgumentError, ClosedError
 from .kvm import Kvm
-from .memory import HostMemory
+from .memory import PAGE_SIZE, HostMemory
 from .slots import Slot
 from .threads import VcpuThread
 from .vcpu import Vcpu
 from .vm import Vm
 
 if TYPE_CHECKING:
+    from . import errors, exits, guest, uapi
     from .cdecl import DeclarationError, Declared, declare
-    from .exits import exit_name
+    from .cdefs.enums import Cap, InternalError, MemFlag, MpState, SystemEvent, VmType
+    from .exits import (
+        DebugExit,
+        Exit,
+        ExitReason,
+        FailEntryExit,
+        HypercallExit,
+        InternalErrorExit,
+        IoExit,
+        MemoryFaultExit,
+        MmioExit,
+        MsrExit,
+        OtherExit,
+        SimpleExit,
+        SystemEventExit,
+        exit_name,
+    )
+    from .guest import GuestCrash, GuestExit, GuestTimeout, Machine, Puppet
+    from .routing import IrqchipRoute, MsiRoute
 
 __all__ = [
+    "PAGE_SIZE",
     "ArgumentError",
+    "Cap",
     "ClosedError",
     "CpuidEntry",
+    "DebugExit",
     "DeclarationError",
     "Declared",
+    "Exit",
+    "ExitReason",
+    "FailEntryExit",
+    "GuestCrash",
+    "GuestExit",
+    "GuestTimeout",
     "HostMemory",
+    "HypercallExit",
+    "InternalError",
+    "InternalErrorExit",
+    "IoExit",
+    "IrqchipRoute",
     "Kvm",
+    "Machine",
+    "MemFlag",
+    "MemoryFaultExit",
+    "MmioExit",
+    "MpState",
+    "MsiRoute",
+    "MsrExit",
+    "OtherExit",
+    "Puppet",
+    "SimpleExit",
     "Slot",
+    "SystemEvent",
+    "SystemEventExit",
     "Vcpu",
     "VcpuThread",
     "Vm",
+    "VmType",
     "declare",
+    "errors",
     "exit_name",
+    "exits",
+    "guest",
     "private",
+    "uapi",
 ]
 
 __version__ = "0.1.0"
 
-
-#: What not every program needs is loaded when it is asked for: name -> module.
-_LATER = {
+#: What not every program needs is loaded when it is first used: name -> module.
+_LAZY = {
     "DeclarationError": "cdecl",
     "Declared": "cdecl",
     "declare": "cdecl",
+    "Cap": "cdefs.enums",
+    "InternalError": "cdefs.enums",
+    "MemFlag": "cdefs.enums",
+    "MpState": "cdefs.enums",
+    "SystemEvent": "cdefs.enums",
+    "VmType": "cdefs.enums",
+    "DebugExit": "exits",
+    "Exit": "exits",
+    "ExitReason": "exits",
+    "FailEntryExit": "exits",
+    "HypercallExit": "exits",
+    "InternalErrorExit": "exits",
+    "IoExit": "exits",
+    "MemoryFaultExit": "exits",
+    "MmioExit": "exits",
+    "MsrExit": "exits",
+    "OtherExit": "exits",
+    "SimpleExit": "exits",
+    "SystemEventExit": "exits",
     "exit_name": "exits",
+    "GuestCrash": "guest",
+    "GuestExit": "guest",
+    "GuestTimeout": "guest",
+    "Machine": "guest",
+    "Puppet": "guest",
+    "IrqchipRoute": "routing",
+    "MsiRoute": "routing",
 }
+_LAZY_MODULES = ("errors", "exits", "guest", "uapi")
 
+if not TYPE_CHECKING:  # a type checker would believe that every name exists
 
-def __getattr__(name: str) -> Any:
-    if name not in _LATER:
+    def __getattr__(name: str) -> object:
+        from importlib import import_module
+
+        if name in _LAZY_MODULES:
+            return import_module(f".{name}", __name__)
+        if name in _LAZY:
+            return getattr(import_module(f".{_LAZY[name]}", __name__), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
 
-    return getattr(import_module(f".{_LATER[name]}", __name__), name)
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -14,21 +14,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
     from .cdefs import guest_memfd, kvm, restrictedmem, restrictedmem_v10
 
 __all__ = ["guest_memfd", "kvm", "restrictedmem", "restrictedmem_v10"]
 
+if not TYPE_CHECKING:  # a type checker would believe that every name exists
 
-def __getattr__(name: str) -> ModuleType:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
+    def __getattr__(name: str) -> object:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
 
-    module = import_module(f".cdefs.{name}", __package__)
-    globals()[name] = module
-    return module
+        module = import_module(f".cdefs.{name}", __package__)
+        globals()[name] = module
+        return module
 
 
 def __dir__() -> list[str]:

@@ -14,7 +14,7 @@ README.md in this directory explains the terms, and how to add an ABI.
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..faults import register_fault_layout
 from . import guest_memfd, restrictedmem
@@ -94,12 +94,14 @@ def create_vm(kvm: Kvm, abi: PrivateAbi | str | None = None) -> PrivateVm:
     return abi.create_vm(kvm)
 
 
-def __getattr__(name: str) -> Any:
-    if name == "serve_conversion":
-        from .serve import serve_conversion
+if not TYPE_CHECKING:  # a type checker would believe that every name exists
 
-        return serve_conversion
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> object:
+        if name == "serve_conversion":
+            from .serve import serve_conversion
+
+            return serve_conversion
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
