@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
+from ..errors import ArgumentError
 from ..faults import register_fault_layout
 from . import guest_memfd, restrictedmem
 from .abi import PrivateAbi, Traits
@@ -53,9 +54,11 @@ ABIS: dict[str, PrivateAbi] = {}
 
 
 def register(abi: PrivateAbi) -> None:
-    """Add an ABI to ABIS, the last to be tried.  ValueError if its name is taken."""
+    """Add an ABI to ABIS, the last to be tried.  ArgumentError if its name is taken."""
     if abi.name in ABIS:
-        raise ValueError(f"a private memory ABI is already called {abi.name!r}: {ABIS[abi.name]!r}")
+        raise ArgumentError(
+            f"a private memory ABI is already called {abi.name!r}: {ABIS[abi.name]!r}"
+        )
     register_fault_layout(abi.fault_layout)
     ABIS[abi.name] = abi
 
@@ -67,12 +70,12 @@ register(GuestMemfdAbi())
 def choose(kvm: Kvm, name: str | None = None) -> PrivateAbi:
     """The first ABI with which this machine has private memory; each is tried, none inferred.
 
-    `name`, a key of ABIS, allows only that one.  ValueError for an unknown name.  OSError
+    `name`, a key of ABIS, allows only that one.  ArgumentError for an unknown name.  OSError
     (EOPNOTSUPP) if guests can't have private memory here; the message says what each ABI was
     refused.
     """
     if name is not None and name not in ABIS:
-        raise ValueError(f"unknown private memory ABI {name!r}: known are {', '.join(ABIS)}")
+        raise ArgumentError(f"unknown private memory ABI {name!r}: known are {', '.join(ABIS)}")
     refused = []
     for abi in [ABIS[name]] if name else ABIS.values():
         try:
@@ -87,7 +90,7 @@ def choose(kvm: Kvm, name: str | None = None) -> PrivateAbi:
 def create_vm(kvm: Kvm, abi: PrivateAbi | str | None = None) -> PrivateVm:
     """Make a VM with private memory by `abi`, or a name; by the one that works if None is given.
 
-    OSError, ValueError: see :func:`choose` and :meth:`PrivateAbi.create_vm`.
+    OSError, ArgumentError: see :func:`choose` and :meth:`PrivateAbi.create_vm`.
     """
     if not isinstance(abi, PrivateAbi):
         abi = choose(kvm, abi)

@@ -6,6 +6,7 @@ import errno as _errno
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from ..errors import ArgumentError
 from ..libc import os_error
 from ..memory import PAGE_SIZE, HostMemory
 from .backing import PrivateSlot
@@ -111,11 +112,11 @@ class PrivateAbi(ABC):
         """Make a slot: private pages from `file` at `offset`, shared ones from `memory`.
 
         The slot keeps both alive, closed or not; its number is the lowest free one if none is
-        given.  `flags` of ``KVM_MEM_*`` are set beside the ABI's own.  ValueError if the range is
-        not inside `memory`, the file is closed, or the VM is one of another ABI.
+        given.  `flags` of ``KVM_MEM_*`` are set beside the ABI's own.  ArgumentError if the range
+        is not inside `memory`, or the VM is one of another ABI; ClosedError if the file is closed.
         """
         if vm.abi is not self:
-            raise ValueError(f"{vm!r} was made for {vm.abi!r}, not for {self!r}")
+            raise ArgumentError(f"{vm!r} was made for {vm.abi!r}, not for {self!r}")
         new = PrivateSlot(
             vm,
             slot,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING
 
 from .. import libc
+from ..errors import ArgumentError, ClosedError
 from ..fd import Fd
-from ..slots import Slot
+from ..slots import HeldBySlots, Slot
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -24,62 +24,45 @@ HOLE = libc.FALLOC_FL_PUNCH_HOLE | libc.FALLOC_FL_KEEP_SIZE
 
 
 def check_loff(*values: int) -> None:
-    """ValueError for a number that loff_t can't represent: ctypes would cut it silently."""
+    """ArgumentError for a number that loff_t can't represent: ctypes would cut it silently."""
     for value in values:
         if not -LOFF_END <= value < LOFF_END:
-            raise ValueError(f"file offsets are less than 2^63: {value:#x} is out of range")
+            raise ArgumentError(f"file offsets are less than 2^63: {value:#x} is out of range")
 
 
-class PrivateFile(Fd):
+class PrivateFile(HeldBySlots, Fd):
     """A file with guest memory; while a page is private, the host can't read it.
 
-    `size` is in bytes.  After `close` the object can't be used any more.  The fd is closed when,
-    in addition, no slot uses the file.
+    `size` is in bytes.  After :meth:`close` the object can't be used any more; the descriptor is
+    closed when, in addition, no slot uses the file.  Slots call :meth:`hold`, :meth:`release` and
+    :meth:`fallocate_held`.
     """
 
     size = 0
 
     def __init__(self, fd: int) -> None:
-        self._slots = 0
-        self._wanted = True
-        # One file may be in slots of several VMs; re-entrant, as signal handlers use files too.
-        self._lock = threading.RLock()
-        super().__init__(fd)
+        HeldBySlots.__init__(self)
+        Fd.__init__(self, fd)
 
     @property
     def closed(self) -> bool:
-        return not self._wanted or super().closed
+        """Whether :meth:`close` has been called."""
+        return not self._open or self._fd < 0
 
     def fileno(self) -> int:
-        if not self._wanted or self._fd < 0:
+        """The descriptor's number.  ClosedError after close."""
+        if not self._open or self._fd < 0:
             raise self._closed_error()
         return self._fd
 
-    def hold(self) -> None:
-        """Count one more slot that uses the file.  ValueError after close."""
-        with self._lock:
-            if not self._wanted or self._fd < 0:
-                raise self._closed_error()
-            self._slots += 1
+    def _end(self) -> None:
+        Fd.close(self)
 
-    def release(self) -> None:
-        """Count one slot less; closes the fd after the last one, if `close` was called."""
-        with self._lock:
-            self._slots -= 1
-            self._close_if_unused()
-
-    def close(self) -> None:
-        """End the use through this object; the fd is closed once no slot uses the file."""
-        with self._lock:
-            self._wanted = False
-            self._close_if_unused()
-
-    def _close_if_unused(self) -> None:
-        if not self._wanted and self._slots == 0:
-            super().close()
+    def _closed_error(self) -> ClosedError:
+        return ClosedError(f"{self._what} is closed")
 
     def fallocate(self, mode: int, offset: int, length: int) -> None:
-        """fallocate(2) with ``FALLOC_FL_*``; bytes.  OSError; ValueError beyond 2^63."""
+        """fallocate(2) with ``FALLOC_FL_*``; bytes.  OSError; ArgumentError beyond 2^63."""
         self.fileno()
         self.fallocate_held(mode, offset, length)
 
@@ -94,7 +77,7 @@ class PrivateFile(Fd):
     def fallocate_held(self, mode: int, offset: int, length: int) -> None:
         """fallocate(2) for a slot that holds the file; also works after `close`."""
         check_loff(offset, length)
-        if libc.fallocate(super().fileno(), mode, offset, length) != 0:
+        if libc.fallocate(Fd.fileno(self), mode, offset, length) != 0:
             what = f"fallocate(mode {mode:#x}, {offset:#x}, {length:#x})"
             raise libc.os_error(libc.last_errno(), what)
 
@@ -119,7 +102,7 @@ class PrivateSlot(Slot):
     Its shared pages are in `memory` from `memory_offset` on; `memory` is None if the slot was made
     without (userspace_addr 0).  The slot keeps both alive.  Addresses are guest physical, sizes in
     bytes, both page aligned.  Without `gpa` a method means the whole slot, without `size` all from
-    `gpa` on.  ValueError if the range is not inside the slot, or the slot is deleted.
+    `gpa` on.  ArgumentError if the range is not inside the slot, ClosedError if it is deleted.
     """
 
     vm: PrivateVm
@@ -140,7 +123,7 @@ class PrivateSlot(Slot):
         userspace_addr = 0
         if memory is not None:
             if not 0 <= memory_offset <= memory.size - memory_size:
-                raise ValueError(
+                raise ArgumentError(
                     f"{memory_size:#x} bytes at {memory_offset:#x} are not inside {memory!r}"
                 )
             held = (memory, file)
@@ -180,9 +163,9 @@ class PrivateSlot(Slot):
         gpa = self.guest_phys_addr if gpa is None else gpa
         size = self.end - gpa if size is None else size
         if self.deleted:  # another slot may have the same part of the file now
-            raise ValueError(f"{self!r} is deleted")
+            raise ClosedError(f"{self!r} is deleted")
         if not (self.guest_phys_addr <= gpa and 0 < size <= self.end - gpa):
-            raise ValueError(f"{size:#x} bytes at {gpa:#x} are not inside {self!r}")
+            raise ArgumentError(f"{size:#x} bytes at {gpa:#x} are not inside {self!r}")
         return gpa, size
 
     def _in_file(self, gpa: int | None, size: int | None) -> tuple[int, int]:

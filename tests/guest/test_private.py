@@ -388,7 +388,7 @@ def test_a_guest_can_not_convert_what_is_not_private_capable(guest: Puppet, vm: 
                 guest.convert(gpa, size, private=False)
             assert refused.value.errno == errno.EINVAL
         guest.convert(GPA + SIZE - PAGE, PAGE, private=False)
-    with pytest.raises(ValueError, match="not a number of pages"):
+    with pytest.raises(ValueError, match="size must be a multiple of 4096"):
         guest.convert(GPA, PAGE + 1, private=False)
 
 

@@ -1,0 +1,175 @@
+"""What all ABIs have, by ABIs without a kernel: the calls are noted, and slots are only entered."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from kvmpriv import HostMemory, private
+from kvmpriv.faults import FAULT_LAYOUTS, layout_of, register_fault_layout
+from kvmpriv.private import PrivateFile, PrivateSlot, PrivateVm, Traits
+
+PAGE = 4096
+BASE = 1 << 30
+
+
+class NotedFile(PrivateFile):
+    _what = "noted file"
+
+
+class NotedAbi(private.PrivateAbi):
+    """Notes what it would ask of a kernel."""
+
+    slot_flag = 4
+
+    def __init__(self, name: str, traits: Traits) -> None:
+        self.name, self.traits = name, traits
+        self.fault_layout = private.ABIS["guest_memfd"].fault_layout._replace(abi=name)
+        self.converted: list[tuple[object, int, int, bool]] = []
+        self.stops_at: int | None = None
+
+    def make_vm(self) -> PrivateVm:
+        return PrivateVm(self, os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC), PAGE)
+
+    def create_file(self, vm: PrivateVm, size: int) -> NotedFile:
+        return NotedFile(os.memfd_create(self.name, os.MFD_CLOEXEC))
+
+    def set_slot(self, slot: PrivateSlot) -> None:
+        for thing in slot.held:
+            thing.hold()
+        slot.vm.slots[slot.slot] = slot
+
+    def convert_vm(self, vm: PrivateVm, gpa: int, size: int, *, private: bool) -> None:
+        self.converted.append((vm, gpa, size, private))
+
+    def convert_file(self, file: PrivateFile, offset: int, size: int, *, private: bool) -> None:
+        if self.stops_at is not None and offset <= self.stops_at < offset + size:
+            raise ConversionError(errno.EAGAIN, "in use", offset=self.stops_at, converted=PAGE)
+        self.converted.append((file, offset, size, private))
+
+
+ConversionError = private.ConversionError
+VM_TRAITS = Traits(default_private=True, access_follows_state=False, backings=2, converts="vm")
+FILE_TRAITS = VM_TRAITS._replace(backings=1, converts="file")
+
+
+@pytest.fixture
+def by_vm() -> Iterator[PrivateVm]:
+    with NotedAbi("by-vm", VM_TRAITS).make_vm() as vm:
+        yield vm
+
+
+@pytest.fixture
+def by_file() -> Iterator[PrivateVm]:
+    with NotedAbi("by-file", FILE_TRAITS).make_vm() as vm:
+        yield vm
+
+
+def noted(vm: PrivateVm) -> list[tuple[object, int, int, bool]]:
+    assert isinstance(vm.abi, NotedAbi)
+    return vm.abi.converted
+
+
+def bind(vm: PrivateVm, gpa: int, pages: int, slot: int, offset: int = 0) -> PrivateSlot:
+    with vm.abi.create_file(vm, 0) as file:
+        return vm.abi.bind(vm, gpa, pages * PAGE, file, offset, slot=slot)
+
+
+def test_the_vm_is_converted_with_or_without_slots(by_vm: PrivateVm) -> None:
+    by_vm.abi.convert(by_vm, BASE, PAGE, private=True)
+    slot = bind(by_vm, BASE, 4, 0)
+    slot.convert(private=False, keep=True)
+    slot.convert(BASE + PAGE, private=True, keep=True)
+    slot.convert(BASE + PAGE, PAGE, private=False, keep=True)
+    assert noted(by_vm) == [
+        (by_vm, BASE, PAGE, True),
+        (by_vm, BASE, 4 * PAGE, False),
+        (by_vm, BASE + PAGE, 3 * PAGE, True),
+        (by_vm, BASE + PAGE, PAGE, False),
+    ]
+    assert by_vm.conversions == 4
+
+
+def test_files_are_converted_slot_by_slot(by_file: PrivateVm) -> None:
+    first, second = bind(by_file, BASE, 2, 0), bind(by_file, BASE + 2 * PAGE, 2, 1, 8 * PAGE)
+    by_file.abi.convert(by_file, BASE + PAGE, 2 * PAGE, private=True)
+    assert noted(by_file) == [
+        (first.file, PAGE, PAGE, True),
+        (second.file, 8 * PAGE, PAGE, True),
+    ]
+
+
+def test_how_far_a_conversion_came(by_file: PrivateVm) -> None:
+    """The slots before, and what the ABI says of the file in which it stopped."""
+    bind(by_file, BASE, 2, 0), bind(by_file, BASE + 2 * PAGE, 4, 1, 8 * PAGE)
+    assert isinstance(by_file.abi, NotedAbi)
+    by_file.abi.stops_at = 9 * PAGE
+    with pytest.raises(ConversionError) as stopped:
+        by_file.abi.convert(by_file, BASE, 6 * PAGE, private=True)
+    assert stopped.value.gpa == BASE + 3 * PAGE
+    assert (stopped.value.offset, stopped.value.converted) == (9 * PAGE, 3 * PAGE)
+
+
+@pytest.mark.parametrize("backings", [1, 2])
+def test_the_other_backing_is_freed_where_there_is_one(backings: int) -> None:
+    traits = VM_TRAITS._replace(backings=backings)  # type: ignore[arg-type]
+    abi = NotedAbi("freeing", traits)
+    with abi.make_vm() as vm, HostMemory(2 * PAGE) as memory, abi.create_file(vm, 0) as file:
+        abi.bind(vm, BASE, 2 * PAGE, file, memory=memory, slot=0)
+        memory.write(0, b"a" * 2 * PAGE)
+        abi.convert(vm, BASE, PAGE, private=True)
+        kept = b"a" * PAGE
+        assert memory.read(0, 2 * PAGE) == (bytes(PAGE) if backings == 2 else kept) + kept
+
+
+def test_an_abi_that_says_one_thing_and_has_the_other() -> None:
+    class Empty(NotedAbi):
+        convert_vm = private.PrivateAbi.convert_vm
+        convert_file = private.PrivateAbi.convert_file
+
+    for traits, what in ((VM_TRAITS, "a VM"), (FILE_TRAITS, "a file")):
+        abi = Empty("empty", traits)
+        with abi.make_vm() as vm:
+            bind(vm, BASE, 1, 0)
+            with pytest.raises(NotImplementedError, match=f"<Empty empty> does not .* of {what}"):
+                abi.convert(vm, BASE, PAGE, private=True)
+
+
+def test_registered_in_order_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(private, "ABIS", dict(private.ABIS))
+    before = dict(FAULT_LAYOUTS)
+    abi = NotedAbi("noted", VM_TRAITS)
+    private.register(abi)
+    assert list(private.ABIS) == ["restrictedmem", "guest_memfd", "noted"]
+    assert before == FAULT_LAYOUTS, "its exit reason had a layout already"
+    with pytest.raises(ValueError, match="already called 'noted'"):
+        private.register(NotedAbi("noted", VM_TRAITS))
+
+
+def test_a_layout_of_ones_own_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    guest_memfd = private.ABIS["guest_memfd"].fault_layout
+    own = guest_memfd._replace(abi="own")
+    assert layout_of(39, own) is own
+    assert layout_of(39, None) is guest_memfd
+    assert layout_of(38, own) is private.ABIS["restrictedmem"].fault_layout
+    assert layout_of(2, own) is None
+    for layout in (own, own._replace(reason=77)):
+        monkeypatch.setitem(FAULT_LAYOUTS, 39, guest_memfd)
+        monkeypatch.delitem(FAULT_LAYOUTS, 77, raising=False)
+        register_fault_layout(layout)
+    assert FAULT_LAYOUTS[39] is guest_memfd
+    assert FAULT_LAYOUTS.pop(77).abi == "own"
+
+
+def test_traits_of_guest_memfd_with_options() -> None:
+    from kvmpriv import uapi
+
+    gm = uapi.guest_memfd
+    snp = private.GuestMemfdAbi("snp", vm_type=gm.KVM_X86_SNP_VM)
+    assert not snp.traits.access_follows_state
+    mapped = private.GuestMemfdAbi("mapped", vm_type=0, file_flags=gm.GUEST_MEMFD_FLAG_MMAP)
+    assert (mapped.traits.backings, mapped.traits.access_follows_state) == (1, True)
+    assert snp.fault_layout.abi == "snp"
