@@ -1,16 +1,16 @@
-"""Show that the suite notices broken kernels: break the mended series line by line, and run it.
+"""Mutation testing for the kernel series: break one line at a time, and run the tests.
 
-One image of `restrictedmem` holds all breaks of breaks.py; the boot parameter
-restrictedmem.break=NAME selects one of them (or a write to it in /sys/module), and without it
-nothing is broken.  First the suite has to pass without a break (--quick leaves that out).  Then a
-VM tries one break after the other, each with the tests that should notice, and these again
-without the break: they must pass then.  Where they do not, or the break took the kernel with it,
-the next VM goes on.  A break that its tests did not notice gets a VM of its own, booted with it,
-and the whole suite if they do not notice it there.
-What is printed is the table: break, and the test that caught it, or what became of the kernel.
+One image of `restrictedmem` contains all breaks (the patches in scripts/kernel/breaks).  The boot
+parameter restrictedmem.break=NAME, or a write to it in /sys/module, selects one of them; without
+it nothing is broken.  First the suite has to pass without a break (--quick leaves this out).  Then
+a VM tries one break after the other: it runs the tests that should notice the break, and where
+they fail, runs them again without the break, when they must pass.  If they do not, or if the break
+ended the kernel, the next VM goes on.  A break that its tests did not notice gets a VM of its own
+that is booted with it; if the tests do not notice it there either, the whole suite is run.
+The output is a table: each break, with the test that caught it, or with how the kernel ended.
 
-NAME is a break's, or a pattern such as 'copy.*'.  What the VMs said is kept in the cache, beside
-the kernels' logs.
+NAME is the name of a break, or a pattern such as 'copy.*'.  The output of the VMs is kept in the
+cache, beside the logs of the kernels.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .breaks import BREAKS, Break
-from .broken import MutatedPlan, make
+from . import breaks
 from .command import Parser
 from .errors import Refused, say
+from .mutant import MutatedPlan, make
 from .paths import ROOT, cache_root
 from .process import die_with_parent, exit_on
 from .store import find_or_build
@@ -38,6 +38,8 @@ from .trial import STUCK
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
+
+    from .breaks import Break
 
 EXIT_CODES = """exit codes:
   0  the suite passes without a break and fails for each
@@ -267,18 +269,19 @@ def table(chosen: Sequence[Break], results: dict[str, Result]) -> str:
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser("mutate", __doc__, EXIT_CODES)
     parser.add_argument("names", metavar="NAME", nargs="*", help="these breaks only")
-    parser.add_argument("--list", action="store_true", help="list the breaks: name, rule, file")
+    parser.add_argument("--list", action="store_true", help="list the breaks: name, rule, files")
     parser.add_argument("--quick", action="store_true", help="not the suite without a break")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="so many VMs at once (1)")
     options = parser.parse_args(arguments)
+    known = breaks.read()
     if options.jobs < 1:
-        parser.error("--jobs wants a number from 1 on")
+        parser.error(f"--jobs must be 1 or more, not {options.jobs}")
     for name in options.names:
-        if not fnmatch.filter([one.name for one in BREAKS], name):
+        if not fnmatch.filter([one.name for one in known], name):
             parser.error(f"there is no break {name!r} (--list lists them)")
     options.chosen = [
         one
-        for one in BREAKS
+        for one in known
         if not options.names or any(fnmatch.fnmatchcase(one.name, name) for name in options.names)
     ]
     return options
@@ -289,8 +292,9 @@ def main(arguments: list[str]) -> int:
     options = parse(arguments)
     chosen: list[Break] = options.chosen
     if options.list:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the output may go to `head`
         for one in chosen:
-            print(one.name, one.rule, one.line.file, sep="\t")
+            print(one.name, one.rule, *one.files, sep="\t")
         return 0
     try:
         image = find_or_build(MutatedPlan("restrictedmem"), make) / "bzImage"

@@ -1,4 +1,4 @@
-"""scripts/kernel/mutate without a kernel: the table of breaks, how they get into a source."""
+"""scripts/kernel/mutate without a kernel: the breaks, and how they get into a source."""
 
 from __future__ import annotations
 
@@ -8,103 +8,198 @@ from pathlib import Path
 
 import pytest
 
-from kbuild.breaks import BREAKS, RMEM, Break, Edit
-from kbuild.broken import find, put_breaks
+from conftest import ROOT
+from kbuild import breaks, mutant
+from kbuild.breaks import Break
 from kbuild.errors import Refused
+from kbuild.recipe import Plan
+from kvmpriv.selftest import rules
+from private.support.requirements import missing
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = ROOT / "scripts" / "kernel"
+MUTATE = ROOT / "scripts/kernel/mutate"
+BREAKS = breaks.read()
+SOURCE = """\
+#include <linux/x.h>
+static int f(int a, int b, int c)
+{
+	int r;
+
+	if (a < b && c)
+		return 1;
+	r = g(a, b);
+	switch (c) {
+	case 1:
+		h(a);
+		break;
+	}
+	return r;
+}
+"""
 
 
 def test_the_names() -> None:
-    """Each break has a name of its own, fit for the kernel's command line, and a rule."""
-    names = [one.name for one in BREAKS]
-    assert len(set(names)) == len(names) > 200
+    """Each break has a name that fits the kernel's command line, and a description."""
+    assert len(BREAKS) > 200
     for one in BREAKS:
         assert re.fullmatch(r"[a-z0-9-]+\.[a-z0-9-]+", one.name)
-        assert one.rule
+        assert one.description, one.name
+
+
+def test_the_rules() -> None:
+    """Each break names a rule of the suite's table."""
+    table = rules.read(ROOT / "tests/private")
+    assert table
+    assert [(one.name, one.rule) for one in BREAKS if one.rule not in table] == []
 
 
 def test_the_tests_that_are_named() -> None:
-    """Each break names tests, and they are there."""
+    """The tests of each break exist."""
     for one in BREAKS:
-        assert one.tests, one.name
         for test in one.tests:
             file, _, name = test.partition("::")
             source = (ROOT / "tests" / "private" / file).read_text()
             assert f"def {name.partition('[')[0]}(" in source, test
 
 
+@pytest.fixture(scope="module")
+def series(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files that the breaks change, with the fixed series applied."""
+    plan = Plan("restrictedmem")
+    if not plan.kernel.tarball.exists():
+        missing("restrictedmem", f"{plan.kernel.package} is not installed")
+    tree = tmp_path_factory.mktemp("series")
+    patches = "".join(patch.read_text() for patch in plan.patches())
+    pairs = re.findall(r"^--- (\S+)\n\+\+\+ (\S+)", patches, re.MULTILINE)
+    files = {new.removeprefix("b/") for old, new in pairs}
+    files -= {new.removeprefix("b/") for old, new in pairs if old == "/dev/null"}
+    names = [f"*/{file}" for file in sorted(files)]
+    command = ["tar", "-xf", plan.kernel.tarball, "--strip-components=1", "--wildcards"]
+    command += ["--no-wildcards-match-slash", *names]
+    subprocess.run(command, cwd=tree, check=True)
+    for patch in plan.patches():
+        subprocess.run(["patch", "-p1", "-s", "-F0", "-i", patch], cwd=tree, check=True)
+    return tree
+
+
+@pytest.mark.timeout(400)
+def test_every_break_applies(series: Path) -> None:
+    """All of them go into one source, each with a switch."""
+    mutant.put_breaks(series, BREAKS)
+    text = "".join((series / file).read_text() for one in BREAKS for file in set(one.files))
+    for number, one in enumerate(BREAKS, 1):
+        assert f"kvmpriv_broken({number})" in text, one.name
+
+
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     (tmp_path / "mm").mkdir()
     (tmp_path / "include" / "linux").mkdir(parents=True)
-    (tmp_path / RMEM).write_text("#include <linux/x.h>\nif (a < b && c)\n\treturn 1;\n")
+    (tmp_path / mutant.SELECTING).write_text(SOURCE)
     return tmp_path
 
 
-def one(name: str, text: str, broken: str) -> Break:
-    return Break(name, "a rule", Edit(RMEM, text, broken), ("test",))
+def one(name: str, old: str, new: str) -> Break:
+    """A break that replaces lines of SOURCE."""
+    assert SOURCE.count(old) == 1
+    at = SOURCE[: SOURCE.index(old)].count("\n") + 1
+    minus, plus = (
+        "".join(f"{sign}{line}" for line in text.splitlines(keepends=True))
+        for sign, text in (("-", old), ("+", new))
+    )
+    counts = f"@@ -{at},{old.count(chr(10))} +{at},{new.count(chr(10))} @@\n"
+    diff = f"--- a/{mutant.SELECTING}\n+++ b/{mutant.SELECTING}\n{counts}{minus}{plus}"
+    return Break(name, "a.rule", ("test",), "", "", diff)
 
 
-def test_expressions_and_statements(tree: Path) -> None:
-    """Several breaks of one place are chained, and a place may be within another."""
-    breaks = [
-        one("x.a", "«a < b»", "a <= b"),
-        one("x.b", "«a < b» && c", "0"),
-        one("x.c", "«a < b && c»", "c"),
-        one("x.d", "return 1;", ""),
-    ]
-    put_breaks(tree, breaks)
-    text = (tree / RMEM).read_text()
+@pytest.mark.parametrize(
+    ("old", "new", "switched"),
+    [
+        # A whole condition, an argument, a right-hand side: expressions.
+        ("\tif (a < b && c)\n", "\tif (a <= b && c)\n",
+         "if ((kvmpriv_broken(1) ? (a <= b && c) : (a < b && c)))\n"),
+        ("\tr = g(a, b);\n", "\tr = g(a, b + 1);\n",
+         "r = g(a, (kvmpriv_broken(1) ? (b + 1) : (b)));\n"),
+        ("\tr = g(a, b);\n", "\tr = 0;\n", "r = (kvmpriv_broken(1) ? (0) : (g(a, b)));\n"),
+        ("\treturn r;\n", "\treturn -r;\n", "return (kvmpriv_broken(1) ? (-r) : (r));\n"),
+        # A statement that goes, that comes, that becomes two, that is the body of an `if`.
+        ("\tr = g(a, b);\n", "", "{ if (kvmpriv_broken(1)) {  } else { r = g(a, b); } }\n"),
+        ("\treturn r;\n", "\tmsleep(1);\n\treturn r;\n",
+         "{ if (kvmpriv_broken(1)) { msleep(1); } else {  } }return r;\n"),
+        ("\t\treturn 1;\n", "\t\t{ h(a); return 1; }\n",
+         "{ if (kvmpriv_broken(1)) { { h(a); return 1; } } else { return 1; } }\n"),
+        ("\tif (a < b && c)\n\t\treturn 1;\n", "",
+         "{ if (kvmpriv_broken(1)) {  } else { if (a < b && c)\n\t\treturn 1; } }\n"),
+        # Behind a label.
+        ("\t\th(a);\n", "", "case 1:\n\t\t{ if (kvmpriv_broken(1)) {  } else { h(a); } }\n"),
+    ],
+)  # fmt: skip
+def test_what_is_switched(tree: Path, old: str, new: str, switched: str) -> None:
+    """The smallest expression or statement around the change."""
+    mutant.put_breaks(tree, [one("x.a", old, new)])
+    text = (tree / mutant.SELECTING).read_text()
     assert text.startswith("#include <linux/kvmpriv_break.h>\n#include <linux/x.h>\n")
+    assert switched in text
+    assert '{ "none", "x.a" }' in text
+
+
+def test_breaks_of_one_place_and_within_another(tree: Path) -> None:
+    """Several breaks of one place are chained, and a place may be within another."""
+    mutant.put_breaks(
+        tree,
+        [
+            one("x.a", "\tr = g(a, b);\n", "\tr = g(a, 1);\n"),
+            one("x.b", "\tr = g(a, b);\n", "\tr = g(a, 2);\n"),
+            one("x.c", "\tr = g(a, b);\n", "\tr = g(a);\n"),
+            one("x.d", "\tr = g(a, b);\n", ""),
+        ],
+    )
+    text = (tree / mutant.SELECTING).read_text()
     assert (
-        "if ((kvmpriv_broken(3) ? (c) : ((kvmpriv_broken(1) ? (a <= b) : "
-        "kvmpriv_broken(2) ? (0) : (a < b)) && c)))\n"
-        "\t{ if (kvmpriv_broken(4)) {  } else { return 1; } }\n"
+        "{ if (kvmpriv_broken(4)) {  } else { r = (kvmpriv_broken(3) ? (g(a)) : (g(a, "
+        "(kvmpriv_broken(1) ? (1) : kvmpriv_broken(2) ? (2) : (b))))); } }\n"
     ) in text
-    assert '{ "none", "x.a", "x.b", "x.c", "x.d" }' in text
 
 
 def test_a_break_that_does_not_apply(tree: Path) -> None:
-    """It is named, with the text that it misses, and so is one that applies twice."""
-    (tree / RMEM).write_text("#include <linux/x.h>\nreturn 1;\nreturn 1;\n")
+    """It is named, and so is one whose change is in no expression and no statement."""
+    gone = one("x.gone", "\treturn r;\n", "\treturn 0;\n")
+    gone = gone._replace(diff=gone.diff.replace("-\treturn r;", "-\treturn q;"))
+    outside = one("x.outside", "static int f(int a, int b, int c)\n", "int f(int a)\n")
     with pytest.raises(Refused) as refused:
-        put_breaks(tree, [one("x.gone", "return «2»;", "3"), one("x.twice", "return 1;", "")])
+        mutant.put_breaks(tree, [gone, outside])
     assert refused.value.code == 4
-    assert "x.gone: mm/restrictedmem.c: this is not there:\nreturn «2»;" in str(refused.value)
-    assert "x.twice: mm/restrictedmem.c: this is there 2 times:" in str(refused.value)
+    assert re.search(r"x\.gone: .*Hunk #1 FAILED at 14", str(refused.value), re.DOTALL)
+    assert "x.outside: line 2: the change is not within one expression" in str(refused.value)
+    assert (tree / mutant.SELECTING).read_text() == SOURCE
 
 
-def test_where_text_is() -> None:
-    """The place is what is marked, or all of it."""
-    assert find("abcd", "bc") == (1, 3)
-    assert find("abcd", "b«c»d") == (2, 3)
-    assert find("abcb", "«b»") == "is there 2 times"
+@pytest.mark.parametrize("lacking", ["Rule: a.b\n", "Tests: t.py::test\n", "--- a/f\n+++ b/f\n"])
+def test_a_header_that_lacks_something(lacking: str) -> None:
+    """What is missing is named."""
+    text = "Rule: a.b\nTests: t.py::test\n\nA sentence.\n\n--- a/f\n+++ b/f\n@@ -1 +1 @@\n-a\n+b\n"
+    assert breaks.parse("x.y", text).description == "A sentence."
+    with pytest.raises(Refused, match=r"breaks/x\.y\.patch has no (Rule|Tests|diff)"):
+        breaks.parse("x.y", text.replace(lacking, ""))
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["no.such"], "there is no break 'no.such'"),
-        (["--jobs", "0"], "--jobs wants a number"),
+        (["--jobs", "0"], "--jobs must be 1 or more"),
         (["--nothing"], "unrecognized"),
     ],
 )
 def test_usage(arguments: list[str], words: str) -> None:
-    said = subprocess.run([str(SCRIPTS / "mutate"), *arguments], capture_output=True, text=True)
-    assert (said.returncode, said.stdout) == (2, "")
-    assert words in said.stderr
+    done = subprocess.run([MUTATE, *arguments], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert words in done.stderr
 
 
 def test_list() -> None:
-    """A break a line: name, rule, file."""
-    said = subprocess.run(
-        [str(SCRIPTS / "mutate"), "--list", "copy.*"],
-        capture_output=True,
-        text=True,
-    )
-    lines = [line.split("\t") for line in said.stdout.splitlines()]
-    assert said.returncode == 0
+    """A break a line: name, rule, files."""
+    done = subprocess.run([MUTATE, "--list", "copy.*"], capture_output=True, text=True)
+    lines = [line.split("\t") for line in done.stdout.splitlines()]
+    assert done.returncode == 0
     assert len(lines) > 8
-    assert all(name.startswith("copy.") and file for name, _, file in lines)
+    assert all(name.startswith("copy.") and rule and files for name, rule, *files in lines)
