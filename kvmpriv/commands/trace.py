@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 from ..exit_status import ExitStatus
-from ..trace import TraceError, page, read, text
+from ..trace import TraceError, is_same_file, read, text, write_page
 from . import fail
 from ._options import parse_path
 
@@ -44,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Print the summary; returns the exit status."""
+    """Print the summary and write the page; returns the exit status."""
+    if options.page is not None and is_same_file(options.file, options.page):
+        return fail("trace", f"--page {options.page} is the recording itself", ExitStatus.USAGE)
     try:
         recording = read(Path(options.file))
     except (TraceError, OSError) as error:
@@ -53,16 +54,12 @@ def main(options: argparse.Namespace) -> int:
     for line in text(recording):
         print(line)
     if recording.cut_off:
-        print("kvmpriv trace: the last line is cut off, and left out", file=sys.stderr)
+        print("kvmpriv trace: the last line is incomplete and was left out", file=sys.stderr)
     if options.page is None:
         return ExitStatus.OK
-    # A page is there whole or not at all: one that was there before is not lost either.
-    beside = f"{options.page}.{os.getpid()}.new"
+    sys.stdout.flush()  # the page may go there, too
     try:
-        with open(beside, "w", encoding="utf-8") as file:  # noqa: PTH123
-            file.writelines(page(recording))
-        os.replace(beside, options.page)  # noqa: PTH105
+        write_page(recording, options.page)
     except OSError as error:
-        Path(beside).unlink(missing_ok=True)
         return fail("trace", f"{options.page}: {error.strerror}", ExitStatus.UNABLE)
     return ExitStatus.OK

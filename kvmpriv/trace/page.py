@@ -1,14 +1,13 @@
-"""The picture of a recording: one HTML page that needs nothing else, drawn as SVG."""
+"""The page of a recording: one HTML file without any other, its pictures drawn as SVG."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from html import escape
-from typing import Any
 
 from .record import Recording
-from .summary import Summary, exit_kind, summarize, text
+from .summary import Summary, summarize, text
 
 __all__ = ["page"]
 
@@ -69,9 +68,9 @@ def _x(at: float, seconds: float) -> float:
 
 
 def _memory(recording: Recording, found: Summary) -> Iterator[str]:
-    """A line for what the host can read of each range, and one for what is private in it."""
+    """For each range a line for what the host can read, and one for what is private."""
     if not found.samples:
-        yield "<p>It was never looked at.</p>"
+        yield "<p>There is no sample.</p>"
         return
     lines: dict[str, list[int]] = {}
     for number, part in enumerate(recording.about["ranges"]):
@@ -95,7 +94,7 @@ def _memory(recording: Recording, found: Summary) -> Iterator[str]:
 
 
 def _exits(recording: Recording, found: Summary) -> Iterator[str]:
-    """Bars, one for each slice of time, stacked by kind."""
+    """A bar for each slice of time, divided by the kind of exit."""
     if not found.exits:
         yield "<p>There were none.</p>"
         return
@@ -104,7 +103,7 @@ def _exits(recording: Recording, found: Summary) -> Iterator[str]:
     for event in recording.events:
         if "exit" in event:
             at = int(_BARS * event["t"] / found.seconds) if found.seconds else 0
-            slices[max(0, min(at, _BARS - 1))][exit_kind(event)] += 1
+            slices[max(0, min(at, _BARS - 1))][event["exit"]] += 1
     most = max(each.total() for each in slices)
     yield from _open(found.seconds, "exits over time, by kind")
     yield _scale(str(most))
@@ -124,11 +123,11 @@ def _exits(recording: Recording, found: Summary) -> Iterator[str]:
 
 
 def _conversions(recording: Recording, found: Summary) -> Iterator[str]:
-    """A mark at its time and address for each; addresses by where they are in all of RAM."""
+    """A mark for each conversion at its time and address; all RAM is drawn without gaps."""
     if not found.conversions:
-        yield "<p>There were none: each range stayed what it was.</p>"
+        yield "<p>There were none.</p>"
         return
-    ranges: list[dict[str, Any]] = recording.about["ranges"]
+    ranges = recording.about["ranges"]
     everything = sum(part["size"] for part in ranges) or 1
     yield from _open(found.seconds, "conversions over time, by address")
     yield _scale(f"{everything / _MIB:.0f} MiB")

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import shutil
+import stat
 import subprocess
 import sys
+import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -15,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmpriv import trace
+from private.support.requirements import missing
 
 RANGES = [
     {"gpa": 0, "size": 128 << 20, "kind": "shared", "purpose": "kernel <and> rings"},
@@ -80,8 +86,8 @@ conversions: 2
           1  to shared, by hypercall: 2 MiB
 
 memory, at the end
-  0x0…0x8000000  shared (kernel <and> rings): 64 MiB in the host's sight, at least 0 B private
-  0x100000000…0x118000000  private (applications): 0 B in the host's sight, at least 300 MiB private
+  0x0…0x8000000  shared (kernel <and> rings): 64 MiB visible to the host, at least 0 B private
+  0x100000000…0x118000000  private (applications): 0 B visible to the host, at least 300 MiB private
 process: at most 114 MiB resident; CPU seconds of each vCPU: 0.50, 0.25
 """
     )
@@ -125,6 +131,221 @@ def test_a_page_that_cannot_be_written_loses_nothing(path: Path, tmp_path: Path)
     assert [each.name for each in tmp_path.iterdir()] == ["run.trace"]
 
 
+def test_a_page_over_one_that_is_there(path: Path, tmp_path: Path) -> None:
+    """Its mode stays, and nothing is left beside it."""
+    out = tmp_path / "page.html"
+    out.write_text("the old one")
+    out.chmod(0o640)
+    assert kvmpriv(path, "--page", out).returncode == 0
+    assert out.read_text().startswith("<!doctype html>")
+    assert stat.S_IMODE(out.stat().st_mode) == 0o640
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["page.html", "run.trace"]
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_page_through_a_link(path: Path, tmp_path: Path, exists: bool) -> None:
+    """The page is what the link points to; the link stays."""
+    (tmp_path / "folder").mkdir()
+    target, link = tmp_path / "folder" / "page.html", tmp_path / "link.html"
+    if exists:
+        target.write_text("the old one")
+    link.symlink_to(target)
+    assert kvmpriv(path, "--page", link).returncode == 0
+    assert link.is_symlink()
+    assert target.read_text().startswith("<!doctype html>")
+    assert [each.name for each in target.parent.iterdir()] == ["page.html"]
+
+
+def test_a_page_to_a_pipe(path: Path, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    got: list[str] = []
+    reader = threading.Thread(target=lambda: got.append(pipe.read_text()))
+    reader.start()
+    assert kvmpriv(path, "--page", pipe).returncode == 0
+    reader.join(10)
+    assert stat.S_ISFIFO(pipe.lstat().st_mode)
+    assert got[0].startswith("<!doctype html>")
+
+
+def test_a_page_to_a_device(path: Path, tmp_path: Path) -> None:
+    """The node stays a node.  Of a node of the test's own: as root this replaced /dev/null."""
+    node = tmp_path / "null"
+    try:
+        os.mknod(node, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+        node.open("w").close()
+    except PermissionError as error:
+        missing("root", f"a device node can't be made and used: {error}")
+    assert kvmpriv(path, "--page", node).returncode == 0
+    assert stat.S_ISCHR(node.lstat().st_mode)
+
+
+def test_a_page_to_standard_output(path: Path, tmp_path: Path) -> None:
+    """After the summary, whatever kind of file it is.
+
+    By a link of the test's own, as /dev/stdout is one: were the link replaced, no other process
+    would notice.
+    """
+    link = tmp_path / "stdout"
+    link.symlink_to("/proc/self/fd/1")
+    done = kvmpriv(path, "--page", link)
+    assert done.returncode == 0
+    assert done.stdout.startswith("Linux 6.1")
+    assert done.stdout.index("<!doctype html>") > done.stdout.index("0.25\n")
+    out = tmp_path / "page"
+    with out.open("w") as file:
+        command = [sys.executable, "-m", "kvmpriv", "trace", str(path), "--page", str(link)]
+        assert subprocess.run(command, stdout=file).returncode == 0
+    assert link.is_symlink()
+    assert "<!doctype html>" in out.read_text()
+
+
+def test_a_page_over_its_own_recording(path: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    hard = tmp_path / "hard"
+    hard.hardlink_to(path)
+    before = path.read_bytes()
+    for page in (path, link, hard):
+        done = kvmpriv(path, "--page", page)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == f"kvmpriv trace: --page {page} is the recording itself\n"
+        assert path.read_bytes() == before
+
+
+def test_a_page_in_a_folder_that_can_not_be_written_to(path: Path, tmp_path: Path) -> None:
+    """A file that is there can be written all the same."""
+    if os.geteuid() == 0 and not shutil.which("setpriv"):
+        missing("setpriv", "root may write everywhere")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    page = folder / "page.html"
+    page.write_text("the old one")
+    page.chmod(0o666)
+    folder.chmod(0o555)
+    command = [sys.executable, "-m", "kvmpriv", "trace", str(path), "--page", str(page)]
+    if os.geteuid() == 0:
+        rights = ("--bounding-set=-all,+dac_read_search", "--inh-caps=-all")
+        command = ["setpriv", *rights, *command]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert page.read_text().startswith("<!doctype html>")
+
+
+def test_a_page_that_can_not_be_drawn_leaves_nothing(tmp_path: Path) -> None:
+    recording = trace.Recording(ABOUT, [{"t": 0, "exit": "x", "cpu": 0}, {"t": "a"}], cut_off=False)
+    with pytest.raises(TypeError):
+        trace.write_page(recording, tmp_path / "page.html")
+    assert list(tmp_path.iterdir()) == []
+
+
+EXIT = {"t": 0.5, "cpu": 0, "exit": "KVM_EXIT_IO"}
+CONVERSION = EVENTS[9]
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {**EXIT, "port": "x"},
+        {**EXIT, "port": 1.5},
+        {**EXIT, "port": []},
+        {**EXIT, "port": True},
+        {**EXIT, "port": -1},
+        {**EXIT, "gpa": "0x1000"},
+        {**EXIT, "gpa": 1 << 64},
+        {**EXIT, "write": 2},
+        {**EXIT, "t": float("nan")},
+        {**EXIT, "t": float("inf")},
+        {**EXIT, "t": -1.0},
+        {**EXIT, "t": 10**400},
+        {**EXIT, "cpu": -1},
+        {**CONVERSION, "gpa": -4096},
+        {**CONVERSION, "size": 1 << 70},
+        {**CONVERSION, "convert": "sideways"},
+        {**EVENTS[0], "rss": -1},
+        {**EVENTS[0], "cpu": [float("nan"), 0.0]},
+        {**EVENTS[0], "cpu": ["much"]},
+        {**EVENTS[0], "memory": [{"resident": 0, "private": 1 << 64}] * 2},
+        {**EVENTS[-1], "status": "7"},
+        {**EVENTS[-1], "status": 10**400},
+    ],
+)
+def test_a_damaged_event(path: Path, tmp_path: Path, event: dict[str, Any]) -> None:
+    path.write_bytes(lines(ABOUT, EVENTS[0], event))
+    done = kvmpriv(path, "--page", tmp_path / "page.html")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"kvmpriv trace: {path}: line 3: not an event: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert [each.name for each in tmp_path.iterdir()] == ["run.trace"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"ranges": [{**RANGES[0], "gpa": -1}]},
+        {"ranges": [{**RANGES[0], "size": 1 << 64}]},
+        {"cpus": 0},
+        {"cpus": 10**400},
+        {"private_abi": 7},
+        {"what": None},
+    ],
+)
+def test_a_damaged_first_line(path: Path, change: dict[str, Any]) -> None:
+    path.write_bytes(lines({**ABOUT, **change}))
+    done = kvmpriv(path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "line 1: it does not describe a run" in done.stderr
+
+
+@pytest.mark.parametrize("line", [b"[" * 100_000, b'{"t": 1e999}', b'{"t": NaN}', b"1" * 5000])
+def test_json_that_is_none(path: Path, line: bytes) -> None:
+    path.write_bytes(lines(ABOUT) + line + b"\n")
+    done = kvmpriv(path)
+    assert done.returncode == 2
+    assert "line 2: not an event: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_escape_sequences_do_not_reach_the_terminal(path: Path, tmp_path: Path) -> None:
+    """Nor bytes that no encoding has: a recording's words come from a guest, or from anybody."""
+    evil = "\x1b[5m\x9b2J\ud800\u202e"
+    about = {
+        **ABOUT,
+        "what": evil,
+        "private_abi": evil,
+        "ranges": [{**part, "kind": "private", "purpose": evil} for part in RANGES],
+    }
+    events = [
+        EVENTS[0],
+        {**EXIT, "exit": evil, "port": 7},
+        {**CONVERSION, "by": evil},
+        {**EVENTS[-1], "why": f"two\nlines {evil}"},
+    ]
+    path.write_bytes(lines(about, *events))
+    page = tmp_path / "page.html"
+    done = kvmpriv(path, "--page", page)
+    assert (done.returncode, done.stderr) == (0, "")
+    for text in (done.stdout, page.read_text()):
+        assert not set(evil) & set("\x1b\x9b\u202e") & set(text)
+        assert r"\x1b[5m\x9b2J\ud800\u202e" in text
+    assert "two\nlines" in done.stdout
+
+
+@given(st.binary(max_size=300), st.integers(0, 2000))
+def test_any_damage_is_refused_or_shown(data: bytes, at: int) -> None:
+    whole = lines(ABOUT, *EVENTS)
+    damaged = whole[:at] + data + whole[at + len(data) :]
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(damaged)
+        file.flush()
+        try:
+            recording = trace.read(Path(file.name))
+        except trace.TraceError:
+            return
+    for line in (*trace.text(recording), *trace.page(recording)):
+        line.encode()
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -134,13 +355,13 @@ def test_a_page_that_cannot_be_written_loses_nothing(path: Path, tmp_path: Path)
         (b'{"a": 1}\n', "not a recording"),
         (
             lines({**ABOUT, "kvmpriv_trace": 2}),
-            "a recording of version 2, and this kvmpriv reads 1",
+            "a recording of version 2; this kvmpriv reads version 1",
         ),
-        (lines({**ABOUT, "ranges": 3}), "line 1: it does not say what ran"),
-        (lines(ABOUT, {"t": 1.0}), "line 2: no event: "),
-        (lines(ABOUT, EVENTS[0], {"exit": "x", "cpu": 0}), "line 3: no event: "),
-        (lines(ABOUT, {**EVENTS[0], "memory": []}), "line 2: no event: "),
-        (lines(ABOUT) + b"\xff\n", "line 2: no event: "),
+        (lines({**ABOUT, "ranges": 3}), "line 1: it does not describe a run"),
+        (lines(ABOUT, {"t": 1.0}), "line 2: not an event: "),
+        (lines(ABOUT, EVENTS[0], {"exit": "x", "cpu": 0}), "line 3: not an event: "),
+        (lines(ABOUT, {**EVENTS[0], "memory": []}), "line 2: not an event: "),
+        (lines(ABOUT) + b"\xff\n", "line 2: not an event: "),
     ],
 )
 def test_what_is_no_recording(content: bytes, words: str, tmp_path: Path) -> None:
@@ -163,8 +384,8 @@ def test_a_run_that_was_cut_off(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-10])
     done = kvmpriv(path)
     assert done.returncode == 0
-    assert "after 1.000 s the recording ends, before the guest" in done.stdout
-    assert done.stderr == "kvmpriv trace: the last line is cut off, and left out\n"
+    assert "after 1.000 s the recording ends, before the end of the guest" in done.stdout
+    assert done.stderr == "kvmpriv trace: the last line is incomplete and was left out\n"
 
 
 def test_what_a_recorder_writes_is_read(tmp_path: Path) -> None:
