@@ -8,8 +8,8 @@ of up to 1 GiB, which the host moves by two words of the mailbox.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Generator
+from typing import TYPE_CHECKING, TypeVar
 
 from ..cdefs import kvm as kvm_h
 from ..errors import ClosedError
@@ -19,6 +19,7 @@ from .ready import PUPPET, PUPPET_SYMBOLS
 from .x86 import LARGE_PAGE, PTE_LARGE, PTE_PRESENT_WRITABLE
 
 if TYPE_CHECKING:
+    from ..exits import Exit
     from ..memory import HostMemory
     from ..vcpu import Vcpu
 
@@ -83,9 +84,9 @@ def write_agent(memory: HostMemory) -> None:
 
 
 class GuestExit(Exception):  # noqa: N818  # not an error, the guest's request
-    """A command stopped at an exit that `serve` did not settle: `exit`, of the vCPU `cpu`."""
+    """A command stopped at `exit`, an exit of the vCPU `cpu` that nobody settled."""
 
-    def __init__(self, cpu: Agent, exit_: Any) -> None:
+    def __init__(self, cpu: Agent, exit_: Exit) -> None:
         super().__init__(str(exit_))
         self.cpu = cpu
         self.exit = exit_
@@ -100,17 +101,15 @@ class Agent:
     def __init__(self, vcpu: Vcpu, memory: HostMemory, home: int, number: int) -> None:
         self.vcpu = vcpu
         #: The last exits, but those that end a command, in order: at least the last 8192.
-        self.exits: list[Any] = []
+        self.exits: list[Exit] = []
         #: How many such exits there have been in all.
         self.exit_count = 0
-        #: Called with each of them; True if it is settled, and the guest may go on.
-        self.serve: Callable[[Any, Any], bool] | None = None
         self._memory = memory
         self._home = home
         self._cell = cell = _CELLS + number * _CELL_SIZE
         #: Where in the home this vCPU has BUFFER_SIZE bytes for data.
         self.buffer = cell + _BUFFER
-        self._under_way: Steps[Any] | None = None
+        self._under_way: Steps[object] | None = None
         words = memory.view().cast("Q")
         self._mailbox = words[(cell + _MAILBOX) // 8 : (cell + _MAILBOX) // 8 + 16]
         words[(cell + _PML4) // 8] = home + cell + _PDPT | PTE_PRESENT_WRITABLE
@@ -155,13 +154,17 @@ class Agent:
             raise RuntimeError("a command is under way: call resume() or reset() first")
         return self._drive(steps, None)
 
-    def resume(self) -> Any:
+    def resume(self) -> object:
         """Continue the command that raised GuestExit; returns what that command returns."""
         if self._under_way is None:
             raise RuntimeError("no command is under way")
         steps = self._under_way
         self._enter()
         return self._drive(steps, self._mailbox[_RESULT])
+
+    def settle(self, exit_: Exit) -> bool:
+        """Called with each exit that does not end a command; True if the guest may go on."""
+        return False
 
     def release(self) -> None:
         """Give up the mailbox, so that the home can be unmapped."""
@@ -209,7 +212,7 @@ class Agent:
                 continue
             exit_ = vcpu.exit()
             self._keep(exit_)
-            if self.serve is not None and self.serve(self, exit_):
+            if self.settle(exit_):
                 continue
             if reason in (
                 kvm_h.KVM_EXIT_SHUTDOWN,
@@ -219,7 +222,7 @@ class Agent:
                 return self._crash(crash.describe_exit(exit_))
             return GuestExit(self, exit_)
 
-    def _keep(self, exit_: Any) -> None:
+    def _keep(self, exit_: Exit) -> None:
         if len(self.exits) >= 2 * _EXITS_KEPT:
             del self.exits[:_EXITS_KEPT]
         self.exits.append(exit_)

@@ -16,7 +16,10 @@ and `resume` continues it once the caller has dealt with the cause:
     try:
         data = guest.read(gpa, 4)
     except GuestExit as stopped:
-        slot.convert(stopped.exit.gpa, stopped.exit.size, private=stopped.exit.private)
+        fault = stopped.exit
+        if not isinstance(fault, MemoryFaultExit):
+            raise
+        slot.convert(fault.gpa, fault.size, private=fault.private)
         data = guest.resume()
 
 Each vCPU (`cpus=`) has its own mailbox; different threads may use them at the same time.
@@ -35,7 +38,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from ..cdefs import kvm as kvm_h
 from ..errors import ArgumentError
@@ -59,6 +62,7 @@ from .x86 import LARGE_PAGE
 
 if TYPE_CHECKING:
     from ..cpuid import CpuidEntry
+    from ..exits import Exit
     from ..vcpu import Vcpu
     from ..vm import Vm
 
@@ -294,15 +298,21 @@ class PuppetCpu(Agent, PuppetCommands):
 
     def __init__(self, puppet: Puppet, vcpu: Vcpu, number: int) -> None:
         self.puppet = puppet
+        #: Called with each exit that does not end a command; True if the guest may go on.
+        self.serve: Serve | None = None
         super().__init__(vcpu, puppet.memory, puppet.home, number)
 
     @property
     def cpu(self) -> PuppetCpu:
+        """This vCPU itself."""
         return self
+
+    def settle(self, exit_: Exit) -> bool:
+        return self.serve is not None and self.serve(self, exit_)
 
 
 #: Settles an exit of a vCPU; True if the guest may go on.
-Serve = Callable[[PuppetCpu, Any], bool]
+Serve = Callable[[PuppetCpu, "Exit"], bool]
 
 
 class Puppet(PuppetCommands):
@@ -381,7 +391,7 @@ class Puppet(PuppetCommands):
         return self.cpu.vcpu
 
     @property
-    def exits(self) -> list[Any]:
+    def exits(self) -> list[Exit]:
         """The first vCPU's `exits`."""
         return self.cpu.exits
 
@@ -403,7 +413,7 @@ class Puppet(PuppetCommands):
         """Restart the first vCPU; a command that was under way is forgotten."""
         self.cpu.reset()
 
-    def resume(self) -> Any:
+    def resume(self) -> object:
         """Continue the first vCPU's command that raised GuestExit; returns what it returns."""
         return self.cpu.resume()
 
@@ -427,7 +437,7 @@ def _conversions(vm: PrivateVm, *, implicit: bool) -> Serve:
     """Serves hypercalls for a conversion; faults too if `implicit`, or if they are harmless."""
     faults = implicit or vm.abi.traits.access_follows_state
 
-    def serve(cpu: PuppetCpu, exit_: Any) -> bool:
+    def serve(cpu: PuppetCpu, exit_: Exit) -> bool:
         if faults or exit_.reason == kvm_h.KVM_EXIT_HYPERCALL:
             return serve_conversion(vm, cpu.vcpu, exit_)
         return False
