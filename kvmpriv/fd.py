@@ -53,6 +53,9 @@ def _show(value: object) -> str:
     return repr(value)
 
 
+_ALL_ZERO = "all 0"
+
+
 def describe(argument: object) -> str:
     """Text for an ioctl's argument: a number, or those fields of a struct that are not 0.
 
@@ -73,8 +76,10 @@ def describe(argument: object) -> str:
             if value:
                 shown.append(f"{name}={_show(value)}")
         elif isinstance(value, _ffi.CData) and _ffi.typeof(value).kind == "struct":
-            shown.append(f"{name}=({describe(_ffi.addressof(value))})")
-    return ", ".join(shown) or "all 0"
+            inner = describe(_ffi.addressof(value))
+            if inner != _ALL_ZERO:
+                shown.append(f"{name}=({inner})")
+    return ", ".join(shown) or _ALL_ZERO
 
 
 def new_struct(pointer: CType | str, values: tuple[object, ...] | Mapping[str, object]) -> Cdata:

@@ -72,11 +72,12 @@ class Kvm(Fd):
         Returns 0 if `cap` is not supported; otherwise a positive int whose meaning depends on the
         capability.  A VM may support less or more: :meth:`Vm.check_extension`.
         """
-        if cap >> 63:
-            check_range("cap", cap, 1 << 63)
         result: int = _ioctl(self._fd, _CHECK_EXTENSION, cap)
-        if result < 0:
-            raise self._error(_CHECK_EXTENSION, cap)
+        # A number that was cut to 64 bits is larger than any capability, or is none.
+        if result <= 0 or cap > 0x3FFF_FFFF:
+            check_range("cap", cap, 1 << 64)
+            if result < 0:
+                raise self._error(_CHECK_EXTENSION, cap)
         return result
 
     def create_vm(self, vm_type: int = 0) -> Vm:

@@ -75,11 +75,12 @@ class Vm(KvmFd):
         Returns 0 if `cap` is not supported; otherwise a positive int whose meaning depends on the
         capability.
         """
-        if cap >> 63:
-            check_range("cap", cap, 1 << 63)
         result: int = _ioctl(self._fd, _CHECK_EXTENSION, cap)
-        if result < 0:
-            raise self._error(_CHECK_EXTENSION, cap)
+        # A number that was cut to 64 bits is larger than any capability, or is none.
+        if result <= 0 or cap > 0x3FFF_FFFF:
+            check_range("cap", cap, 1 << 64)
+            if result < 0:
+                raise self._error(_CHECK_EXTENSION, cap)
         return result
 
     def create_vcpu(self, vcpu_id: int = 0) -> Vcpu:
