@@ -1,12 +1,11 @@
-"""Run a command of the package kbuild: python3 launch.py MODULE [ARGUMENT...].
+"""Run a module of the packages beside this file: python3 launch.py MODULE [ARGUMENT...].
 
-The launchers call it (scripts/vm, scripts/kernel/build, ...).  Python puts the folder of this file
-on its path, so that the package is found wherever the caller is.
+The launchers (scripts/vm, scripts/kernel/build and others) call it.  Python puts the folder of the
+file that it runs on its path, so the packages are found whatever the caller's folder is.
 """
 
 import importlib
 import sys
 
 if __name__ == "__main__":
-    module = importlib.import_module(f"kbuild.{sys.argv[1]}")
-    sys.exit(module.main(sys.argv[2:]))
+    sys.exit(importlib.import_module(sys.argv[1]).main(sys.argv[2:]))

@@ -48,7 +48,7 @@ EXIT_CODES = """exit codes:
   3  to 7  no image: as scripts/kernel/build; 4 also when a break does not apply (which)
   130, 143  interrupted, terminated"""
 
-TRIAL = ("scripts/launch.py", "trial")
+TRIAL = ("scripts/launch.py", "kbuild.trial")
 #: Breaks to a VM, and how many seconds a VM may say nothing (tests that spin are ended sooner).
 SOME, QUIET = 25, 600
 

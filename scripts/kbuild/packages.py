@@ -37,17 +37,37 @@ DEB_TOOLS = {
     "cpio": "cpio",
     "/usr/include/openssl/evp.h": "libssl-dev",
 }
+#: For `make`: the tests' compiler and headers, the guests' assembler and root file system.
+DEVELOPING = {
+    "cc": "gcc",
+    "/usr/include/stdio.h": "libc6-dev",
+    "/usr/include/linux/kvm.h": "linux-libc-dev",
+    "objcopy": "binutils",
+    "bpftool": "bpftool",
+    "busybox": "busybox-static",
+}
 
 
 def absent(needs: dict[str, str]) -> dict[str, str]:
-    """Those of `needs` (a command or an absolute path: its package) that are not there."""
-    # Daemons and switch_root live in sbin, which an ordinary user's PATH leaves out.
-    path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
-    return {
-        what: package
-        for what, package in needs.items()
-        if not (Path(what).exists() if what[0] == "/" else shutil.which(what, path=path))
-    }
+    """Those of `needs` (a command or an absolute path: its package) that do not exist."""
+    return {what: package for what, package in needs.items() if not _exists(what, package)}
+
+
+def _exists(what: str, package: str) -> bool:
+    if what.startswith("/"):
+        return Path(what).exists()
+    # Daemons and switch_root are in sbin, which an ordinary user's PATH does not contain.
+    found = shutil.which(what, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+    return found is not None and (package != "busybox-static" or _is_static(found))
+
+
+def _is_static(program: str) -> bool:
+    """Whether a program needs no dynamic loader: a guest has none, and Debian's `busybox` does."""
+    try:
+        listed = subprocess.run(["readelf", "-lW", program], capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return False
+    return b"INTERP" not in listed.stdout
 
 
 def _apt(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -97,3 +117,13 @@ def ensure(needs: dict[str, str]) -> None:
         raise Refused(
             Status.NO_SOURCE, f"could not install {listed}: {cause}.\n" + "\n".join(notes[:6])
         )
+
+
+def main(arguments: list[str]) -> int:
+    """The command scripts/packages: what `make` needs."""
+    try:
+        ensure(DEVELOPING)
+    except Refused as refused:
+        say(f"packages: {refused}")
+        return refused.code
+    return 0

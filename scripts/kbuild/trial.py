@@ -1,6 +1,6 @@
 """Inside the VM, for `mutate`: try breaks one after the other, each in a process of its own.
 
-    scripts/launch.py trial '[["NAME", ["test_file.py::test", …]], …]'
+    scripts/launch.py kbuild.trial '[["NAME", ["test_file.py::test", …]], …]'
 
 Lines that begin with `@@` are for mutate: `@@ NAME`, then what pytest prints while the break is in
 force, `@@ ended STATUS`; where tests failed `@@ without STATUS`, when they were tried again without

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
-import shutil
-import subprocess
 from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -220,30 +217,3 @@ def test_what_a_failure_says_repeats_it(
     says = r"^odd\n *KVMPRIV_MODEL_SEED=23 KVMPRIV_MODEL_STEPS=1 repeats it"
     with pytest.raises(AssertionError, match=says):
         suite.test_the_kernel_does_what_the_model_says(ABI, tmp_path, capfd)
-
-
-@pytest.mark.skipif(not SCRIPTS.is_dir(), reason="scripts is not in the wheel")
-@pytest.mark.parametrize("script", ["soak", "suite"])
-@pytest.mark.parametrize(
-    ("options", "kernel"),
-    [("", ""), ("--literal", "-literal"), ("--debug --append nosmp", "-debug")],
-)
-def test_a_script_names_the_kernel_that_it_runs(
-    tmp_path: Path, script: str, options: str, kernel: str
-) -> None:
-    """What is known of v9 unmended is excused in it, and in no other."""
-    (tmp_path / "scripts").mkdir()
-    copy = shutil.copy(SCRIPTS / script, tmp_path / "scripts")
-    vm = tmp_path / "scripts/vm"
-    vm.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
-    vm.chmod(0o755)
-    said = subprocess.run(
-        [copy, ABI, *options.split()],
-        env={**os.environ, "ARTIFACTS": str(tmp_path / "artifacts")},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    ).stdout.splitlines()
-    assert f"KVMPRIV_KERNEL={ABI}{kernel}" in said
-    assert said[0] == ABI
-    assert set(options.split()) <= set(said)

@@ -309,7 +309,7 @@ def test_without_tools_what_is_missing_is_listed(tmp_path: Path, tree: Path) -> 
     empty = tmp_path / "empty"
     empty.mkdir()
     result = subprocess.run(
-        [sys.executable, SCRIPTS / "launch.py", "build", "guest_memfd", "--source", tree],
+        [sys.executable, SCRIPTS / "launch.py", "kbuild.build", "guest_memfd", "--source", tree],
         env={"PATH": str(empty), "KVMPRIV_CACHE": str(tmp_path / "cache")},
         capture_output=True,
         text=True,

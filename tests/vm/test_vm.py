@@ -297,7 +297,7 @@ def test_usage(arguments: list[str], words: str) -> None:
 
 def test_without_qemu(tmp_path: Path) -> None:
     result = subprocess.run(
-        [sys.executable, str(SCRIPTS / "launch.py"), "vm", "guest_memfd", "--", "true"],
+        [sys.executable, str(SCRIPTS / "launch.py"), "kbuild.vm", "guest_memfd", "--", "true"],
         env={"PATH": str(tmp_path)},
         capture_output=True,
         text=True,

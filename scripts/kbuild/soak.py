@@ -1,0 +1,42 @@
+"""Run the model of private memory against a kernel for as long as you like.
+
+    [HOURS=1] [STEPS=N] [SEED=N] [ARTIFACTS=DIR] scripts/soak NAME [OPTION of scripts/vm]...
+
+HOURS      the longest time, such as 0.1
+STEPS      end after so many steps; the run fails if there is no time for them
+SEED       the first seed, to repeat a run
+ARTIFACTS  the folder for the scripts that reproduce failures
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from . import suite
+from .errors import Status, say
+from .paths import cache_root
+
+#: Seconds beyond the time limit, to end a round and to shrink a failure.
+MORE = 1800
+
+
+def main(arguments: list[str]) -> int:
+    """The command scripts/soak."""
+    run = suite.parse("soak", __doc__, arguments)
+    try:
+        seconds = int(float(os.environ.get("HOURS", "1")) * 3600)
+    except ValueError:
+        say(f"soak: HOURS must be a number, not {os.environ['HOURS']!r}")
+        return Status.USAGE
+    artifacts = Path(os.environ.get("ARTIFACTS") or cache_root().parent / "soak").absolute()
+    artifacts.mkdir(parents=True, exist_ok=True)
+    environment = {
+        "KVMPRIV_MODEL_SECONDS": str(seconds),
+        "KVMPRIV_MODEL_STEPS": os.environ.get("STEPS", ""),
+        "KVMPRIV_MODEL_SEED": os.environ.get("SEED", ""),
+        "KVMPRIV_ARTIFACTS": str(artifacts),
+    }
+    tests = ["tests/private/test_model.py", "-k", f"does_what_the_model_says and {run.name}"]
+    run = run._replace(tests=[*tests, *run.tests])
+    return suite.start(run, seconds + MORE, ["--output-dir", str(artifacts)], environment)
