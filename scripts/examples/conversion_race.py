@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Two vCPUs, one page: one converts it to and fro, the other goes on counting in it.
+"""A race: one vCPU converts a page again and again, while the other writes to it and counts.
 
-Whatever the interleaving, a counter that is private all the time loses no step, and the page that
-is converted holds a whole word: zero just after a conversion, or what the second vCPU wrote.
+In any interleaving, a counter that is always private loses no step, and the converted page holds a
+whole word: zero right after a conversion, or what the second vCPU wrote.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import sys
 from collections import Counter
 from threading import Thread
 
-from kvmpriv import HostMemory, Kvm, private
-from kvmpriv.guest.puppet import Puppet
+from kvmpriv import Kvm, private
+from kvmpriv.guest import Puppet
 
 PAGE = 4096
 GPA, SIZE = 4 << 30, 2 << 20
 WORD = 0x5A5A_5A5A_5A5A_5A5A
-SKIP = 77  # the exit status that test harnesses take for "can't be tried here"
+SKIP = 77  # the exit status by which test harnesses know a skipped test
 
 
 def race(guest: Puppet, rounds: int) -> bool:
@@ -48,9 +48,9 @@ def race(guest: Puppet, rounds: int) -> bool:
     print(f"{rounds} conversions beside {steps} writes; read back:")
     for value, times in seen.items():
         print(f"  {value:#018x} {times} times")
-    print(f"exits: {len(converter.exits)} of the converter, {len(writer.exits)} of the writer")
+    print(f"exits: {converter.exit_count} of the converter, {writer.exit_count} of the writer")
     counted = guest.load(GPA + PAGE, 8) == steps * 10
-    return counted and steps > 0 and set(seen) <= {0, WORD} and len(converter.exits) == rounds
+    return counted and steps > 0 and set(seen) <= {0, WORD} and converter.exit_count == rounds
 
 
 def main() -> int:
@@ -58,20 +58,13 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=200, help="conversions to make (200)")
     rounds = parser.parse_args().rounds
     try:
-        kvm = Kvm()
-        abi = private.choose(kvm)
+        with Kvm() as kvm:
+            vm = private.create_vm(kvm)
     except OSError as error:
         print(error.strerror, file=sys.stderr)
         return SKIP
-    with (
-        kvm,
-        abi.create_vm(kvm) as vm,
-        abi.create_file(vm, SIZE) as file,
-        HostMemory(SIZE) as memory,
-        Puppet(vm, cpus=2) as guest,
-    ):
-        abi.bind(vm, GPA, SIZE, file, memory=memory)
-        abi.convert(vm, GPA, SIZE, private=True)
+    with vm, Puppet(vm, cpus=2) as guest:
+        vm.add_private_memory(GPA, SIZE)
         right = race(guest, rounds)
     print("nothing lost, nothing torn" if right else "NOT AS IT SHOULD BE")
     return 0 if right else 1

@@ -1,23 +1,22 @@
 #!/usr/bin/env python3
-"""Conversion, explicit and implicit: what the guest asks for, and what its host gets to see.
+"""Conversions, explicit and implicit: what the guest asks for, and what the host can read then.
 
-Explicit: the guest makes the hypercall KVM_HC_MAP_GPA_RANGE.  Implicit: it just accesses memory as
-the other kind, and the host, told by KVM_EXIT_MEMORY_FAULT, converts it.  The second needs a guest
-with a will of its own: the v9 kernel of scripts/kernel has that, a software-protected VM has not.
+Explicit: the guest asks by the hypercall KVM_HC_MAP_GPA_RANGE.  Implicit: the guest accesses memory
+as the other kind, KVM reports that by KVM_EXIT_MEMORY_FAULT, and the host converts it.  The guest
+must be able to choose how it accesses a page: it is in this project's v9 kernel, and not in a
+software-protected VM.
 """
 
 from __future__ import annotations
 
 import sys
 
-from kvmpriv import HostMemory, Kvm, private
-from kvmpriv.cdefs import kvm as k
-from kvmpriv.cdefs import restrictedmem as rm
-from kvmpriv.guest.puppet import Puppet
+from kvmpriv import HostMemory, Kvm, private, uapi
+from kvmpriv.guest import Puppet
 
 PAGE, MIB = 4096, 1 << 20
 GPA, SIZE = 4 << 30, 2 * MIB
-SKIP = 77  # the exit status that test harnesses take for "can't be tried here"
+SKIP = 77  # the exit status by which test harnesses know a skipped test
 
 
 def expect(what: str, right: bool) -> None:
@@ -32,7 +31,7 @@ def explicit(guest: Puppet, memory: HostMemory) -> None:
     guest.convert(GPA + MIB, MIB, private=False)
     expect("the upper half shared: a fresh page", guest.span(GPA + MIB, 0, MIB) == MIB)
     guest.fill(GPA + MIB, 0x22, MIB)
-    expect("what the guest writes there, the host sees", memory.read(MIB, MIB) == b"\x22" * MIB)
+    expect("the host reads what the guest writes there", memory.read(MIB, MIB) == b"\x22" * MIB)
     expect("the lower half is as it was", guest.span(GPA, 0x11, MIB) == MIB)
     guest.convert(GPA + MIB, MIB, private=True)
     expect("private again: the shared page is gone", guest.span(GPA + MIB, 0, MIB) == MIB)
@@ -42,42 +41,41 @@ def explicit(guest: Puppet, memory: HostMemory) -> None:
 
 def implicit(guest: Puppet, memory: HostMemory) -> None:
     def want(attributes: int) -> None:
-        answer = guest.hypercall(k.KVM_HC_MAP_GPA_RANGE, GPA, 1, attributes)
-        expect("KVM takes down which kind the guest is going to access", answer == 0)
+        answer = guest.hypercall(uapi.kvm.KVM_HC_MAP_GPA_RANGE, GPA, 1, attributes)
+        expect("KVM notes how the guest is going to access the page", answer == 0)
 
     guest.exits.clear()
-    want(rm.KVM_MAP_GPA_RANGE_WANT_SHARED)
+    want(uapi.restrictedmem.KVM_MAP_GPA_RANGE_WANT_SHARED)
     guest.write(GPA, b"for the host")
-    expect("a write meant to be shared arrives", memory.read(0, 12) == b"for the host")
-    want(rm.KVM_MAP_GPA_RANGE_WANT_PRIVATE)
+    expect(
+        "the host reads what the guest wrote as shared memory",
+        memory.read(0, 12) == b"for the host",
+    )
+    want(uapi.restrictedmem.KVM_MAP_GPA_RANGE_WANT_PRIVATE)
     guest.write(GPA, b"for me alone")
-    expect("one meant to be private does not", memory.read(0, 12) == bytes(12))
+    expect(
+        "the host does not read what the guest wrote as private memory",
+        memory.read(0, 12) == bytes(12),
+    )
     for exit_ in guest.exits:
         print("      ", exit_)
 
 
 def main() -> int:
     try:
-        kvm = Kvm()
-        abi = private.choose(kvm)
+        with Kvm() as kvm:
+            vm = private.create_vm(kvm)
     except OSError as error:
         print(error.strerror, file=sys.stderr)
         return SKIP
-    with (
-        kvm,
-        abi.create_vm(kvm) as vm,
-        abi.create_file(vm, SIZE) as file,
-        HostMemory(SIZE) as memory,
-        Puppet(vm, implicit=True) as guest,
-    ):
-        abi.bind(vm, GPA, SIZE, file, memory=memory)
-        abi.convert(vm, GPA, SIZE, private=True)
-        print("explicit conversion, by", abi.name)
+    with vm, HostMemory(SIZE) as memory, Puppet(vm, implicit=True) as guest:
+        vm.add_private_memory(GPA, SIZE, memory=memory)
+        print("explicit conversion, by", vm.abi.name)
         explicit(guest, memory)
-        if abi.traits.access_follows_state:
-            print("no implicit conversion: this VM's accesses follow the state")
+        if vm.abi.traits.access_follows_state:
+            print("no implicit conversion: accesses follow the state of the page in this VM")
         else:
-            print("implicit conversion, by", abi.name)
+            print("implicit conversion, by", vm.abi.name)
             implicit(guest, memory)
     return 0
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A private page: a guest writes to it, and its host looks for what was written.
+"""A private page: the guest writes to it, and the host looks for what the guest wrote.
 
 Works with v9's memfd_restricted and with mainline's guest_memfd, whichever the kernel has.
 """
@@ -9,21 +9,15 @@ from __future__ import annotations
 import sys
 
 from kvmpriv import HostMemory, Kvm, private
-from kvmpriv.guest.puppet import Puppet
+from kvmpriv.guest import Puppet
 
 GPA, SIZE = 4 << 30, 2 << 20
-SKIP = 77  # the exit status that test harnesses take for "can't be tried here"
+SKIP = 77  # the exit status by which test harnesses know a skipped test
 
 
-def show(abi: private.PrivateAbi, kvm: Kvm) -> bool:
-    with (
-        abi.create_vm(kvm) as vm,
-        abi.create_file(vm, SIZE) as file,
-        HostMemory(SIZE) as memory,
-        Puppet(vm) as guest,
-    ):
-        abi.bind(vm, GPA, SIZE, file, memory=memory)
-        guest.convert(GPA, SIZE, private=True)
+def show(vm: private.PrivateVm) -> bool:
+    with HostMemory(SIZE) as memory, Puppet(vm) as guest:
+        vm.add_private_memory(GPA, SIZE, memory=memory)
         memory.write(0, b"what the host wrote")
         guest.write(GPA, b"the guest's secret!")
         print("private: the guest reads", guest.read(GPA, 19))
@@ -39,14 +33,14 @@ def show(abi: private.PrivateAbi, kvm: Kvm) -> bool:
 
 def main() -> int:
     try:
-        kvm = Kvm()
-        abi = private.choose(kvm)
+        with Kvm() as kvm:
+            vm = private.create_vm(kvm)
     except OSError as error:
         print(error.strerror, file=sys.stderr)
         return SKIP
-    print("private memory by", abi.name)
-    with kvm:
-        right = show(abi, kvm)
+    print("private memory by", vm.abi.name)
+    with vm:
+        right = show(vm)
     print("hidden while private, found when shared" if right else "NOT AS IT SHOULD BE")
     return 0 if right else 1
 

@@ -15,9 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmpriv import HostMemory, Kvm, private
-from kvmpriv.cdefs import kvm as k
-from kvmpriv.cdefs import restrictedmem as rm
+from kvmpriv import HostMemory, Kvm, private, uapi
 from kvmpriv.exits import HypercallExit, MemoryFaultExit, MmioExit
 from kvmpriv.guest.puppet import GuestExit, Puppet
 from kvmpriv.private import PrivateAbi, PrivateFile, PrivateSlot, PrivateVm
@@ -416,16 +414,16 @@ def test_a_guest_can_not_convert_what_is_not_private_capable(guest: Puppet, vm: 
 
 
 def test_hypercalls_that_are_not_served(guest: Puppet, vm: PrivateVm) -> None:
-    vm.enable_cap(k.KVM_CAP_EXIT_HYPERCALL, 0)
+    vm.enable_cap(uapi.kvm.KVM_CAP_EXIT_HYPERCALL, 0)
     with pytest.raises(OSError, match="KVM_HC_MAP_GPA_RANGE") as refused:
         guest.convert(GPA, PAGE, private=False)
     assert refused.value.errno == errno.ENOSYS
-    vm.enable_cap(k.KVM_CAP_EXIT_HYPERCALL, 1 << k.KVM_HC_MAP_GPA_RANGE)
+    vm.enable_cap(uapi.kvm.KVM_CAP_EXIT_HYPERCALL, 1 << uapi.kvm.KVM_HC_MAP_GPA_RANGE)
     guest.convert(GPA, PAGE, private=False)
     guest.serve = None
     with pytest.raises(GuestExit) as stopped:
         guest.convert(GPA, PAGE, private=False)
-    assert stopped.value.exit.nr == k.KVM_HC_MAP_GPA_RANGE
+    assert stopped.value.exit.nr == uapi.kvm.KVM_HC_MAP_GPA_RANGE
 
 
 def test_a_puppet_that_serves_no_conversions(
@@ -444,9 +442,9 @@ def test_implicit_conversion(
     """v9's test vehicle lets a guest want the other kind; mainline's guests follow the state."""
     if abi.traits.access_follows_state:
         missing("implicit conversion", f"accesses of guests follow the state ({abi.name})")
-    want_shared = rm.KVM_MAP_GPA_RANGE_WANT_SHARED
+    want_shared = uapi.restrictedmem.KVM_MAP_GPA_RANGE_WANT_SHARED
     with Puppet(vm, implicit=implicit) as guest:
-        assert guest.hypercall(k.KVM_HC_MAP_GPA_RANGE, GPA, 1, want_shared) == 0
+        assert guest.hypercall(uapi.kvm.KVM_HC_MAP_GPA_RANGE, GPA, 1, want_shared) == 0
         if implicit:
             guest.write(GPA, b"shared")
             assert slot.memory is not None
@@ -465,7 +463,7 @@ def test_a_fault_that_no_conversion_helps(
 ) -> None:
     """A write to private memory of a read-only slot: refused for good, not served for ever."""
     try:
-        abi.bind(vm, GPA, SIZE, file, OFFSET, flags=k.KVM_MEM_READONLY)
+        abi.bind(vm, GPA, SIZE, file, OFFSET, flags=uapi.kvm.KVM_MEM_READONLY)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise

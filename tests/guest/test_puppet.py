@@ -8,9 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvmpriv import ArgumentError, ClosedError, HostMemory, Kvm, Vm
-from kvmpriv.cdefs import kvm as k
-from kvmpriv.exits import IoExit, MmioExit, SimpleExit
+from kvmpriv import ArgumentError, ClosedError, HostMemory, Kvm, Vm, uapi
+from kvmpriv.exits import ExitReason, IoExit, MmioExit, SimpleExit
 from kvmpriv.guest import GuestCrash, mailbox
 from kvmpriv.guest.puppet import HOME, HOME_SIZE, GuestExit, Puppet, PuppetCpu
 from private.support.leaks import open_fds
@@ -107,7 +106,10 @@ def test_exits_on_the_way(guest: Puppet) -> None:
     with pytest.raises(GuestExit, match="KVM_EXIT_HLT"):
         guest.halt()
     guest.resume()
-    assert guest.exits[1:] == [IoExit(2, True, 0x80, 2, 1, b"\xef\xbe"), SimpleExit(k.KVM_EXIT_HLT)]
+    assert guest.exits[1:] == [
+        IoExit(2, True, 0x80, 2, 1, b"\xef\xbe"),
+        SimpleExit(uapi.kvm.KVM_EXIT_HLT),
+    ]
     assert guest.read(GPA, 4) == bytes(4), "and it goes on"
 
 
@@ -116,9 +118,7 @@ def test_a_server_settles_exits(guest: Puppet) -> None:
 
     def serve(cpu: PuppetCpu, exit_: IoExit) -> bool:
         asked.append((exit_.port, exit_.size))
-        io = cpu.vcpu.kvm_run.io
-        target = k.ffi.cast("unsigned char *", cpu.vcpu.kvm_run) + io.data_offset
-        k.ffi.memmove(target, b"\x0d\xf0\xad\x8b", exit_.size)
+        cpu.vcpu.reply(b"\x0d\xf0\xad\x8b"[: exit_.size])
         return True
 
     guest.serve = serve
