@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 from conftest import ROOT
-from kvmpriv import declare
-from kvmpriv.cdefs import guest_memfd, kvm, restrictedmem, restrictedmem_v10
+from kvmpriv import declare, uapi
+from kvmpriv.cdefs import enums, named
 from private.support.requirements import missing
 
 from . import abi, layouts
 
 NAMESPACES = {
-    "kvm": (kvm, layouts.CORE),
-    "restrictedmem": (restrictedmem, layouts.RESTRICTEDMEM),
-    "restrictedmem_v10": (restrictedmem_v10, layouts.RESTRICTEDMEM_V10),
-    "guest_memfd": (guest_memfd, layouts.GUEST_MEMFD),
+    "kvm": (uapi.kvm, layouts.CORE),
+    "restrictedmem": (uapi.restrictedmem, layouts.RESTRICTEDMEM),
+    "restrictedmem_v10": (uapi.restrictedmem_v10, layouts.RESTRICTEDMEM_V10),
+    "guest_memfd": (uapi.guest_memfd, layouts.GUEST_MEMFD),
 }
 
 #: Fields that a newer kernel has under another name.
@@ -46,7 +48,7 @@ def name(request: pytest.FixtureRequest) -> str:
 def test_every_struct_has_its_literal_layout(name: str) -> None:
     namespace, literal = NAMESPACES[name]
     ours = abi.layouts(namespace.ffi)
-    if namespace is not kvm:
+    if namespace is not uapi.kvm:
         ours = {struct: layout for struct, layout in ours.items() if struct not in layouts.CORE}
     assert ours == literal
 
@@ -62,11 +64,11 @@ def test_a_compiler_reads_our_headers_alike(name: str, tmp_path: Path) -> None:
 
 def test_the_system_headers_agree(tmp_path: Path) -> None:
     structs, values = abi.ask_compiler(
-        ["<linux/kvm.h>", "<linux/kvm_para.h>"], layouts.CORE, constants(kvm), tmp_path
+        ["<linux/kvm.h>", "<linux/kvm_para.h>"], layouts.CORE, constants(uapi.kvm), tmp_path
     )
     assert structs == layouts.CORE
     assert len(values) > 150, "the system's headers know most of the shared core"
-    assert values == {key: constants(kvm)[key] for key in values}
+    assert values == {key: constants(uapi.kvm)[key] for key in values}
 
 
 def test_the_running_kernel_agrees() -> None:
@@ -78,7 +80,7 @@ def test_the_running_kernel_agrees() -> None:
         missing("btf", str(error))
     compared = 0
     for namespace, literal in NAMESPACES.values():
-        if namespace in (restrictedmem, restrictedmem_v10):
+        if namespace in (uapi.restrictedmem, uapi.restrictedmem_v10):
             continue  # a mainline kernel may use their names for something else
         for struct, (size, fields) in literal.items():
             theirs = btf.layout(struct)
@@ -99,45 +101,45 @@ def test_the_running_kernel_agrees() -> None:
 @pytest.mark.parametrize(
     ("namespace", "constant", "value"),
     [
-        (kvm, "KVM_SET_USER_MEMORY_REGION", 0x4020AE46),
-        (kvm, "KVM_MEMORY_ENCRYPT_REG_REGION", 0x8010AEBB),
-        (kvm, "KVM_MEMORY_ENCRYPT_UNREG_REGION", 0x8010AEBC),
-        (kvm, "KVM_RUN", 0xAE80),
-        (kvm, "KVM_CHECK_EXTENSION", 0xAE03),
-        (kvm, "KVM_CAP_EXIT_HYPERCALL", 201),
-        (kvm, "KVM_HC_MAP_GPA_RANGE", 12),
-        (kvm, "KVM_MAP_GPA_RANGE_ENCRYPTED", 16),
-        (kvm, "KVM_EXIT_HYPERCALL", 3),
-        (kvm, "KVM_MEM_LOG_DIRTY_PAGES", 1),
-        (kvm, "KVM_MEM_READONLY", 2),
-        (restrictedmem, "__NR_memfd_restricted", 451),
-        (restrictedmem, "RESTRICTEDMEM_MAGIC", 0x5245534D),
-        (restrictedmem, "KVM_CAP_PRIVATE_MEM", 224),
-        (restrictedmem, "KVM_MEM_PRIVATE", 4),
-        (restrictedmem, "KVM_EXIT_MEMORY_FAULT", 38),
-        (restrictedmem, "KVM_MEMORY_EXIT_FLAG_PRIVATE", 1),
-        (restrictedmem_v10, "KVM_CAP_MEMORY_ATTRIBUTES", 225),
-        (restrictedmem_v10, "KVM_GET_SUPPORTED_MEMORY_ATTRIBUTES", 0x8008AED2),
-        (restrictedmem_v10, "KVM_SET_MEMORY_ATTRIBUTES", 0xC020AED3),
-        (restrictedmem_v10, "KVM_MEMORY_ATTRIBUTE_PRIVATE", 8),
-        (guest_memfd, "KVM_CREATE_GUEST_MEMFD", 0xC040AED4),
-        (guest_memfd, "KVM_SET_USER_MEMORY_REGION2", 0x40A0AE49),
-        (guest_memfd, "KVM_SET_MEMORY_ATTRIBUTES", 0x4020AED2),
-        (guest_memfd, "KVM_PRE_FAULT_MEMORY", 0xC040AED5),
-        (guest_memfd, "KVM_MEM_GUEST_MEMFD", 4),
-        (guest_memfd, "KVM_CAP_USER_MEMORY2", 231),
-        (guest_memfd, "KVM_CAP_MEMORY_FAULT_INFO", 232),
-        (guest_memfd, "KVM_CAP_MEMORY_ATTRIBUTES", 233),
-        (guest_memfd, "KVM_CAP_GUEST_MEMFD", 234),
-        (guest_memfd, "KVM_CAP_VM_TYPES", 235),
-        (guest_memfd, "KVM_CAP_PRE_FAULT_MEMORY", 236),
-        (guest_memfd, "KVM_CAP_GUEST_MEMFD_FLAGS", 244),
-        (guest_memfd, "KVM_MEMORY_ATTRIBUTE_PRIVATE", 8),
-        (guest_memfd, "GUEST_MEMFD_FLAG_MMAP", 1),
-        (guest_memfd, "GUEST_MEMFD_FLAG_INIT_SHARED", 2),
-        (guest_memfd, "KVM_EXIT_MEMORY_FAULT", 39),
-        (guest_memfd, "KVM_MEMORY_EXIT_FLAG_PRIVATE", 8),
-        (guest_memfd, "KVM_X86_SW_PROTECTED_VM", 1),
+        (uapi.kvm, "KVM_SET_USER_MEMORY_REGION", 0x4020AE46),
+        (uapi.kvm, "KVM_MEMORY_ENCRYPT_REG_REGION", 0x8010AEBB),
+        (uapi.kvm, "KVM_MEMORY_ENCRYPT_UNREG_REGION", 0x8010AEBC),
+        (uapi.kvm, "KVM_RUN", 0xAE80),
+        (uapi.kvm, "KVM_CHECK_EXTENSION", 0xAE03),
+        (uapi.kvm, "KVM_CAP_EXIT_HYPERCALL", 201),
+        (uapi.kvm, "KVM_HC_MAP_GPA_RANGE", 12),
+        (uapi.kvm, "KVM_MAP_GPA_RANGE_ENCRYPTED", 16),
+        (uapi.kvm, "KVM_EXIT_HYPERCALL", 3),
+        (uapi.kvm, "KVM_MEM_LOG_DIRTY_PAGES", 1),
+        (uapi.kvm, "KVM_MEM_READONLY", 2),
+        (uapi.restrictedmem, "__NR_memfd_restricted", 451),
+        (uapi.restrictedmem, "RESTRICTEDMEM_MAGIC", 0x5245534D),
+        (uapi.restrictedmem, "KVM_CAP_PRIVATE_MEM", 224),
+        (uapi.restrictedmem, "KVM_MEM_PRIVATE", 4),
+        (uapi.restrictedmem, "KVM_EXIT_MEMORY_FAULT", 38),
+        (uapi.restrictedmem, "KVM_MEMORY_EXIT_FLAG_PRIVATE", 1),
+        (uapi.restrictedmem_v10, "KVM_CAP_MEMORY_ATTRIBUTES", 225),
+        (uapi.restrictedmem_v10, "KVM_GET_SUPPORTED_MEMORY_ATTRIBUTES", 0x8008AED2),
+        (uapi.restrictedmem_v10, "KVM_SET_MEMORY_ATTRIBUTES", 0xC020AED3),
+        (uapi.restrictedmem_v10, "KVM_MEMORY_ATTRIBUTE_PRIVATE", 8),
+        (uapi.guest_memfd, "KVM_CREATE_GUEST_MEMFD", 0xC040AED4),
+        (uapi.guest_memfd, "KVM_SET_USER_MEMORY_REGION2", 0x40A0AE49),
+        (uapi.guest_memfd, "KVM_SET_MEMORY_ATTRIBUTES", 0x4020AED2),
+        (uapi.guest_memfd, "KVM_PRE_FAULT_MEMORY", 0xC040AED5),
+        (uapi.guest_memfd, "KVM_MEM_GUEST_MEMFD", 4),
+        (uapi.guest_memfd, "KVM_CAP_USER_MEMORY2", 231),
+        (uapi.guest_memfd, "KVM_CAP_MEMORY_FAULT_INFO", 232),
+        (uapi.guest_memfd, "KVM_CAP_MEMORY_ATTRIBUTES", 233),
+        (uapi.guest_memfd, "KVM_CAP_GUEST_MEMFD", 234),
+        (uapi.guest_memfd, "KVM_CAP_VM_TYPES", 235),
+        (uapi.guest_memfd, "KVM_CAP_PRE_FAULT_MEMORY", 236),
+        (uapi.guest_memfd, "KVM_CAP_GUEST_MEMFD_FLAGS", 244),
+        (uapi.guest_memfd, "KVM_MEMORY_ATTRIBUTE_PRIVATE", 8),
+        (uapi.guest_memfd, "GUEST_MEMFD_FLAG_MMAP", 1),
+        (uapi.guest_memfd, "GUEST_MEMFD_FLAG_INIT_SHARED", 2),
+        (uapi.guest_memfd, "KVM_EXIT_MEMORY_FAULT", 39),
+        (uapi.guest_memfd, "KVM_MEMORY_EXIT_FLAG_PRIVATE", 8),
+        (uapi.guest_memfd, "KVM_X86_SW_PROTECTED_VM", 1),
     ],
 )
 def test_number(namespace: ModuleType, constant: str, value: int) -> None:
@@ -168,3 +170,36 @@ def test_declare_reads_our_own_headers_alike(name: str) -> None:
     namespace, literal = NAMESPACES[name]
     assert declared.constants == constants(namespace)
     assert {key: abi.layouts(declared.ffi)[key] for key in literal} == literal
+
+
+def fields_of(kind: Any) -> set[str]:
+    """The fields of a cffi struct, those of parts without a name included."""
+    return {
+        inner
+        for name, field in kind.fields
+        for inner in ([name] if name else fields_of(field.type))
+    }
+
+
+def test_every_struct_has_a_protocol_with_its_fields(name: str) -> None:
+    namespace, literal = NAMESPACES[name]
+    protocols = importlib.import_module(f"kvmpriv.cdefs.{name}_structs")
+    for struct in literal:
+        known = set(vars(protocols)[struct].__annotations__)
+        assert known == fields_of(namespace.ffi.typeof(f"struct {struct}")), struct
+
+
+def test_every_enum_member_is_a_constant_of_a_header() -> None:
+    values: dict[str, set[int]] = {}
+    for namespace, _ in NAMESPACES.values():
+        for constant, value in constants(namespace).items():
+            values.setdefault(constant, set()).add(value)
+    for kind in (getattr(enums, name) for name in enums.__all__):
+        for member in kind.__members__.values():
+            if issubclass(kind, named.NamedInt):
+                assert member in values[str(member)], member
+            else:
+                assert member in values[f"KVM_MEM_{member.name}"], member
+    shown = {str(reason) for reason in enums.ExitReason}
+    every = {key for key in values if key.startswith("KVM_EXIT_")}
+    assert shown == {key for key in every if not key.startswith("KVM_EXIT_IO_")}

@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 import errno
-import shutil
-import subprocess
-import sys
-import sysconfig
-from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 
-from conftest import ROOT
 from kvmpriv import exits, private, uapi
 from kvmpriv.cdefs.enums import Cap, ExitReason, MemFlag
-from private.support.requirements import missing
-
-SCRIPTS = sysconfig.get_path("scripts")
 
 
 @pytest.fixture
@@ -195,21 +186,3 @@ def test_flags_are_shown_by_name() -> None:
     assert str(MemFlag(6)) == "READONLY|PRIVATE"
     assert str(MemFlag(0x41)) == "LOG_DIRTY_PAGES|0x40"
     assert str(MemFlag(0)) == "0x0"
-
-
-@pytest.mark.parametrize("checker", ["mypy", "pyright"])
-def test_a_match_over_exits_type_checks(checker: str) -> None:
-    """typed.py: the structs, the exits and their fields are known to both type checkers."""
-    if shutil.which(checker, path=SCRIPTS) is None:
-        missing(checker, f"{checker} is not installed in this environment")
-    arguments = {
-        "mypy": ["--strict", "--no-incremental", "--warn-unused-ignores"],
-        "pyright": ["--warnings", "--pythonpath", sys.executable],
-    }[checker]
-    found = subprocess.run(
-        [Path(SCRIPTS) / checker, *arguments, Path(__file__).parent / "typed.py"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-    assert found.returncode == 0, found.stdout
