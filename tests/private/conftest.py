@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 
@@ -17,20 +18,21 @@ from kvmpriv.selftest.kernel_log import TAINT, KernelLog
 
 from .support import fixtures
 from .support.arch_hook import HOOK, hook
-from .support.defect_detectors import look_for
+from .support.behaviour import behaviour_of
+from .support.defect_detectors import detect
 from .support.defects import DEFECTS, known_defect
 from .support.kernels import (
-    MENDED,
+    FIXED,
     VM_TYPES,
     MakeVm,
     accepts_private_slots,
     require_guest_memfd,
+    require_private_slots,
     require_v9,
-    says_of_private_slots,
     takes_guest_memfd,
 )
 from .support.requirements import check_required, missing
-from .support.rigs import MakeRig, Rig
+from .support.rig import MakeRig, Rig
 from .support.slot_requests import GuestMemfdSlots, RestrictedSlots
 from .support.syscalls import PAGE
 
@@ -69,14 +71,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if "guest_memfd_kvm" in wants:
         require_guest_memfd()
     mark = item.get_closest_marker("dangerous")
-    if mark and not MENDED and not item.config.getoption("dangerous", default=False):
+    if mark and not FIXED and not item.config.getoption("dangerous", default=False):
         missing("dangerous", f"{mark.args[0]} (--dangerous runs it)")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
     names = [name for mark in pyfuncitem.iter_markers("spoiled_by") for name in mark.args]
-    if not names or MENDED or not accepts_private_slots():
+    if not names or FIXED or not accepts_private_slots():
         return
     for name in names:
         if why := DEFECTS[name].dangerous:
@@ -84,7 +86,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
                 missing("dangerous", f"known defect {name}: {why} (--dangerous runs it)")
             continue
         try:
-            seen = look_for(name)
+            seen = detect(name)
         except pytest.skip.Exception:  # what is missing to look for it is missing to meet it
             continue
         if seen:
@@ -130,9 +132,7 @@ def make_private_vm(v9: None, kvm: Kvm) -> Iterator[MakeVm]:
             with hook(on=True):
                 return stack.enter_context(private.ABIS["restrictedmem"].create_vm(kvm))
 
-        said = says_of_private_slots()
-        if said != "ok":
-            missing("restrictedmem", f"this kernel's VMs refuse KVM_MEM_PRIVATE: {said}")
+        require_private_slots(kvm)
         yield make
 
 
@@ -171,24 +171,22 @@ def refused_slots(refusing_vm: Vm, file: RestrictedMem, memory: HostMemory) -> R
     return RestrictedSlots(refusing_vm, file, memory.userspace_addr)
 
 
-# -- by either ABI ---------------------------------------------------------------------------------
+# -- by any ABI ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=list(private.ABIS))
 def make_rig(request: pytest.FixtureRequest, kvm: Kvm) -> Iterator[MakeRig]:
-    """Makes rigs, by each ABI that the kernel has: with `cpus=`, `irqchip=`."""
+    """Make rigs, by each ABI that the kernel has; `kind`: a subclass of Rig."""
     abi = private.ABIS[request.param]
-    if abi.name == "restrictedmem":
-        make_vm = request.getfixturevalue("make_private_vm")
-    else:
-        if not kvm.check_extension(gm.KVM_CAP_VM_TYPES) >> gm.KVM_X86_SW_PROTECTED_VM & 1:
-            missing("guest_memfd", "no VM type here has private memory")
-
-        def make_vm() -> PrivateVm:
-            return stack.enter_context(abi.create_vm(kvm))
-
+    behaviour_of(abi).require(kvm)
     with ExitStack() as stack:
-        yield lambda **how: Rig(stack, abi, make_vm(), kvm, **how)
+
+        def make(kind: type[Rig] = Rig, **how: Any) -> Rig:
+            with hook(on=True):
+                vm = stack.enter_context(abi.create_vm(kvm))
+            return kind(stack, vm, kvm, **how)
+
+        yield make
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from kvmpriv import HostMemory
 from .support.accounting import BIG, SLACK, Unevictable, meminfo
 from .support.processes import in_cgroup, in_child
 from .support.races import eventually
-from .support.rigs import Rig, only
+from .support.rig import Rig, only
 from .support.rules import rule
 from .support.syscalls import GIB, HOLE, KEEP_SIZE, MIB, PAGE, fallocate
 
@@ -61,7 +61,7 @@ def test_before_during_and_after(rig: Rig) -> None:
     costs, fds = Costs(), costs_of_fds()
 
     def holds(size: int) -> bool:
-        shmem = size if rig.abi.name == "restrictedmem" else 0
+        shmem = size if rig.behaviour.shmem else 0
         return costs.are(Shmem=shmem, Unevictable=size)
 
     file = rig.file(BIG)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from .support.defect_detectors import LOOKS, look_for
+from .support.defect_detectors import DETECTORS, detect
 from .support.defects import DEFECTS, known_defect
 from .support.rules import rule
 
@@ -22,7 +22,7 @@ def _parameter(name: str) -> object:
 @pytest.mark.parametrize("name", [_parameter(name) for name in DEFECTS])
 def test_known_defect(name: str) -> None:
     """The kernel does not have it."""
-    seen = look_for(name)
+    seen = detect(name)
     if seen is not None:
         known_defect(name, seen)
 
@@ -30,4 +30,4 @@ def test_known_defect(name: str) -> None:
 @rule("suite.defects.all")
 def test_every_defect_is_looked_for() -> None:
     """The table of the defects and the looks at the kernel name the same."""
-    assert LOOKS.keys() == DEFECTS.keys()
+    assert DETECTORS.keys() == DEFECTS.keys()

@@ -18,12 +18,12 @@ from kvmpriv.private import PrivateAbi, PrivateSlot
 
 from .support.accounting import BIG, Unevictable, vms_alive
 from .support.arch_hook import hook
-from .support.defect_detectors import huge_pages, need_large_pages
 from .support.fault_injection import FailNth, failing_allocations, fault_injection
+from .support.large_pages import huge_pages, need_large_pages
 from .support.leaks import open_fds
 from .support.processes import child_status, in_cgroup, in_child
 from .support.races import beside, eventually, within_cpu_time
-from .support.rigs import LARGE, Rig, only
+from .support.rig import LARGE, Rig, only
 from .support.rules import rule
 from .support.syscalls import GIB, MIB, PAGE, answer, errno_of
 
@@ -87,7 +87,7 @@ def own_rig(abi: PrivateAbi) -> Iterator[Rig]:
         kvm = stack.enter_context(Kvm())
         with hook(on=True):
             vm = stack.enter_context(abi.create_vm(kvm))
-        yield Rig(stack, abi, vm, kvm)
+        yield Rig(stack, vm, kvm)
 
 
 @rule("fail.memcg.killed")
@@ -215,7 +215,7 @@ def test_creating_a_file_with_failing_allocations(rig: Rig) -> None:
     """ENOMEM, no descriptor and no memory left; the last one, without a failure, succeeds."""
     fds, memory = open_fds(), Unevictable()
     # shmem says ENOSPC when it can't have an inode.
-    also = ("ENOSPC",) if rig.abi.name == "restrictedmem" else ()
+    also = ("ENOSPC",) if rig.behaviour.shmem else ()
     create = each_failing(lambda: rig.abi.create_file(rig.vm, MIB).close(), lambda _said: None)
     check(create, *also)
     assert open_fds() == fds
@@ -294,7 +294,7 @@ def test_punching_with_failing_allocations(rig: Rig) -> None:
 
         def fill() -> None:
             rig.guest.fill(GPA, 0x22, LARGE)
-            need_large_pages(rig.vm)
+            need_large_pages(rig)
 
         def undo(said: str) -> None:
             if said == "ok":

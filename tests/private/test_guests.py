@@ -7,73 +7,50 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from kvmpriv import HostMemory, Kvm
-from kvmpriv.cdefs import guest_memfd as gm
 from kvmpriv.cdefs import kvm as k
 from kvmpriv.exits import MemoryFaultExit, MmioExit
 from kvmpriv.guest.puppet import GuestExit
 from kvmpriv.private import restrictedmem
 
-from .support.guests import (
-    GPA,
-    MIB,
-    OFFSET,
-    PAGE,
-    SIZE,
-    MemfdGuest,
-    PrivateGuest,
-    RestrictedGuest,
-    fault_of,
-)
 from .support.kernels import MakeVm
 from .support.races import ROUNDS, beside, rounds
-from .support.requirements import missing
-from .support.rigs import run_again
+from .support.rig import GPA, OFFSET, SIZE, MakeRig, OneSlotRig, run_again
 from .support.rules import rule
+from .support.syscalls import MIB, PAGE
 
-MakeGuest = Callable[..., PrivateGuest]
+MakeGuest = Callable[..., OneSlotRig]
 
 pytestmark = pytest.mark.usefixtures("no_leak")
 
 
 @pytest.fixture
-def make_v9(make_private_vm: MakeVm, kvm: Kvm) -> Iterator[Callable[..., RestrictedGuest]]:
+def make_v9(make_private_vm: MakeVm, kvm: Kvm) -> Iterator[MakeGuest]:
+    """Make v9 guests with a private slot."""
     with ExitStack() as stack:
-
-        def make(cpus: int = 1) -> RestrictedGuest:
-            return RestrictedGuest(stack, make_private_vm(), kvm, cpus)
-
-        yield make
+        yield lambda **how: OneSlotRig(stack, make_private_vm(), kvm, **how)
 
 
 @pytest.fixture
-def v9_guest(make_v9: Callable[..., RestrictedGuest]) -> RestrictedGuest:
+def v9_guest(make_v9: MakeGuest) -> OneSlotRig:
+    """A v9 guest with a private slot."""
     return make_v9()
 
 
-@pytest.fixture(params=["restrictedmem", "guest_memfd"])
-def make(request: pytest.FixtureRequest, kvm: Kvm) -> Iterator[MakeGuest]:
-    """Makes a guest with a private slot, by each ABI that the kernel has."""
-    if request.param == "restrictedmem":
-        yield request.getfixturevalue("make_v9")
-        return
-    if not kvm.check_extension(gm.KVM_CAP_VM_TYPES) >> gm.KVM_X86_SW_PROTECTED_VM & 1:
-        missing("guest_memfd", "no VM type here has private memory")
-    with ExitStack() as stack:
-
-        def make_guest(cpus: int = 1) -> MemfdGuest:
-            vm = stack.enter_context(MemfdGuest.protocol.create_vm(kvm))
-            return MemfdGuest(stack, vm, kvm, cpus)
-
-        yield make_guest
+@pytest.fixture
+def make(make_rig: MakeRig) -> MakeGuest:
+    """Make guests with a private slot, by each ABI that the kernel has."""
+    return partial(make_rig, OneSlotRig)
 
 
 @pytest.fixture
-def private(make: MakeGuest) -> PrivateGuest:
+def private(make: MakeGuest) -> OneSlotRig:
+    """A guest with a private slot."""
     return make()
 
 
@@ -81,17 +58,17 @@ PATTERN = bytes(range(256)) * 16
 
 
 @rule("faults.private-from-file", "faults.shared-from-userspace-addr")
-def test_private_and_shared_are_two_memories(private: PrivateGuest) -> None:
+def test_private_and_shared_are_two_memories(private: OneSlotRig) -> None:
     """What the guest writes to private memory is in the file, not where the host can look."""
     gpa = GPA + 3 * PAGE
-    private.memory.write(3 * PAGE, PATTERN)
+    private.shared.write(3 * PAGE, PATTERN)
     private.guest.write(gpa, b"private marker")
     assert private.guest.read(gpa, 14) == b"private marker"
-    assert private.memory.read(3 * PAGE, PAGE) == PATTERN, "the host's page is as it was"
+    assert private.shared.read(3 * PAGE, PAGE) == PATTERN, "the host's page is as it was"
     private.convert(gpa, PAGE, private=False)
     assert private.guest.read(gpa, PAGE) == PATTERN, "shared, the guest sees the host's page"
     private.guest.write(gpa + 8, b"shared marker")
-    assert private.memory.read(3 * PAGE + 8, 13) == b"shared marker"
+    assert private.shared.read(3 * PAGE + 8, 13) == b"shared marker"
     private.convert(gpa, PAGE, private=True)
     assert private.guest.read(gpa, 14) == b"private marker", "and the private page kept its own"
     assert private.guest.exits == []
@@ -99,7 +76,7 @@ def test_private_and_shared_are_two_memories(private: PrivateGuest) -> None:
 
 @rule("faults.fresh-pages-are-zero")
 @pytest.mark.spoiled_by("pages-not-zeroed", "notified-in-bytes")
-def test_fresh_private_pages_are_zero(private: PrivateGuest) -> None:
+def test_fresh_private_pages_are_zero(private: OneSlotRig) -> None:
     """Whatever those pages were before: at first touch, after fallocate, after a hole."""
     # Fill the host's free memory with something to be found, and let go of it.
     with HostMemory(64 * MIB) as secrets:
@@ -118,7 +95,7 @@ def test_fresh_private_pages_are_zero(private: PrivateGuest) -> None:
 @pytest.mark.parametrize(
     ("first", "count"), [(0, 1), (5, 1), (1, 3), (511, 2), (512, 512), (1535, 1)]
 )
-def test_a_hole_takes_just_its_pages(private: PrivateGuest, first: int, count: int) -> None:
+def test_a_hole_takes_just_its_pages(private: OneSlotRig, first: int, count: int) -> None:
     """The guest finds zeros in the hole and all else as it was, on both sides of it."""
     private.guest.fill(GPA, 0x5A, SIZE)
     private.punch_hole(GPA + first * PAGE, count * PAGE)
@@ -132,41 +109,41 @@ def test_a_hole_takes_just_its_pages(private: PrivateGuest, first: int, count: i
 
 @rule("invalidation.outside-the-slot")
 @pytest.mark.spoiled_by("notified-in-bytes", "pages-not-zeroed")
-def test_holes_beside_the_binding(private: PrivateGuest) -> None:
+def test_holes_beside_the_binding(private: OneSlotRig) -> None:
     """A hole of the same file before or behind what the slot uses takes nothing."""
     private.guest.fill(GPA, 0x5A, SIZE)
     for offset in (0, OFFSET - 2 * MIB, OFFSET - PAGE, OFFSET + SIZE, OFFSET + SIZE + MIB):
-        private.file.punch_hole(offset, PAGE)  # type: ignore[attr-defined]
+        private.private_file.punch_hole(offset, PAGE)  # type: ignore[attr-defined]
         assert private.guest.span(GPA, 0x5A, SIZE) == SIZE
-    private.file.punch_hole(OFFSET - MIB, MIB + PAGE)  # type: ignore[attr-defined]
+    private.private_file.punch_hole(OFFSET - MIB, MIB + PAGE)  # type: ignore[attr-defined]
     assert private.guest.span(GPA, 0, SIZE) == PAGE
     assert private.guest.span(GPA + PAGE, 0x5A, SIZE - PAGE) == SIZE - PAGE
 
 
 @rule("convert.state-survives-the-slot")
-def test_the_state_survives_the_slot(private: PrivateGuest) -> None:
+def test_the_state_survives_the_slot(private: OneSlotRig) -> None:
     """Private or shared is the VM's and the gfn's: deleting the slot changes neither."""
-    private.memory.write(0, b"host 0 ")
-    private.memory.write(PAGE, b"host 1 ")
+    private.shared.write(0, b"host 0 ")
+    private.shared.write(PAGE, b"host 1 ")
     private.guest.write(GPA, b"guest 0")
     private.convert(GPA + PAGE, PAGE, private=False)
     private.slot.delete()
     with pytest.raises(GuestExit) as stopped:
         private.guest.load(GPA, 4)
-    if private.abi == "restrictedmem":
+    if private.behaviour.mmio_without_slot:
         assert stopped.value.exit == MmioExit(6, False, GPA, 4, b"")
     else:
-        assert fault_of(private, stopped.value) == (GPA, PAGE, True), "no slot: nothing private"
+        assert private.fault_of(stopped.value) == (GPA, PAGE, True), "no slot: nothing private"
     private.guest.reset()
-    private.bind(1, GPA, SIZE, OFFSET, private.memory)
+    private.bind_again(1, GPA, SIZE, OFFSET, private.shared)
     assert private.guest.read(GPA, 7) == b"guest 0", "the file kept it"
     assert private.guest.read(GPA + PAGE, 7) == b"host 1 "
 
 
 @rule("convert.large-ranges")
-def test_conversion_of_parts_of_a_large_range(private: PrivateGuest) -> None:
+def test_conversion_of_parts_of_a_large_range(private: OneSlotRig) -> None:
     """2 MiB and its parts, back and forth: each stage seen from both sides."""
-    private.memory.write(0, b"\x11" * SIZE)
+    private.shared.write(0, b"\x11" * SIZE)
     private.guest.fill(GPA, 0x22, SIZE)
     slot, state = private.slot, [True] * (SIZE // PAGE)
     steps = ((512, 512, False), (600, 8, True), (0, 1, False), (1023, 2, False), (512, 512, True))
@@ -177,41 +154,41 @@ def test_conversion_of_parts_of_a_large_range(private: PrivateGuest) -> None:
         assert private.guest.read(GPA, SIZE) == expected, (first, count, wanted)
         # What is mapped still hides a state that has changed beside the range.
         slot.delete()
-        slot = private.bind(1, GPA, SIZE, OFFSET, private.memory)
+        slot = private.bind_again(1, GPA, SIZE, OFFSET, private.shared)
         assert private.guest.read(GPA, SIZE) == expected, ("mapped anew", first, count, wanted)
-    assert private.memory.read(0, SIZE) == b"\x11" * SIZE
+    assert private.shared.read(0, SIZE) == b"\x11" * SIZE
     assert private.guest.exits == []
 
 
 @rule("slots.same-offset-mapping")
 @pytest.mark.spoiled_by("notified-in-bytes", "pages-not-zeroed")
-def test_two_slots_of_one_file(private: PrivateGuest) -> None:
+def test_two_slots_of_one_file(private: OneSlotRig) -> None:
     """A second slot at another guest address has its own part of the file."""
     second = 64 << 30
     with HostMemory(MIB) as memory:
-        slot = private.bind(2, second, MIB, OFFSET + SIZE + MIB, memory)
+        slot = private.bind_again(2, second, MIB, OFFSET + SIZE + MIB, memory)
         private.convert(second, MIB, private=True)
         private.guest.write(GPA, b"first")
         private.guest.write(second, b"second")
         assert private.guest.read(GPA, 5) == b"first"
         assert private.guest.read(second, 6) == b"second"
-        private.file.punch_hole(OFFSET + SIZE + MIB, PAGE)  # type: ignore[attr-defined]
+        private.private_file.punch_hole(OFFSET + SIZE + MIB, PAGE)  # type: ignore[attr-defined]
         assert private.guest.read(GPA, 5) == b"first"
         assert private.guest.read(second, 6) == bytes(6)
         slot.delete()
 
 
 @rule("convert.range-across-slots")
-def test_ranges_across_pages(private: PrivateGuest) -> None:
+def test_ranges_across_pages(private: OneSlotRig) -> None:
     """One access that begins in a shared page and ends in a private one reaches both."""
     private.convert(GPA, PAGE, private=False)
     private.guest.write(GPA + PAGE - 3, b"abcdef")
-    assert private.memory.read(PAGE - 3, 6) == b"abc\0\0\0"
+    assert private.shared.read(PAGE - 3, 6) == b"abc\0\0\0"
     assert private.guest.read(GPA + PAGE - 3, 6) == b"abcdef"
 
 
 @rule("isolation.host-mapping")
-def test_the_marker_is_nowhere_in_the_process(private: PrivateGuest) -> None:
+def test_the_marker_is_nowhere_in_the_process(private: OneSlotRig) -> None:
     """A marker in private memory is in no page of ours; its twin in shared memory is found."""
     # Never whole in our own memory: the guest's copy is put together by the guest itself.
     half = os.urandom(8).hex().encode()
@@ -220,7 +197,7 @@ def test_the_marker_is_nowhere_in_the_process(private: PrivateGuest) -> None:
     private.convert(GPA, PAGE, private=False)
     for number, byte in enumerate(half + half[::-1]):
         private.guest.store(GPA + number, 1, byte)
-    at = private.memory.userspace_addr
+    at = private.shared.userspace_addr
     with Path("/proc/self/mem").open("rb", buffering=0) as mem:
         mem.seek(at)
         view = mem.read(SIZE)
@@ -231,10 +208,10 @@ def test_the_marker_is_nowhere_in_the_process(private: PrivateGuest) -> None:
 
 
 @rule("dirty-log.private-writes")
-def test_dirty_logging(v9_guest: RestrictedGuest) -> None:
+def test_dirty_logging(v9_guest: OneSlotRig) -> None:
     """v9 logs writes to private pages."""
     v9_guest.slot.delete()
-    v9_guest.bind(1, GPA, SIZE, OFFSET, v9_guest.memory, k.KVM_MEM_LOG_DIRTY_PAGES)
+    v9_guest.bind_again(1, GPA, SIZE, OFFSET, v9_guest.shared, k.KVM_MEM_LOG_DIRTY_PAGES)
     v9_guest.guest.write(GPA + 9 * PAGE, b"dirty")
     log = v9_guest.vm.get_dirty_log(1)
     assert log[1] == 1 << 1
@@ -247,10 +224,10 @@ def test_dirty_logging(v9_guest: RestrictedGuest) -> None:
 @rule("v9.fault.exit", "v9.fault.again", "v9.hypercall.wants")
 @pytest.mark.spoiled_by("pages-not-zeroed")
 @pytest.mark.parametrize("wants", [False, True], ids=["wants shared", "wants private"])
-def test_a_guest_that_wants_the_other_kind_exits(v9_guest: RestrictedGuest, wants: bool) -> None:
+def test_a_guest_that_wants_the_other_kind_exits(v9_guest: OneSlotRig, wants: bool) -> None:
     """Exit 38 with gpa, 4096 bytes and the wish, KVM_RUN returning 0; until it is converted."""
     gpa = GPA + 7 * PAGE
-    v9_guest.memory.write(7 * PAGE, b"hosts")
+    v9_guest.shared.write(7 * PAGE, b"hosts")
     v9_guest.guest.write(gpa, b"guest")
     v9_guest.convert(gpa, PAGE, private=not wants)
     assert v9_guest.want(gpa, PAGE, private=wants) == 0
@@ -274,7 +251,7 @@ def test_a_guest_that_wants_the_other_kind_exits(v9_guest: RestrictedGuest, want
 
 
 @rule("v9.fault.implicit-conversion")
-def test_implicit_conversion_by_a_server(v9_guest: RestrictedGuest) -> None:
+def test_implicit_conversion_by_a_server(v9_guest: OneSlotRig) -> None:
     """A guest that just accesses, and a host that converts at each exit."""
 
     def serve(_: object, exit_: MemoryFaultExit) -> bool:
@@ -283,7 +260,7 @@ def test_implicit_conversion_by_a_server(v9_guest: RestrictedGuest) -> None:
 
     v9_guest.guest.serve = serve
     v9_guest.guest.fill(GPA, 0x33, 2 * MIB)
-    v9_guest.memory.write(0, b"\x44" * (2 * MIB))
+    v9_guest.shared.write(0, b"\x44" * (2 * MIB))
     assert v9_guest.want(GPA, 2 * MIB, private=False) == 0
     assert v9_guest.guest.span(GPA, 0x44, 2 * MIB) == 2 * MIB
     assert len(v9_guest.guest.exits) == 512
@@ -294,7 +271,7 @@ def test_implicit_conversion_by_a_server(v9_guest: RestrictedGuest) -> None:
 
 
 @rule("v9.hypercall.errors")
-def test_the_hypercalls_errors(v9_guest: RestrictedGuest) -> None:
+def test_the_hypercalls_errors(v9_guest: OneSlotRig) -> None:
     """-EINVAL for a bad range, also with the wish bits; -1000 without them, when not enabled."""
     call, wish = v9_guest.guest.hypercall, 1 << 8
     for attributes in (wish, 1 << 9, wish | 1 << 9):
@@ -316,10 +293,10 @@ def test_the_hypercalls_errors(v9_guest: RestrictedGuest) -> None:
 
 
 @rule("v9.fault.unmapped-userspace-addr")
-def test_shared_memory_that_is_not_mapped(v9_guest: RestrictedGuest) -> None:
+def test_shared_memory_that_is_not_mapped(v9_guest: OneSlotRig) -> None:
     """userspace_addr 0: private memory works, a shared access makes KVM_RUN fail with EFAULT."""
     gpa = GPA + SIZE
-    v9_guest.bind(2, gpa, MIB, 0, None)
+    v9_guest.bind_again(2, gpa, MIB, 0, None)
     v9_guest.guest.write(gpa, b"works")
     assert v9_guest.guest.read(gpa, 5) == b"works"
     v9_guest.convert(gpa, PAGE, private=False)
@@ -331,7 +308,7 @@ def test_shared_memory_that_is_not_mapped(v9_guest: RestrictedGuest) -> None:
 
 
 @rule("v9.fault.plain-slot")
-def test_a_plain_slot_ignores_the_state(v9_guest: RestrictedGuest) -> None:
+def test_a_plain_slot_ignores_the_state(v9_guest: OneSlotRig) -> None:
     """All gfns are private at first, and an ordinary slot works all the same."""
     with HostMemory(MIB) as memory:
         v9_guest.vm.map(memory, 0, slot=5)
@@ -344,26 +321,26 @@ def test_a_plain_slot_ignores_the_state(v9_guest: RestrictedGuest) -> None:
 
 @rule("v9.fault.no-page")
 @pytest.mark.spoiled_by("no-page-spins")
-def test_a_page_that_can_not_be_had(v9_guest: RestrictedGuest) -> None:
+def test_a_page_that_can_not_be_had(v9_guest: OneSlotRig) -> None:
     """restricted_offset 1<<63, for which there is no page: KVM_RUN fails, and does not spin."""
     gpa = GPA + SIZE
-    v9_guest.bind(2, gpa, MIB, 1 << 63, None)
+    v9_guest.bind_again(2, gpa, MIB, 1 << 63, None)
     with pytest.raises(OSError, match="KVM_RUN") as failure:
         v9_guest.guest.read(gpa, 1)
     assert failure.value.errno == errno.EFBIG
     v9_guest.guest.reset()
     v9_guest.vm.slots[2].delete()
-    v9_guest.bind(2, gpa, MIB, (1 << 63) - 2 * MIB, None)
+    v9_guest.bind_again(2, gpa, MIB, (1 << 63) - 2 * MIB, None)
     assert v9_guest.guest.read(gpa, 1) == b"\0", "the twin below it"
 
 
 @rule("v9.fault.read-only")
 @pytest.mark.spoiled_by("read-only-spins")
-def test_a_write_to_read_only_private_memory(v9_guest: RestrictedGuest) -> None:
+def test_a_write_to_read_only_private_memory(v9_guest: OneSlotRig) -> None:
     """It exits; the page stays as it is; reads work."""
     v9_guest.guest.write(GPA, b"before")
     v9_guest.slot.delete()
-    v9_guest.bind(1, GPA, SIZE, OFFSET, v9_guest.memory, k.KVM_MEM_READONLY)
+    v9_guest.bind_again(1, GPA, SIZE, OFFSET, v9_guest.shared, k.KVM_MEM_READONLY)
     assert v9_guest.guest.read(GPA, 6) == b"before"
     with pytest.raises(GuestExit) as stopped:
         v9_guest.guest.store(GPA, 4, 0x12345678)
@@ -383,7 +360,7 @@ def test_private_memory_without_a_slot_for_it(make: MakeGuest) -> None:
         private.convert(PAGE, PAGE, private=True)
         with pytest.raises(GuestExit) as stopped:
             private.guest.read(PAGE, 5)
-        assert fault_of(private, stopped.value) == (PAGE, PAGE, True)
+        assert private.fault_of(stopped.value) == (PAGE, PAGE, True)
         assert stopped.value.exit.reason == 39
         private.convert(PAGE, PAGE, private=False)
         assert private.guest.resume() == b"plain"
@@ -452,7 +429,7 @@ def test_conversions_against_faults(make: MakeGuest) -> None:
             done[0] += 100
             private.guest.increment(GPA, 100)
 
-    private.guest.serve = run_again(private.protocol)
+    private.guest.serve = run_again(private.abi)
     thread = _in_thread(errors, count)
     for round_ in range(100):
         private.convert(GPA, PAGE, private=bool(round_ % 2))
@@ -462,8 +439,8 @@ def test_conversions_against_faults(make: MakeGuest) -> None:
     assert not errors
     assert done[0] > 0
     stale = private.guest.exits
-    assert len(stale) <= (100 if private.protocol.traits.access_follows_state else 0)
-    assert {fault_of(private, GuestExit(private.guest, exit_))[:2] for exit_ in stale} <= {
+    assert len(stale) <= (100 if private.abi.traits.access_follows_state else 0)
+    assert {private.fault_of(GuestExit(private.guest, exit_))[:2] for exit_ in stale} <= {
         (GPA, PAGE)
     }
     private.guest.serve = None
@@ -471,7 +448,7 @@ def test_conversions_against_faults(make: MakeGuest) -> None:
     in_private = private.guest.load(GPA, 8)
     private.convert(GPA, PAGE, private=False)
     in_shared = private.guest.cpus[1].load(GPA, 8)
-    assert int.from_bytes(private.memory.read(0, 8), "little") == in_shared
+    assert int.from_bytes(private.shared.read(0, 8), "little") == in_shared
     assert in_private + in_shared == done[0], "no increment was lost, none counted twice"
 
 
@@ -484,10 +461,12 @@ def test_slot_deletion_under_access(make: MakeGuest) -> None:
     with beside(lambda: private.guest.touch(GPA, PAGE, 16)) as touched:
         for turn in rounds(100, until=lambda: min(touched[0], len(private.guest.exits)) > 0):
             private.slot.delete()
-            private.slot = private.bind(1, GPA, SIZE, OFFSET, private.memory)
+            private.slot = private.bind_again(1, GPA, SIZE, OFFSET, private.shared)
             turns = turn + 1
     assert turns >= ROUNDS
-    reason = k.KVM_EXIT_MMIO if private.abi == "restrictedmem" else 39
+    reason = (
+        k.KVM_EXIT_MMIO if private.behaviour.mmio_without_slot else private.abi.fault_layout.reason
+    )
     assert {exit_.reason for exit_ in private.guest.exits} == {reason}
     private.guest.serve = None
     private.guest.write(GPA, b"works")

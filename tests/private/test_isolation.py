@@ -24,7 +24,7 @@ from kvmpriv.cdefs import kvm as k
 from .support.arch_hook import hook
 from .support.processes import child_status, in_child
 from .support.requirements import missing
-from .support.rigs import Marker, Rig
+from .support.rig import Marker, Rig
 from .support.rules import rule
 from .support.syscalls import (
     GIB,
@@ -622,7 +622,7 @@ def test_core_dump(request: pytest.FixtureRequest) -> None:
         with ExitStack() as stack, Kvm() as kvm:
             with hook(on=True):
                 vm = stack.enter_context(abi.create_vm(kvm))
-            scene = Scene(Rig(stack, abi, vm, kvm))
+            scene = Scene(Rig(stack, vm, kvm))
             scene.memory.write(MEMORY_OFFSET + PRIVATE + AT, host)
             shared.write(scene.guest, GPA + SHARED + AT)
             hidden.write(scene.guest, GPA + PRIVATE + AT)

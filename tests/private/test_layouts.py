@@ -11,8 +11,8 @@ from kvmpriv import Kvm
 from kvmpriv.exits import MemoryFaultExit, MmioExit
 from kvmpriv.guest.puppet import GuestExit
 
-from .support.defect_detectors import huge_pages, need_large_pages
-from .support.rigs import LARGE, MakeRig, Rig, only
+from .support.large_pages import huge_pages, need_large_pages
+from .support.rig import LARGE, MakeRig, Rig, only
 from .support.rules import rule
 from .support.syscalls import GIB, MIB, PAGE, answer
 
@@ -280,7 +280,7 @@ def test_large_pages(rig: Rig) -> None:
         large_slot(rig)
         small, large = rig.mapped()
         guest.fill(GPA, 0x22, SIZE)
-        need_large_pages(rig.vm)
+        need_large_pages(rig)
         assert rig.mapped() == (small, large + 3)
 
         # One page of the second is shared: its neighbours are mapped one by one.
@@ -317,7 +317,7 @@ def test_large_pages_of_both_kinds(rig: Rig) -> None:
     with huge_pages():
         large_slot(rig)
         guest.fill(GPA, 0x22, SIZE)
-        need_large_pages(rig.vm)
+        need_large_pages(rig)
         _, large = rig.mapped()
         rig.convert(GPA + LARGE, LARGE, private=False)
         assert rig.mapped()[1] == large - 1

@@ -31,7 +31,7 @@ from .support.kernels import takes_guest_memfd
 from .support.processes import in_child
 from .support.races import eventually, rounds
 from .support.requirements import missing
-from .support.rigs import MakeRig, Rig
+from .support.rig import MakeRig, Rig
 from .support.rules import rule
 from .support.slot_requests import FILE_OVERLAP, GuestMemfdSlots, RestrictedSlots, Slots
 from .support.syscalls import GIB, HOLE, KEEP_SIZE, MIB, PAGE, answer, fallocate
@@ -179,7 +179,7 @@ def test_file_closed_under_a_running_guest(rig: Rig) -> None:
     with running(rig, file) as (slots, runner):
         assert runner.goes_on()
         file.close()
-        if rig.abi.name == "restrictedmem":
+        if rig.behaviour.slots_hold_files:
             assert runner.goes_on()
             assert memory.is_about(BIG)
             runner.end()
@@ -202,7 +202,8 @@ def test_slot_deleted_under_a_running_guest(rig: Rig) -> None:
         assert slots.delete() == "ok"
         assert eventually(lambda: runner.stopped is not None, 20)
         assert isinstance(runner.stopped, GuestExit)
-        wanted = k.KVM_EXIT_MMIO if rig.abi.name == "restrictedmem" else 39
+        mmio = rig.behaviour.mmio_without_slot
+        wanted = k.KVM_EXIT_MMIO if mmio else rig.abi.fault_layout.reason
         assert runner.stopped.exit.reason == wanted
         assert memory.is_about(BIG)
         rig.guest.reset()
@@ -220,7 +221,7 @@ def test_vm_closed_under_a_running_guest(rig: Rig) -> None:
     file = rig.abi.create_file(rig.vm, BIG)
     with running(rig, file) as (_, runner):
         rig.vm.close()
-        if rig.abi.name == "restrictedmem":
+        if rig.behaviour.slots_hold_files:
             file.close()
         assert runner.goes_on()
         assert memory.is_about(BIG)
@@ -242,7 +243,7 @@ def test_a_range_in_two_slots(rig: Rig) -> None:
     """v9: it is the same memory at both, a hole takes it from both.  guest_memfd: refused."""
     file, other = rig.file(2 * MIB), GPA + GIB
     first = rig.bind(GPA, MIB, file)
-    if rig.abi.name == "guest_memfd":
+    if not rig.behaviour.shares_files:
         offsets = (0, PAGE, MIB - PAGE)
         said = {answer(partial(rig.bind, other, MIB, file, offset)) for offset in offsets}
         assert len(said) == 1
@@ -279,7 +280,7 @@ def test_a_file_in_two_vms(make_rig: MakeRig) -> None:
     one, two = make_rig(), make_rig()
     file = one.file(MIB)
     one.bind(GPA, MIB, file)
-    if one.abi.name == "guest_memfd":
+    if not one.behaviour.shares_files:
         with pytest.raises(OSError, match="Invalid argument"):
             two.bind(GPA, MIB, file)
         two.bind(GPA, MIB, two.file(MIB))

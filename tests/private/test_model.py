@@ -19,14 +19,12 @@ import pytest
 
 from kvmpriv import Kvm
 from kvmpriv.private import ABIS
-from kvmpriv.private.guest_memfd import GuestMemfd
 
 from .support.arch_hook import hook
-from .support.kernels import VM_TYPES, require_v9, takes_guest_memfd
-from .support.model import PAGE, Model, Outcome
+from .support.behaviour import behaviour_of
+from .support.model import MODELS, PAGE, Model, Outcome
 from .support.model_driver import FILE_SIZE
 from .support.model_search import EXAMPLES_MIN, STEPS_MIN, search, write_script
-from .support.requirements import missing
 from .support.rules import rule
 from .support.slot_requests import FILE_OVERLAP
 from .support.syscalls import answer
@@ -43,25 +41,26 @@ pytestmark = [
 ]
 
 
+#: What the steps do to a kernel that has the known defects, by ABI.
+_DANGERS = {"restrictedmem": "it writes to pages that a hole has left mapped"}
+
+
 @pytest.fixture(
     params=[
         pytest.param(
-            "restrictedmem",
-            marks=pytest.mark.dangerous("it writes to what a hole has left mapped"),
-        ),
-        "guest_memfd",
+            name, marks=[pytest.mark.dangerous(_DANGERS[name])] if name in _DANGERS else []
+        )
+        for name in MODELS
     ]
 )
-def abi(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The name of each ABI by which a VM here has private memory."""
-    if request.param == "restrictedmem":
-        require_v9()
-    elif takes_guest_memfd(VM_TYPES["sw_protected"]) != 1:
-        missing("guest_memfd", "no VM type here has private memory")
-    else:
-        with Kvm() as kvm, ABIS["guest_memfd"].create_vm(kvm) as vm, GuestMemfd(vm, PAGE) as file:
-            vm.abi.bind(vm, 0, PAGE, file)
-            said = answer(lambda: vm.abi.bind(vm, PAGE, PAGE, file))
+def abi(request: pytest.FixtureRequest, kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The name of each ABI that has a model and that this kernel has."""
+    chosen = ABIS[request.param]
+    behaviour_of(chosen).require(kvm)
+    if not behaviour_of(chosen).shares_files:
+        with chosen.create_vm(kvm) as vm, chosen.create_file(vm, PAGE) as file:
+            chosen.bind(vm, 0, PAGE, file)
+            said = answer(lambda: chosen.bind(vm, PAGE, PAGE, file))
         assert said in FILE_OVERLAP
         monkeypatch.setattr(Model, "file_overlap", said)
     with hook(on=True):
@@ -98,14 +97,17 @@ def test_the_kernel_does_what_the_model_says(
     assert report.steps >= (_STEPS or STEPS_MIN), f"no more in {report.seconds:.0f} s"
 
 
-class ForgetsConversions(Model):
-    """A model that is wrong, as a search soon finds: a conversion changes nothing."""
+def forgets_conversions(abi: str) -> type[Model]:
+    """A model that is wrong, which a search finds soon: its conversions change nothing."""
 
-    def convert(self, gpa: int, size: int, private: bool, keep: bool) -> Outcome:
-        before = set(self.converted)
-        outcome = super().convert(gpa, size, private, keep)
-        self.converted = before
-        return outcome
+    class Forgetful(MODELS[abi]):  # type: ignore[misc]  # the class is chosen here
+        def convert(self, gpa: int, size: int, private: bool, keep: bool) -> Outcome:
+            before = set(self.converted)
+            outcome = super().convert(gpa, size, private, keep)
+            self.converted = before
+            return outcome
+
+    return Forgetful
 
 
 @rule("model.failures-replay")
@@ -118,7 +120,7 @@ def test_a_failure_becomes_a_script(abi: str, tmp_path: Path) -> None:
         artifacts=tmp_path,
         shrink_seconds=0,  # Hypothesis goes on drawing for minutes
         shrink_tries=25,
-        model_class=ForgetsConversions,
+        model_class=forgets_conversions(abi),
     )
     assert report.failure
     assert report.script is not None
@@ -131,7 +133,7 @@ def test_a_failure_becomes_a_script(abi: str, tmp_path: Path) -> None:
     assert said.count(" ok ") == len(steps) - 1
 
     # The same steps with what the right model expects: nothing is wrong with the kernel.
-    model = Model(abi, file_size=FILE_SIZE)
+    model = MODELS[abi](file_size=FILE_SIZE)
     right = [(model.do(name, **arguments), name, arguments) for _, name, arguments in report.failed]
     status, said = run(write_script(tmp_path / "right", abi, right, "1"))
     assert status == 0, said

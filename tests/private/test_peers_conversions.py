@@ -17,7 +17,7 @@ from kvmpriv.private import PrivateFile, serve_conversion
 
 from .support.accounting import BIG, SLACK, Unevictable
 from .support.races import eventually
-from .support.rigs import LARGE, MakeRig, Rig
+from .support.rig import LARGE, MakeRig, Rig
 from .support.rules import rule
 from .support.syscalls import GIB, MIB, PAGE
 

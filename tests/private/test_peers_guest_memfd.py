@@ -15,7 +15,7 @@ from kvmpriv.private import guest_memfd
 from kvmpriv.private.guest_memfd import GuestMemfd
 
 from .support.requirements import missing
-from .support.rigs import LARGE, MakeRig, only
+from .support.rig import LARGE, MakeRig, only
 from .support.rules import rule
 from .support.syscalls import GIB, PAGE, fallocate
 

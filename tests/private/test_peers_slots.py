@@ -22,9 +22,9 @@ from kvmpriv.private.restrictedmem import RestrictedMem
 
 from .support.races import eventually
 from .support.requirements import missing
-from .support.rigs import Rig
+from .support.rig import Rig
 from .support.rules import rule
-from .support.slot_requests import GuestMemfdSlots, RestrictedSlots, Slots
+from .support.slot_requests import RestrictedSlots, Slots
 from .support.syscalls import GIB, PAGE, address_of, answer, errno_of
 
 pytestmark = pytest.mark.usefixtures("no_leak")
@@ -49,8 +49,7 @@ def one_cpu() -> Iterator[None]:
 
 
 def slots_of(rig: Rig, file: private.PrivateFile, userspace_addr: int) -> Slots:
-    kind = RestrictedSlots if rig.abi.name == "restrictedmem" else GuestMemfdSlots
-    return kind(rig.vm, file, userspace_addr)
+    return rig.behaviour.slots(rig.vm, file, userspace_addr)
 
 
 @rule("slots.none")
@@ -261,7 +260,7 @@ def more_exits(guest: PuppetCpu) -> bool:
 @rule("slots.private-deleted-in-use", "slots.private-not-moved-in-use", "faults.deleted-slot")
 def test_a_private_slot_deleted_in_use(rig: Rig) -> None:
     """A private access without a slot: guest_memfd's fault exit, v9's MMIO; until it is back."""
-    v9 = rig.abi.name == "restrictedmem"
+    mmio = rig.behaviour.mmio_without_slot
     memory, file = rig.memory(512 * PAGE), rig.file(1024 * PAGE)
     memory.write(0, (2).to_bytes(8, "little"))
     bound = rig.bind(GPA, 512 * PAGE, file, 512 * PAGE, memory=memory, slot=10)
@@ -276,22 +275,22 @@ def test_a_private_slot_deleted_in_use(rig: Rig) -> None:
             )
             bound.delete()
             assert more_exits(rig.guest)
-            assert watch.sees(NOBODY if v9 else 1)
+            assert watch.sees(NOBODY if mmio else 1)
             if number == 5:
                 # What is there now is not private: v9 ignores that, guest_memfd says so again.
                 plain_slot(rig.vm, memory, GPA)
-                assert watch.sees(2) if v9 else more_exits(rig.guest)
+                assert watch.sees(2) if mmio else more_exits(rig.guest)
                 gone = k.ffi.new("struct kvm_userspace_memory_region *", {"slot": 10})
                 rig.vm.ioctl(k.KVM_SET_USER_MEMORY_REGION, gone)
             bound = rig.bind(GPA, 512 * PAGE, file, 512 * PAGE, memory=memory, slot=10)
         assert watch.sees(1)
         assert watch.error is None
-    if v9:
+    if mmio:
         found = {(one.reason, one.phys_addr, one.size, one.is_write) for one in rig.guest.exits}
         assert found == {(k.KVM_EXIT_MMIO, GPA, 8, False)}
     else:
         found = {(one.reason, one.gpa, one.size, one.private) for one in rig.guest.exits}
-        assert found == {(39, GPA, PAGE, True)}
+        assert found == {(rig.abi.fault_layout.reason, GPA, PAGE, True)}
         assert watch.seen == [1], "never the shared page"
     bound.delete()
 

@@ -12,7 +12,7 @@ from kvmpriv.exits import MmioExit
 
 from .support.accounting import BIG, Unevictable
 from .support.races import ROUNDS, beside, rounds
-from .support.rigs import MakeRig, Rig, run_again
+from .support.rig import MakeRig, Rig, run_again
 from .support.rules import rule
 from .support.syscalls import GIB, MIB, PAGE
 
@@ -190,7 +190,7 @@ def test_slots_against_two_vcpus(make_rig: MakeRig) -> None:
     Told of by v9, as MMIO; guest_memfd's fault comes before the write, which is made again.
     """
     rig = make_rig(cpus=2)
-    file, v9 = rig.file(SIZE), rig.abi.name == "restrictedmem"
+    file, fault = rig.file(SIZE), rig.abi.fault_layout.reason
     rig.bind(GPA, SIZE, file)
     made, kept = [0, 0], [[0] * 16, [0] * 16]
 
@@ -201,11 +201,11 @@ def test_slots_against_two_vcpus(make_rig: MakeRig) -> None:
         gpa = GPA + page * PAGE + 8 * number
         cpu.store(gpa, 8, value)
         exits = set(cpu.exits[-(cpu.exit_count - told) :]) if cpu.exit_count > told else set()
-        if exits and v9:
+        if exits and rig.behaviour.mmio_without_slot:
             assert exits == {MmioExit(k.KVM_EXIT_MMIO, True, gpa, 8, value.to_bytes(8, "little"))}
             assert cpu.exit_count == told + 1
             return
-        assert {(one.reason, one.gpa, one.private) for one in exits} <= {(39, gpa & -PAGE, True)}
+        assert {(one.reason, one.gpa, one.private) for one in exits} <= {(fault, gpa & -PAGE, True)}
         kept[number][page] = value
 
     for cpu in rig.guest.cpus:
@@ -236,11 +236,11 @@ def test_vms_closed_during_holes(make_rig: MakeRig) -> None:
     turns = 0
     with ExitStack() as stack:
         rig = make_rig()
-        if rig.abi.name == "restrictedmem":
+        if rig.behaviour.shares_files:
             file = stack.enter_context(rig.abi.create_file(rig.vm, BIG))
         for turn in rounds(6, 4, least=2):
             one = make_rig()
-            if rig.abi.name == "guest_memfd":
+            if not rig.behaviour.shares_files:
                 file = stack.enter_context(one.abi.create_file(one.vm, BIG))
             one.bind(GPA, MIB, file)
             one.guest.fill(GPA, turn, MIB)

@@ -18,9 +18,9 @@ from kvmpriv.exits import MemoryFaultExit
 from kvmpriv.guest.puppet import GuestExit
 from kvmpriv.private.restrictedmem import RestrictedMem
 
-from .support.defect_detectors import huge_pages
+from .support.large_pages import huge_pages
 from .support.requirements import missing
-from .support.rigs import LARGE, MakeRig, Rig, only, run_again
+from .support.rig import LARGE, MakeRig, Rig, only, run_again
 from .support.rules import rule
 from .support.slot_requests import RestrictedSlots
 from .support.syscalls import GIB, MIB, PAGE

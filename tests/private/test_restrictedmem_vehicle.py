@@ -15,7 +15,7 @@ from kvmpriv.private.restrictedmem import RestrictedMem
 
 from .support.arch_hook import HOOK, hook
 from .support.requirements import missing
-from .support.rigs import Rig, only
+from .support.rig import Rig, only
 from .support.rules import rule
 from .support.slot_requests import RestrictedSlots
 from .support.syscalls import GIB, MIB, PAGE

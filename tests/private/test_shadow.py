@@ -21,7 +21,7 @@ from kvmpriv.exits import IoExit, MmioExit
 from kvmpriv.guest.crash import GuestCrash
 
 from .support.requirements import missing
-from .support.rigs import LARGE, MakeRig, Rig
+from .support.rig import LARGE, MakeRig, Rig
 from .support.rules import rule
 from .support.syscalls import GIB, MIB, PAGE
 

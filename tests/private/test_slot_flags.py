@@ -12,9 +12,9 @@ from kvmpriv.cdefs import kvm as k
 from kvmpriv.exits import IoExit, MemoryFaultExit, MmioExit
 from kvmpriv.guest.puppet import GuestExit
 
-from .support.defect_detectors import huge_pages
+from .support.large_pages import huge_pages
 from .support.requirements import missing
-from .support.rigs import LARGE, Rig, only
+from .support.rig import LARGE, Rig, only
 from .support.rules import rule
 from .support.syscalls import GIB, PAGE, answer
 

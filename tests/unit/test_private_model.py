@@ -8,7 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from private.support.model import PAGE, READONLY, Bytes, Model, pieces
+from private.support.model import (
+    MODELS,
+    PAGE,
+    READONLY,
+    Bytes,
+    GuestMemfdModel,
+    Model,
+    RestrictedMemModel,
+    pieces,
+)
 from private.support.model_driver import differ, shown, sparse
 from private.support.model_search import _literal
 
@@ -30,7 +39,7 @@ def gm_fault(page: int, private: bool) -> tuple[object, ...]:
 @pytest.fixture(params=["restrictedmem", "guest_memfd"])
 def model(request: pytest.FixtureRequest) -> Model:
     """A slot of four private pages."""
-    made = Model(request.param, file_size=FILE_SIZE)
+    made = MODELS[request.param](file_size=FILE_SIZE)
     assert made.do("bind", **GOOD) == "ok"
     assert made.convert(GPA, 4 * PAGE, private=True, keep=True) == "ok"
     return made
@@ -77,7 +86,7 @@ def test_a_tidy_conversion_frees_what_no_other_slot_has(model: Model) -> None:
 
 
 def test_a_write_goes_on_where_it_stopped() -> None:
-    model = Model("restrictedmem", file_size=FILE_SIZE)
+    model = RestrictedMemModel(file_size=FILE_SIZE)
     model.bind(**GOOD)
     model.want(0, GPA + PAGE, PAGE, private=False)
     assert model.write(0, GPA + PAGE - 8, b"12345678abcdefgh") == v9_fault(1, private=False)
@@ -90,7 +99,7 @@ def test_a_write_goes_on_where_it_stopped() -> None:
 
 
 def test_a_load_of_two_pages_is_done_or_not() -> None:
-    model = Model("restrictedmem", file_size=FILE_SIZE)
+    model = RestrictedMemModel(file_size=FILE_SIZE)
     model.bind(**GOOD)
     model.want(0, GPA + PAGE, PAGE, private=False)
     assert model.store(0, GPA + PAGE - 4, 8, 1 << 63 | 1) == v9_fault(1, private=False)
@@ -98,12 +107,12 @@ def test_a_load_of_two_pages_is_done_or_not() -> None:
 
 
 def test_where_the_guest_stops(model: Model) -> None:
-    fault = v9_fault if model.v9 else gm_fault
+    fault = v9_fault if isinstance(model, RestrictedMemModel) else gm_fault
     assert model.load(0, 2 * GPA, 4) == ("mmio", False, 2 * GPA, 4, b"")
     assert model.resume(0) == 0
     assert model.store(0, 2 * GPA, 2, 0x102) == ("mmio", True, 2 * GPA, 2, b"\2\1")
     model.delete(0)
-    if model.v9:
+    if isinstance(model, RestrictedMemModel):
         assert model.load(0, GPA, 1) == ("mmio", False, GPA, 1, b"")
     else:
         assert model.load(0, GPA, 1) == fault(0, private=True), "private, and no slot for it"
@@ -126,17 +135,19 @@ def test_closing_the_file_of_a_slot(model: Model) -> None:
     model.new_file(0)
     model.bind(**{**GOOD, "raw": True})
     model.close_file(0)
-    assert model.load(0, GPA, 1) == (0 if model.v9 else gm_fault(0, private=True))
+    assert model.load(0, GPA, 1) == (
+        0 if isinstance(model, RestrictedMemModel) else gm_fault(0, private=True)
+    )
 
 
 def test_read_only() -> None:
-    model = Model("restrictedmem", file_size=FILE_SIZE)
+    model = RestrictedMemModel(file_size=FILE_SIZE)
     model.bind(**{**GOOD, "flags": READONLY})
     assert model.load(0, GPA, 1) == 0
     assert model.store(0, GPA, 1, 5) == v9_fault(0, private=True)
     model.convert(GPA, PAGE, private=False, keep=True)
     assert model.store(0, GPA, 1, 5) == ("mmio", True, GPA, 1, b"\5")
-    assert Model("guest_memfd", file_size=FILE_SIZE).bind(**{**GOOD, "flags": READONLY}) == "EINVAL"
+    assert GuestMemfdModel(file_size=FILE_SIZE).bind(**{**GOOD, "flags": READONLY}) == "EINVAL"
 
 
 @pytest.mark.parametrize(
@@ -156,7 +167,9 @@ def test_read_only() -> None:
     ],
 )
 def test_bind(model: Model, changes: dict[str, Any], v9: str, gm: str) -> None:
-    assert model.bind(**{**GOOD, **changes}) == (v9 if model.v9 else gm)
+    assert model.bind(**{**GOOD, **changes}) == (
+        v9 if isinstance(model, RestrictedMemModel) else gm
+    )
 
 
 def test_what_it_does_not_define(model: Model) -> None:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import strategies as st
 
 from private.support import model_search
-from private.support.model import Model
+from private.support.model import MODELS, Model
 from private.support.model_driver import FILE_SIZE, PAGE
 from private.support.model_search import (
     EXAMPLES_MIN,
@@ -42,7 +42,7 @@ class Kernel:
     made: ClassVar[list[Kernel]]
 
     def __init__(self, abi: str) -> None:
-        self.model, self.conversions, self.closed = Model(abi, file_size=FILE_SIZE), 0, False
+        self.model, self.conversions, self.closed = MODELS[abi](file_size=FILE_SIZE), 0, False
         self.made.append(self)
 
     def close(self) -> None:
@@ -75,7 +75,7 @@ def found(folder: Path, **options: Any) -> Report:
     assert report.failure
     assert report.script is not None
     assert len(report.script.read_text().split("\n    expect(")) == len(report.failed) + 1
-    machine = Machine(ABI, Model)
+    machine = Machine(ABI, MODELS[ABI])
     assert machine.failing(report.failed) == report.failed
     machine.close()
     return report
@@ -146,7 +146,7 @@ def test_the_seed_of_a_failure_is_that_of_its_round(kernel: type[Kernel], tmp_pa
 def machine(kernel: type[Kernel]) -> Machine:
     """One with a slot of six pages, which does as it should but for what a test changes."""
     kernel.name = "none"
-    made = Machine(ABI, Model)
+    made = Machine(ABI, MODELS[ABI])
     made.take(*LAYOUTS[1][0])
     return made
 

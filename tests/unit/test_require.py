@@ -62,7 +62,7 @@ def test_a_skip_nobody_could_require() -> None:
 
 
 def test_danger_can_be_required(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conftest, "MENDED", False)
+    monkeypatch.setattr(conftest, "FIXED", False)
     item: Any = SimpleNamespace(
         get_closest_marker=lambda _: SimpleNamespace(args=["it wedges"]),
         config=SimpleNamespace(getoption=lambda *_, **__: False),

@@ -12,157 +12,123 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
-from kvmpriv import HostMemory, Kvm, Vm
+from kvmpriv import HostMemory, Kvm
 from kvmpriv.cdefs import kvm as k
 from kvmpriv.cdefs import restrictedmem as rm
-from kvmpriv.guest.puppet import GuestExit, Puppet
-from kvmpriv.private import ABIS, PrivateSlot
+from kvmpriv.guest.puppet import GuestExit
+from kvmpriv.private import ABIS, PrivateSlot, PrivateVm
 from kvmpriv.private.restrictedmem import RestrictedMem
 
 from .accounting import BIG, meminfo
 from .arch_hook import hook
 from .defects import DEFECTS
 from .fault_injection import failing_allocations
+from .large_pages import huge_pages, need_large_pages
 from .races import CpuTimeError, beside, rounds, within_cpu_time
 from .requirements import missing
+from .rig import LARGE, Rig
+from .settings import write_setting
 from .slot_requests import RestrictedSlots
 from .syscalls import GIB, MIB, PAGE, address_of, answer, errno_of
 
-__all__ = ["LOOKS", "huge_pages", "look_for", "mapped"]
+__all__ = ["DETECTORS", "detect"]
 
-_ABI = ABIS["restrictedmem"]
 
 GPA = 4 * GIB
-LARGE = 2 * MIB
 
 #: By the defect's name: what was seen of it, or None.
-LOOKS: dict[str, Callable[[], str | None]] = {}
+DETECTORS: dict[str, Callable[[], str | None]] = {}
 
 
-def look_for(name: str) -> str | None:
+def detect(name: str) -> str | None:
     """What is seen of a defect, or None: looked for once."""
-    return LOOKS[name]()
+    return DETECTORS[name]()
 
 
-def _look(name: str) -> Callable[[Callable[[], str | None]], Callable[[], str | None]]:
+def _detects(name: str) -> Callable[[Callable[[], str | None]], Callable[[], str | None]]:
     assert name in DEFECTS
 
     def note(function: Callable[[], str | None]) -> Callable[[], str | None]:
-        LOOKS[name] = cache(function)
+        DETECTORS[name] = cache(function)
         return function
 
     return note
 
 
-class Bench:
-    """A VM with private memory, a file without a size, a puppet, and no slot for the file."""
+class DetectorRig(Rig):
+    """A v9 rig with a file that has no size."""
 
-    def __init__(self, stack: ExitStack, cpus: int = 1) -> None:
-        kvm = stack.enter_context(Kvm())
-        with hook(on=True):
-            self.vm = stack.enter_context(_ABI.create_vm(kvm))
-        self.file = stack.enter_context(RestrictedMem())
-        self.guest = stack.enter_context(
-            Puppet(self.vm, cpus=cpus, cpuid=kvm.get_supported_cpuid(), serve_conversions=False)
-        )
+    def __init__(self, stack: ExitStack, vm: PrivateVm, kvm: Kvm, **how: Any) -> None:
+        super().__init__(stack, vm, kvm, **how)
+        self.unsized = stack.enter_context(RestrictedMem())
 
-    def bind(
+    def bind_at_gpa(
         self, size: int, offset: int = 0, memory: HostMemory | None = None, flags: int = 0
     ) -> PrivateSlot:
-        return _ABI.bind(self.vm, GPA, size, self.file, offset, memory=memory, flags=flags)
-
-    def convert(self, gpa: int, size: int, *, private: bool) -> None:
-        _ABI.convert(self.vm, gpa, size, private=private, keep=True)
+        """Make a slot of the file at GPA; all of it is private, as v9 has it at first."""
+        return self.abi.bind(self.vm, GPA, size, self.unsized, offset, memory=memory, flags=flags)
 
     def loses_mappings(self, change: Callable[[], object], first: int = 0) -> bool:
-        """Whether `change` unmaps 8 pages, from page `first` of the slot on."""
+        """Whether `change` unmaps the 8 pages of the slot from page `first` on."""
         self.guest.touch(GPA + first * PAGE, PAGE, 8)
-        before = mapped(self.vm)
+        before = self.mapped_pages()
         assert before >= 8
         change()
-        return mapped(self.vm) <= before - 8  # the puppet's home has fewer, which may go anyhow
+        return self.mapped_pages() <= before - 8  # the puppet's own slot has fewer pages
 
 
 @contextmanager
-def bench(cpus: int = 1) -> Iterator[Bench]:
+def detector_rig(cpus: int = 1) -> Iterator[DetectorRig]:
+    """A rig that a detector uses alone."""
     with ExitStack() as stack:
-        yield Bench(stack, cpus)
-
-
-def mapped(vm: Vm) -> int:
-    """How many pages the guest has mapped: KVM's own count."""
-    with vm.get_stats_fd() as stats:
-        counts = stats.read()
-    small, large = counts["pages_4k"], counts["pages_2m"]
-    assert isinstance(small, int)
-    assert isinstance(large, int)
-    return small + 512 * large
-
-
-def write_setting(path: str, value: str, name: str) -> None:
-    """Write a setting of the system's; `name` is missing where that can't be done."""
-    try:
-        Path(path).write_text(value)
-    except OSError as error:
-        missing(name, str(error))
-
-
-@contextmanager
-def huge_pages() -> Iterator[None]:
-    """Files get large pages inside, where there are any to be had."""
-    setting = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
-    try:
-        before = Path(setting).read_text().split("[")[1].split("]")[0]
-    except OSError as error:
-        missing("huge pages", str(error))
-    write_setting(setting, "always", "huge pages")
-    try:
-        yield
-    finally:
-        Path(setting).write_text(before)
+        kvm = stack.enter_context(Kvm())
+        with hook(on=True):
+            vm = stack.enter_context(ABIS["restrictedmem"].create_vm(kvm))
+        yield DetectorRig(stack, vm, kvm, cpus=cpus)
 
 
 # -- what the notifier is told -------------------------------------------------------------------
 
 
-@_look("notified-in-bytes")
+@_detects("notified-in-bytes")
 def _in_bytes() -> str | None:
     """A hole at byte 4096, which has no part in page 4096."""
-    with bench() as b:
-        b.bind(32 * MIB)
-        if b.loses_mappings(lambda: b.file.punch_hole(PAGE, PAGE), first=5000):
+    with detector_rig() as b:
+        b.bind_at_gpa(32 * MIB)
+        if b.loses_mappings(lambda: b.unsized.punch_hole(PAGE, PAGE), first=5000):
             return "a hole in page 1 took mappings of page 5000"
     return None
 
 
-@_look("allocation-notified")
+@_detects("allocation-notified")
 def _allocation() -> str | None:
-    with bench() as b:
-        b.bind(MIB)
-        if b.loses_mappings(lambda: b.file.allocate(0, 8 * PAGE)):
+    with detector_rig() as b:
+        b.bind_at_gpa(MIB)
+        if b.loses_mappings(lambda: b.unsized.allocate(0, 8 * PAGE)):
             return "mappings of allocated pages are gone after they were allocated again"
     return None
 
 
-@_look("hole-before-binding")
+@_detects("hole-before-binding")
 def _before_binding() -> str | None:
-    with bench() as b:
-        b.bind(MIB, offset=64 * MIB)
-        if b.loses_mappings(lambda: b.file.punch_hole(0, PAGE)):
+    with detector_rig() as b:
+        b.bind_at_gpa(MIB, offset=64 * MIB)
+        if b.loses_mappings(lambda: b.unsized.punch_hole(0, PAGE)):
             return "a hole in page 0 of the file unmapped a slot that begins at 64 MiB"
     return None
 
 
-@_look("size-0-frees")
+@_detects("size-0-frees")
 def _size_0() -> str | None:
     """Shared pages of the slot are looked at: they are unmapped along, and can't be freed."""
-    with bench() as b, HostMemory(MIB) as memory:
-        b.bind(MIB, memory=memory)
+    with detector_rig() as b, HostMemory(MIB) as memory:
+        b.bind_at_gpa(MIB, memory=memory)
         b.convert(GPA, MIB, private=False)
-        if not b.loses_mappings(lambda: b.file.punch_hole(0, MIB)):
+        if not b.loses_mappings(lambda: b.unsized.punch_hole(0, MIB)):
             missing("shared pages unmapped", "a hole leaves the slot's shared pages mapped here")
-        if not b.loses_mappings(lambda: b.file.ftruncate(0)):
+        if not b.loses_mappings(lambda: b.unsized.ftruncate(0)):
             return "nothing was unmapped"
     return None
 
@@ -170,23 +136,23 @@ def _size_0() -> str | None:
 # -- conversion ----------------------------------------------------------------------------------
 
 
-@_look("conversion-by-page")
+@_detects("conversion-by-page")
 def _by_page() -> str | None:
     """Seen in what the kernel's own memory grows by: no page of 4 GiB is in a slot."""
-    with bench() as b:
+    with detector_rig() as b:
         before = meminfo("Slab")
         b.convert(GPA, 4 * GIB, private=False)
         grown = meminfo("Slab") - before
     return f"4 GiB took {grown // 1024} KiB" if grown > 3 * MIB else None
 
 
-@_look("failed-conversion-erases")
+@_detects("failed-conversion-erases")
 def _erases() -> str | None:
     """64 pages, which have their place in memory from the first one on, and then one more.
 
     Every other one of the first is shared: a kernel that keeps ranges needs memory to join them.
     """
-    with bench() as b, HostMemory(MIB) as memory:
+    with detector_rig() as b, HostMemory(MIB) as memory:
         memory.write(5 * PAGE, b"shared")
         for page in range(5, 45, 2):
             b.convert(GPA + page * PAGE, PAGE, private=False)
@@ -196,29 +162,29 @@ def _erases() -> str | None:
         if not errno:
             missing("fault injection", "a conversion succeeds where no allocation was to")
         assert errno_of(errno) == "ENOMEM"
-        b.bind(MIB, memory=memory)
+        b.bind_at_gpa(MIB, memory=memory)
         if b.guest.read(GPA + 5 * PAGE, 6) != b"shared":
             return "after ENOMEM, a page that had been shared was private"
     return None
 
 
-@_look("far-conversion")
+@_detects("far-conversion")
 def _far() -> str | None:
     """Nothing can be seen of it but what becomes of the kernel."""
     for _ in range(4):
-        with bench() as b:
-            b.bind(2 * MIB)
+        with detector_rig() as b:
+            b.bind_at_gpa(2 * MIB)
             b.convert(GPA, 6 * GIB, private=False)
     return None
 
 
-@_look("mixed-large-page")
+@_detects("mixed-large-page")
 def _mixed() -> str | None:
-    with huge_pages(), bench() as b, HostMemory(2 * LARGE) as memory:
+    with huge_pages(), detector_rig() as b, HostMemory(2 * LARGE) as memory:
         start = -memory.userspace_addr % LARGE  # slots that lie unlike have no large pages
-        _ABI.bind(b.vm, GPA, LARGE, b.file, memory=memory, memory_offset=start)
+        b.abi.bind(b.vm, GPA, LARGE, b.unsized, memory=memory, memory_offset=start)
         b.guest.fill(GPA, 0x5A, LARGE)
-        need_large_pages(b.vm)
+        need_large_pages(b)
         memory.write(start, b"shared")
         b.convert(GPA, PAGE, private=False)
         b.guest.load(GPA + PAGE, 8)
@@ -227,33 +193,26 @@ def _mixed() -> str | None:
     return None
 
 
-def need_large_pages(vm: Vm) -> None:
-    """Skip where the guest has none mapped."""
-    with vm.get_stats_fd() as stats:
-        if not stats.read()["pages_2m"]:
-            missing("huge pages", "shmem_enabled=always, and no large page came of it")
-
-
 # -- pages that can't be had, or written to ------------------------------------------------------
 
 
-@_look("no-page-spins")
+@_detects("no-page-spins")
 def _no_page() -> str | None:
     """An offset for which no file has a page."""
-    with bench() as b:
-        b.bind(MIB, offset=1 << 63)
+    with detector_rig() as b:
+        b.bind_at_gpa(MIB, offset=1 << 63)
         return _spins(b, lambda: b.guest.read(GPA, 1))
 
 
-@_look("read-only-spins")
+@_detects("read-only-spins")
 def _read_only() -> str | None:
-    with bench() as b:
-        b.bind(MIB, flags=k.KVM_MEM_READONLY)
+    with detector_rig() as b:
+        b.bind_at_gpa(MIB, flags=k.KVM_MEM_READONLY)
         b.guest.load(GPA, 4)
         return _spins(b, lambda: b.guest.store(GPA, 4, 0x12345678))
 
 
-def _spins(b: Bench, access: Callable[[], object]) -> str | None:
+def _spins(b: DetectorRig, access: Callable[[], object]) -> str | None:
     try:
         with within_cpu_time(3):
             access()
@@ -265,9 +224,9 @@ def _spins(b: Bench, access: Callable[[], object]) -> str | None:
     return None
 
 
-@_look("private-fault-without-file")
+@_detects("private-fault-without-file")
 def _without_file() -> str | None:
-    with bench() as b, HostMemory(MIB) as memory:
+    with detector_rig() as b, HostMemory(MIB) as memory:
         b.vm.map(memory, GPA)
         memory.write(0, b"plain")
         b.guest.hypercall(k.KVM_HC_MAP_GPA_RANGE, GPA, 1, rm.KVM_MAP_GPA_RANGE_WANT_PRIVATE)
@@ -278,19 +237,19 @@ def _without_file() -> str | None:
 # -- what pages hold, and where they are ---------------------------------------------------------
 
 
-@_look("pages-not-zeroed")
+@_detects("pages-not-zeroed")
 def _not_zeroed() -> str | None:
     size = 16 * MIB
-    with bench() as b:
-        b.bind(size)
+    with detector_rig() as b:
+        b.bind_at_gpa(size)
         with HostMemory(4 * size) as secrets:
             secrets.write(0, b"\xa5" * secrets.size)
-        b.file.allocate(size // 2, size // 2)
+        b.unsized.allocate(size // 2, size // 2)
         found = b.guest.span(GPA, 0, size)
     return None if found == size else f"something else than 0 in page {found // PAGE}"
 
 
-@_look("pages-migrate")
+@_detects("pages-migrate")
 def _migrate() -> str | None:
     """Pages that nobody has mapped, seen in /proc/kpageflags."""
     pages = 4096
@@ -322,12 +281,12 @@ def unevictable_pages() -> bytes:
     return flags[2::8].translate(bytes(value >> 2 & 1 for value in range(256)))
 
 
-@_look("drop-caches")
+@_detects("drop-caches")
 def _drop_caches() -> str | None:
     """Pages that were read by the guest; read-only, so that nobody calls them dirty after it."""
-    with bench() as b:
+    with detector_rig() as b:
         before = meminfo("Unevictable")
-        slot = b.bind(BIG, flags=k.KVM_MEM_READONLY)
+        slot = b.bind_at_gpa(BIG, flags=k.KVM_MEM_READONLY)
         b.guest.touch(GPA, PAGE, BIG // PAGE)
         slot.delete()
         have = meminfo("Unevictable") - before
@@ -337,18 +296,18 @@ def _drop_caches() -> str | None:
     return f"{left // MIB} MiB of {have // MIB} are left" if left < have // 2 else None
 
 
-@_look("split-loses-pages")
+@_detects("split-loses-pages")
 def _split() -> str | None:
-    with huge_pages(), bench() as b:
+    with huge_pages(), detector_rig() as b:
         before = meminfo("Unevictable")
-        slot = b.bind(BIG)
+        slot = b.bind_at_gpa(BIG)
         b.guest.touch(GPA, PAGE, BIG // PAGE, byte=1)
-        need_large_pages(b.vm)
+        need_large_pages(b)
         slot.delete()
         have = meminfo("Unevictable") - before
         assert have > BIG // 2
         for start in range(0, BIG, LARGE):
-            b.file.punch_hole(start, PAGE)
+            b.unsized.punch_hole(start, PAGE)
         left = meminfo("Unevictable") - before
     return f"{left // MIB} MiB of {have // MIB} are left" if left < have // 2 else None
 
@@ -356,7 +315,7 @@ def _split() -> str | None:
 # -- what is handed on, and how long it lives ----------------------------------------------------
 
 
-@_look("fstat")
+@_detects("fstat")
 def _fstat() -> str | None:
     with RestrictedMem() as file:
         file.ftruncate(16 * PAGE)
@@ -366,21 +325,21 @@ def _fstat() -> str | None:
     return None if seen == (16 * PAGE, 8 * PAGE) else f"(size, allocated) is {seen}"
 
 
-@_look("private-flag-cleared")
+@_detects("private-flag-cleared")
 def _flag_cleared() -> str | None:
-    with bench() as b:
-        slots = RestrictedSlots(b.vm, b.file, 0)
+    with detector_rig() as b:
+        slots = RestrictedSlots(b.vm, b.unsized, 0)
         for change in ({}, {"guest_phys_addr": 5 * GIB}):
             assert slots.set() == "ok"
             said = slots.set(flags=0, **change)
             assert slots.delete(flags=0) == "ok"
-            b.file.punch_hole(0, 64 * PAGE)
+            b.unsized.punch_hole(0, 64 * PAGE)
             if said != "EINVAL":
                 return f"flags 0 for a private slot: {said}"
     return None
 
 
-@_look("path-outlives-file")
+@_detects("path-outlives-file")
 def _path() -> str | None:
     file = RestrictedMem()
     path = os.open(f"/proc/self/fd/{file.fileno()}", os.O_PATH)
@@ -395,15 +354,15 @@ def _path() -> str | None:
 # -- races ---------------------------------------------------------------------------------------
 
 
-@_look("notifiers-unlocked")
+@_detects("notifiers-unlocked")
 def _unlocked() -> str | None:
-    with bench() as b, HostMemory(MIB) as memory:
-        slots = RestrictedSlots(b.vm, b.file, memory.userspace_addr)
+    with detector_rig() as b, HostMemory(MIB) as memory:
+        slots = RestrictedSlots(b.vm, b.unsized, memory.userspace_addr)
         made, gone = slots.struct(restricted_offset=0), slots.struct(memory_size=0)
 
         def change() -> None:
-            b.file.allocate(0, MIB)
-            b.file.punch_hole(0, MIB)
+            b.unsized.allocate(0, MIB)
+            b.unsized.punch_hole(0, MIB)
 
         with beside(change) as holes:
             for _ in rounds(1000):
@@ -411,11 +370,11 @@ def _unlocked() -> str | None:
                 memory.discard(0, PAGE)  # an MMU notifier
                 assert slots.set_at(address_of(gone)) == "ok"
         assert holes[0] > 0
-        b.bind(MIB)
+        b.bind_at_gpa(MIB)
         return _spins(b, lambda: b.guest.load(GPA, 8))
 
 
-@_look("vm-closed-during-hole")
+@_detects("vm-closed-during-hole")
 def _vm_closed() -> str | None:
     with RestrictedMem() as file:
         file.allocate(0, MIB)
@@ -427,20 +386,20 @@ def _vm_closed() -> str | None:
     return None
 
 
-@_look("fault-beside-hole")
+@_detects("fault-beside-hole")
 def _beside_hole() -> str | None:
-    with huge_pages(), bench(cpus=2) as b:
-        b.bind(LARGE)
+    with huge_pages(), detector_rig(cpus=2) as b:
+        b.bind_at_gpa(LARGE)
         b.guest.store(GPA, 8, 1)
-        need_large_pages(b.vm)
+        need_large_pages(b)
         other = b.guest.cpus[1]
         with beside(lambda: other.touch(GPA + LARGE // 2, PAGE, 16)) as touched:
             for turn in rounds(200):
                 b.guest.store(GPA, 8, turn + 1)
-                b.file.punch_hole(0, PAGE)
+                b.unsized.punch_hole(0, PAGE)
                 seen = b.guest.load(GPA, 8)
                 if seen:
                     return f"after hole {turn} the guest read {seen} in it"
-                b.file.punch_hole(0, LARGE)
+                b.unsized.punch_hole(0, LARGE)
         assert touched[0] > 0
     return None

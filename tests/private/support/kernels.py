@@ -1,4 +1,4 @@
-"""What the running kernel has, by trying, and the skip where it has not."""
+"""What the running kernel supports, found out by trying; skips where it does not."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from .slot_requests import RestrictedSlots
 from .syscalls import errno_of
 
 MakeVm = Callable[[], PrivateVm]
-#: The kernel that runs, by its name in scripts/kernel: known by it to be mended.
-MENDED = os.environ.get("KVMPRIV_KERNEL") in ("restrictedmem", "restrictedmem-debug")
+#: The running kernel is named as one that has this project's fixes of v9.
+FIXED = os.environ.get("KVMPRIV_KERNEL") in ("restrictedmem", "restrictedmem-debug")
 
 VM_TYPES = {"default": gm.KVM_X86_DEFAULT_VM, "sw_protected": gm.KVM_X86_SW_PROTECTED_VM}
 
 
 def open_kvm() -> kvmpriv.Kvm:
-    """The host's KVM; a skip where there is none to be had."""
+    """The host's KVM; skips the test if it can't be opened."""
     try:
         return kvmpriv.Kvm()
     except OSError as error:
@@ -33,33 +33,47 @@ def open_kvm() -> kvmpriv.Kvm:
 
 
 def ask_for_v9() -> str:
-    """What system call 451 answers: EINVAL, if it is memfd_restricted(2)."""
+    """The answer of system call 451: EINVAL if it is memfd_restricted(2)."""
     return errno_of(restrictedmem.ask_memfd_restricted())
 
 
 def require_v9() -> None:
+    """Skip the test if the kernel has no memfd_restricted(2)."""
     if ask_for_v9() != "EINVAL":
         missing("restrictedmem", f"system call 451 answers {ask_for_v9()}")
 
 
 @cache
-def says_of_private_slots() -> str:
-    """What a VM that should accept KVM_MEM_PRIVATE says."""
+def answer_to_private_slots() -> str:
+    """The kernel's answer to a private slot, in a VM that should accept it."""
     with hook(on=True), Kvm() as kvm, kvm.create_vm() as vm, RestrictedMem() as file:
         return RestrictedSlots(vm, file, 0).set()
 
 
 def accepts_private_slots() -> bool:
-    """Whether there are VMs with v9's private memory here."""
+    """Whether VMs of this kernel can have v9's private memory."""
     try:
-        return ask_for_v9() == "EINVAL" and says_of_private_slots() == "ok"
+        return ask_for_v9() == "EINVAL" and answer_to_private_slots() == "ok"
     except OSError:  # no KVM
         return False
 
 
+def require_private_slots(_kvm: Kvm) -> None:
+    """Skip the test if no VM of this kernel accepts KVM_MEM_PRIVATE."""
+    require_v9()
+    if (said := answer_to_private_slots()) != "ok":
+        missing("restrictedmem", f"this kernel's VMs refuse KVM_MEM_PRIVATE: {said}")
+
+
+def require_sw_protected_vm(kvm: Kvm) -> None:
+    """Skip the test if this kernel can't make VMs of type KVM_X86_SW_PROTECTED_VM."""
+    if not kvm.check_extension(gm.KVM_CAP_VM_TYPES) >> gm.KVM_X86_SW_PROTECTED_VM & 1:
+        missing("guest_memfd", "no VM type here has private memory")
+
+
 @cache
 def takes_guest_memfd(vm_type: int) -> int:
-    """1 if VMs of a type take guest_memfd slots, 0 if not, -1 if there are no such VMs."""
+    """1 if VMs of this type take guest_memfd slots, 0 if not, -1 if they can't be made."""
     try:
         with Kvm() as kvm, kvm.create_vm(vm_type) as vm:
             return int(vm.check_extension(gm.KVM_CAP_GUEST_MEMFD) > 0)
@@ -68,6 +82,7 @@ def takes_guest_memfd(vm_type: int) -> int:
 
 
 def require_guest_memfd() -> None:
+    """Skip the test if no type of VM takes guest_memfd slots."""
     if not any(takes_guest_memfd(number) == 1 for number in VM_TYPES.values()):
-        open_kvm().close()  # or it is KVM that is missing
+        open_kvm().close()  # skips with "host" if KVM itself is missing
         missing("guest_memfd", "no type of VM has KVM_CAP_GUEST_MEMFD")

@@ -1,8 +1,11 @@
 """What guest and host must see: private memory as a small object in Python.
 
-Each method is one step, named and called as those of :class:`model_driver.Driver`, which takes it
-on a real kernel; both return the outcome, to be compared: "ok" or an errno's name, the bytes or
-the number that was read, the exit that stopped the guest.  All addresses and sizes are in bytes.
+Each method is one step, with the name and arguments of a method of :class:`model_driver.Driver`,
+which takes the step on a real kernel.  Both return the outcome, to be compared: "ok" or an errno's
+name, the bytes or the number that was read, the exit that stopped the guest.  All addresses and
+sizes are in bytes.
+
+:class:`Model` follows the traits of an ABI; a subclass has what only its ABI does.
 """
 
 from __future__ import annotations
@@ -11,12 +14,15 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvmpriv import private
+
 PAGE = 4096
 LOG_DIRTY_PAGES, READONLY = 1, 2
+EFAULT = 14
 
-#: "ok", an errno's name, what was read, or a tuple: the exit that stopped the guest.
+#: "ok", an errno's name, what was read, or a tuple for the exit that stopped the guest.
 Outcome = Any
-#: What the guest does: yields the exits that stop it, returns what it has read.
+#: A command of the guest: yields the exits that stop it, returns what it has read.
 Command = Generator[Outcome, None, Outcome]
 
 
@@ -25,7 +31,7 @@ NONE = (0, 0, False, False)
 
 
 class Bytes:
-    """Bytes that are zero until they are written."""
+    """Memory that is zero until it is written."""
 
     def __init__(self) -> None:
         self.pages: dict[int, bytearray] = {}
@@ -43,7 +49,7 @@ class Bytes:
             page[start % PAGE : start % PAGE + part] = data[start - at : start - at + part]
 
     def clear(self, at: int, size: int) -> None:
-        """Whole pages."""
+        """Make whole pages zero."""
         for page in [one for one in self.pages if at <= one * PAGE < at + size]:
             del self.pages[page]
 
@@ -51,7 +57,7 @@ class Bytes:
 @dataclass(eq=False)
 class File:
     content: Bytes = field(default_factory=Bytes)
-    #: Its maker has not closed it.
+    #: The descriptor has not been closed.
     wanted: bool = True
 
 
@@ -61,10 +67,10 @@ class Slot:
     size: int
     file: File
     offset: int
-    #: Where its shared side is; None: nowhere.
+    #: The offset of the shared side in host memory; None: there is none.
     memory: int | None
     flags: int
-    #: Made by the raw layer: it keeps no file open, and kvmpriv does not know what is in it.
+    #: Made by the raw ioctl: it keeps no file open, and kvmpriv does not know what it uses.
     raw: bool
 
     @property
@@ -90,25 +96,39 @@ class Stopped:
     gpa: int
     size: int
     write: bool
-    #: It is one instruction that accesses memory many times.
+    #: The command accesses memory by many instructions.
     string: bool
 
 
 class Model:
-    """A VM of one private memory ABI with two files, memory of the host, and vCPUs."""
+    """A VM with two files, host memory and vCPUs, by the ABI that a subclass names.
 
-    #: What a kernel says to a range of a guest_memfd that another slot has: they differ.
+    What the base class says is true of files that belong to a VM and whose slots end with them.
+    """
+
+    #: The ABI's name in kvmpriv.private.
+    name: str
+    #: The errno of a file range that another slot has; it differs by kernel.
     file_overlap = "EINVAL"
+    #: The errno of a slot whose descriptor is not open.
+    not_open = "EBADF"
+    #: The slot flags that may be set beside the ABI's own.
+    slot_flags = 0
+    #: The errno of ftruncate(2) once the file has a size.
+    truncated = "EINVAL"
+    #: Whether the guest can have pages mapped before it touches them.
+    can_populate = True
 
-    def __init__(self, abi: str, *, file_size: int, files: int = 2, cpus: int = 2) -> None:
-        self.v9 = abi == "restrictedmem"
+    def __init__(self, *, file_size: int, files: int = 2, cpus: int = 2) -> None:
+        abi = private.ABIS[self.name]
+        self.traits, self.fault_layout = abi.traits, abi.fault_layout
         self.file_size = file_size
         self.files = [File() for _ in range(files)]
         self.slots: dict[int, Slot] = {}
         self.memory = Bytes()
-        #: The pages of guest physical memory that are not of the kind that all are at first.
+        #: The pages of guest physical memory that differ from the default state.
         self.converted: set[int] = set()
-        #: v9's test vehicle: the pages of which the guest has said how it is going to use them.
+        #: Where the guest chooses: how it said it will access a page.
         self.wishes: dict[int, bool] = {}
         self.stopped: list[Stopped | None] = [None] * cpus
 
@@ -119,32 +139,19 @@ class Model:
     # -- what is where -----------------------------------------------------------------------------
 
     def is_private(self, gpa: int) -> bool:
-        return (gpa // PAGE in self.converted) != self.v9
+        return (gpa // PAGE in self.converted) != self.traits.default_private
 
     def slot_at(self, gpa: int) -> Slot | None:
         return next((slot for slot in self.slots.values() if slot.has(gpa)), None)
 
     def is_alive(self, file: File) -> bool:
-        """A descriptor of it is open."""
+        """Whether a descriptor of the file is open."""
         held = any(slot.file is file and not slot.raw for slot in self.slots.values())
         return file.wanted or held
 
     def stops(self, gpa: int, *, write: bool) -> Outcome:
-        """What an access to a page makes of the guest: None, or why it stops."""
+        """Why an access to a page stops the guest; None if it does not."""
         slot, private = self.slot_at(gpa), self.is_private(gpa)
-        if self.v9:
-            if slot is None:
-                return "mmio"
-            wanted = self.wishes.get(gpa // PAGE, private)
-            if wanted != private:
-                return self._fault(gpa, private=wanted)
-            if private:
-                # The data of such a write is nobody's business: no MMIO.
-                refused = write and slot.flags & READONLY
-                return self._fault(gpa, private=True) if refused else None
-            if write and slot.flags & READONLY:
-                return "mmio"  # whether or not there is memory to be spared
-            return None if slot.memory is not None else "EFAULT"
         if slot is None:
             return self._fault(gpa, private=True) if private else "mmio"
         if private:
@@ -152,11 +159,13 @@ class Model:
         return None if slot.memory is not None else "EFAULT"
 
     def _fault(self, gpa: int, *, private: bool) -> Outcome:
-        reason, errno, flag = (38, 0, 1) if self.v9 else (39, 14, 8)
-        return ("fault", reason, errno, gpa // PAGE * PAGE, PAGE, flag if private else 0)
+        layout = self.fault_layout
+        error = EFAULT if EFAULT in layout.errnos else 0
+        flags = layout.private_flag if private else 0
+        return ("fault", layout.reason, error, gpa // PAGE * PAGE, PAGE, flags)
 
     def _place(self, gpa: int) -> tuple[Bytes, int]:
-        """Where the guest finds what it accesses."""
+        """The memory, and the offset in it, that an access of the guest reaches."""
         slot = self.slot_at(gpa)
         assert slot is not None
         if self.is_private(gpa):
@@ -178,7 +187,7 @@ class Model:
     # -- the host ----------------------------------------------------------------------------------
 
     def new_file(self, number: int) -> Outcome:
-        """Make a file anew; the old one is closed."""
+        """Close a file and make a new one in its place."""
         self.files[number].wanted = False
         self.files[number] = File()
         return "ok"
@@ -202,24 +211,29 @@ class Model:
         chosen = self.files[file] if isinstance(file, int) else None
         if chosen and not chosen.wanted:
             return "closed"
-        if flags & ~(LOG_DIRTY_PAGES | READONLY if self.v9 else 0):
+        if flags & ~self.slot_flags:
             return "EINVAL"
         if (gpa | size | offset | (memory or 0)) % PAGE or slot in self.slots:
             return "EINVAL"
         if any(one.gpa < gpa + size and gpa < one.end for one in self.slots.values()):
             return "EEXIST"
         if chosen is None:
-            return "EBADF" if file == "none" and not self.v9 else "EINVAL"
+            return self.not_open if file == "none" else "EINVAL"
         new = Slot(gpa, size, chosen, offset, memory, flags, raw)
-        if not self.v9:
-            if offset + size > self.file_size:
-                return "EINVAL"
-            for one in self.slots.values():
-                apart = one.offset + one.size <= offset or offset + size <= one.offset
-                if one.file is chosen and not apart:
-                    return self.file_overlap
-        self.slots[slot] = new
-        return "ok"
+        refusal = self._refusal(new)
+        if refusal is None:
+            self.slots[slot] = new
+        return refusal or "ok"
+
+    def _refusal(self, new: Slot) -> str | None:
+        """The errno with which the file refuses a slot, or None."""
+        if new.offset + new.size > self.file_size:
+            return "EINVAL"
+        for one in self.slots.values():
+            apart = one.offset + one.size <= new.offset or new.offset + new.size <= one.offset
+            if one.file is new.file and not apart:
+                return self.file_overlap
+        return None
 
     def delete(self, slot: int) -> Outcome:
         return "ok" if self.slots.pop(slot, None) else "EINVAL"
@@ -228,7 +242,8 @@ class Model:
         if size == 0 or (gpa | size) % PAGE or gpa + size >= 1 << 64:
             return "EINVAL"
         pages = range(gpa // PAGE, (gpa + size) // PAGE)
-        (self.converted.difference_update if private == self.v9 else self.converted.update)(pages)
+        default = private == self.traits.default_private
+        (self.converted.difference_update if default else self.converted.update)(pages)
         if not keep:
             for slot in self.slots.values():
                 for at in range(max(gpa, slot.gpa), min(gpa + size, slot.end), PAGE):
@@ -236,9 +251,9 @@ class Model:
         return "ok"
 
     def _discard(self, slot: Slot, gpa: int, pages: range, *, private: bool) -> None:
-        """Free what the guest can't reach any more at this page, unless another slot has it.
+        """Free the page that the guest can't reach any more here, unless another slot has it.
 
-        Of the others, those that kvmpriv has made have it no more where they, too, are converted.
+        A slot that kvmpriv made does not have it where that slot is converted, too.
         """
         if slot.raw:
             return
@@ -272,17 +287,16 @@ class Model:
         return "ok"
 
     def allocate(self, file: int, offset: int, size: int) -> Outcome:
-        """Nobody sees a difference."""
+        """Allocation changes nothing that guest or host can see."""
         if not self.files[file].wanted:
             return "closed"
-        if size == 0 or (
-            not self.v9 and ((offset | size) % PAGE or offset + size > self.file_size)
-        ):
-            return "EINVAL"
-        return "ok"
+        return "EINVAL" if size == 0 or not self._can_allocate(offset, size) else "ok"
+
+    def _can_allocate(self, offset: int, size: int) -> bool:
+        return (offset | size) % PAGE == 0 and offset + size <= self.file_size
 
     def punch_slot(self, slot: int, gpa: int, size: int) -> Outcome:
-        """A hole through a slot, which works when its maker has closed the file."""
+        """A hole through a slot, which works when the file is closed, too."""
         found = self.slots.get(slot)
         if found is None or found.raw or not (found.gpa <= gpa and gpa + size <= found.end):
             return "not inside"
@@ -294,7 +308,7 @@ class Model:
         if not self.files[file].wanted:
             return "closed"
         return {
-            "ftruncate": "EPERM" if self.v9 else "EINVAL",
+            "ftruncate": self.truncated,
             "punch, not keeping the size": "EOPNOTSUPP",
             "collapse": "EOPNOTSUPP",
             "read": "EINVAL",
@@ -325,7 +339,7 @@ class Model:
     # -- the guest ---------------------------------------------------------------------------------
 
     def want(self, cpu: int, gpa: int, size: int, private: bool | None) -> Outcome:
-        """v9's test vehicle: say how the guest is going to access a range (None: as it is)."""
+        """Where the guest chooses: it says how it will access a range (None: by its state)."""
         self.stopped[cpu] = None
         if gpa % PAGE or size == 0:
             return "EINVAL"
@@ -347,7 +361,7 @@ class Model:
         return self.convert(gpa, size, private, keep=False)
 
     def populate(self, cpu: int, gpa: int, size: int) -> Outcome:
-        """Map ahead; guest_memfd only."""
+        """Map pages before they are touched."""
         for at in range(gpa, gpa + size, PAGE):
             stop = self.stops(at, write=False)
             if stop is not None:
@@ -453,7 +467,7 @@ class Model:
         return outcome
 
     def _reach(self, gpa: int, size: int, *, write: bool) -> Generator[Outcome, None, None]:
-        """Yields why the guest stops until it does not."""
+        """Yield why the guest stops, until it does not."""
         while True:
             stops = [self.stops(at, write=write) for at, _ in pieces(gpa, size)]
             stop = next((one for one in stops if one is not None), None)
@@ -464,31 +478,29 @@ class Model:
     # -- what is not defined -----------------------------------------------------------------------
 
     def ends_in_mmio(self, name: str, **arguments: Any) -> bool:
-        """The guest would access what is not memory."""
+        """The guest would access MMIO."""
         gpa, size, write, _ = self._access(name, **arguments)
         return any(self.stops(at, write=write) == "mmio" for at, _ in pieces(gpa, size))
 
     def is_void(self, name: str, **arguments: Any) -> bool:
-        """The guest would access as private what no slot of its has, by guest_memfd.
+        """The guest would access as private a page that no slot has.
 
-        That is a fault, unless KVM remembers that there was nothing: a conversion makes it forget
-        about slots only.
+        That is a fault, unless KVM has cached that there is no slot: a conversion drops what KVM
+        has cached of slots only.
         """
-        if self.v9:
-            return False
         gpa, size, _, _ = self._access(name, **arguments)
         return any(self.slot_at(at) is None and self.is_private(at) for at, _ in pieces(gpa, size))
 
     def is_split(self, name: str, **arguments: Any) -> bool:
-        """It takes more than one access to one page.
+        """The step is more than one access to one page.
 
-        How KVM cuts MMIO up is not private memory's business.
+        How KVM divides such MMIO is not a rule of private memory.
         """
         gpa, size, _, string = self._access(name, **arguments)
         return string or gpa % PAGE + size > PAGE
 
     def _access(self, name: str, **arguments: Any) -> tuple[int, int, bool, bool]:
-        """What a step accesses: where, how many bytes, to write, by more than one load or store."""
+        """What a step accesses: gpa, size, whether it writes, whether by many instructions."""
         if name == "resume":
             stopped = self.stopped[arguments["cpu"]]
             return (stopped.gpa, stopped.size, stopped.write, stopped.string) if stopped else NONE
@@ -502,8 +514,51 @@ class Model:
         return NONE
 
 
+class GuestMemfdModel(Model):
+    """guest_memfd in a VM whose accesses follow the state."""
+
+    name = "guest_memfd"
+
+
+class RestrictedMemModel(Model):
+    """v9 with its test vehicle: the guest chooses how it accesses a page."""
+
+    name = "restrictedmem"
+    not_open = "EINVAL"
+    slot_flags = LOG_DIRTY_PAGES | READONLY
+    truncated = "EPERM"
+    can_populate = False
+
+    def stops(self, gpa: int, *, write: bool) -> Outcome:
+        slot, private = self.slot_at(gpa), self.is_private(gpa)
+        if slot is None:
+            return "mmio"
+        wanted = self.wishes.get(gpa // PAGE, private)
+        if wanted != private:
+            return self._fault(gpa, private=wanted)
+        read_only = write and slot.flags & READONLY
+        if private:
+            return self._fault(gpa, private=True) if read_only else None  # no MMIO: it has the data
+        if read_only:
+            return "mmio"  # also where the slot has no memory
+        return None if slot.memory is not None else "EFAULT"
+
+    def _refusal(self, new: Slot) -> str | None:
+        return None
+
+    def _can_allocate(self, offset: int, size: int) -> bool:
+        return True
+
+    def is_void(self, name: str, **arguments: Any) -> bool:
+        return False
+
+
+#: The model of each ABI that has one.
+MODELS: dict[str, type[Model]] = {one.name: one for one in (RestrictedMemModel, GuestMemfdModel)}
+
+
 def pieces(at: int, size: int) -> Iterator[tuple[int, int]]:
-    """A range cut at the borders of pages: (where, how many bytes)."""
+    """Divide a range at page boundaries: (start, size) of each piece."""
     end = at + size
     while at < end:
         part = min(PAGE - at % PAGE, end - at)

@@ -34,6 +34,11 @@ HOME_SLOT = 9
 PATIENCE = 60
 
 _SHMEM = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+#: The raw call of each ABI, which takes a descriptor by its number.
+_SET_SLOT: dict[str, Callable[..., object]] = {
+    "restrictedmem": restrictedmem.set_user_memory_region_ext,
+    "guest_memfd": guest_memfd.set_user_memory_region2,
+}
 
 
 class Stuck(BaseException):
@@ -181,30 +186,17 @@ class Driver:
             )
             return
         fd = self.files[file].fileno() if isinstance(file, int) else self._others[file]
-        if self.abi.name == "restrictedmem":
-            restrictedmem.set_user_memory_region_ext(
-                self.vm,
-                slot,
-                gpa,
-                size,
-                None if memory is None else self.memory,
-                fd,
-                offset,
-                memory_offset=0 if memory is None else self.base + memory,
-                flags=flags | rm.KVM_MEM_PRIVATE,
-            )
-        else:
-            guest_memfd.set_user_memory_region2(
-                self.vm,
-                slot,
-                gpa,
-                size,
-                None if memory is None else self.memory,
-                fd,
-                offset,
-                memory_offset=0 if memory is None else self.base + memory,
-                flags=flags | 4,
-            )
+        _SET_SLOT[self.abi.name](
+            self.vm,
+            slot,
+            gpa,
+            size,
+            None if memory is None else self.memory,
+            fd,
+            offset,
+            memory_offset=0 if memory is None else self.base + memory,
+            flags=flags | self.abi.slot_flag,
+        )
 
     def delete(self, slot: int) -> None:
         if slot in self.vm.slots:

@@ -15,8 +15,10 @@ from typing import Any
 import hypothesis
 from hypothesis import strategies as st
 
+from kvmpriv.private import ABIS
+
 from . import model_driver
-from .model import PAGE, Model
+from .model import MODELS, PAGE, Model
 from .model_driver import FILE_SIZE, MEMORY_SIZE, Driver, differ, shown
 
 #: The guest's memory: 16 pages across the 4 GiB border, and a large page with its neighbours.
@@ -262,7 +264,9 @@ def _often(kinds: list[st.SearchStrategy[Step]], times: int) -> list[st.SearchSt
 
 
 def any_step(abi: str) -> st.SearchStrategy[Step]:
-    own = [_WANT] * 5 if abi == "restrictedmem" else [_POPULATE] * 3
+    """A step, of those that the ABI has."""
+    chooses = not ABIS[abi].traits.access_follows_state
+    own = [*[_WANT] * 5 * chooses, *[_POPULATE] * 3 * MODELS[abi].can_populate]
     return st.one_of(
         *_often(_GUEST, 4), *_often(_CONVERSIONS, 4), *_often(_FILES, 2), *_often(_HOST, 2),
         *[binds] * 8, *[step("delete", lambda slot: {"slot": slot}, slots)] * 3,
@@ -310,7 +314,7 @@ class Machine:
     done: Steps = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.model = self.model_class(self.abi, file_size=FILE_SIZE)
+        self.model = self.model_class(file_size=FILE_SIZE)
         self.driver = Driver(self.abi)
         self.uses_large = False
 
@@ -384,7 +388,9 @@ class Machine:
         """Nothing is bound, written, converted or wished for."""
         self.uses_large = False
         self.unbind()
-        self.do("convert", gpa=ALL, size=ALL_SIZE, private=self.model.v9, keep=True)
+        self.do(
+            "convert", gpa=ALL, size=ALL_SIZE, private=self.model.traits.default_private, keep=True
+        )
         for number in range(len(self.model.files)):
             self.do("new_file", number=number)
         self.do("forget", offset=0, size=MEMORY_SIZE)
@@ -393,7 +399,7 @@ class Machine:
             self.do("reset", cpu=cpu)
 
     def unbind(self) -> None:
-        if self.model.v9:
+        if not self.model.traits.access_follows_state:
             self.do("want", cpu=0, gpa=ALL, size=ALL_SIZE, private=None)
         for slot in list(self.model.slots):
             self.do("delete", slot=slot)
@@ -401,7 +407,7 @@ class Machine:
     def sweep(self) -> None:
         """Look at every page, from both sides: as it is, then private, then shared."""
         self.look()
-        if self.model.v9:
+        if not self.model.traits.access_follows_state:
             self.do("want", cpu=1, gpa=ALL, size=ALL_SIZE, private=None)
         for private in (True, False):
             self.do("convert", gpa=ALL, size=ALL_SIZE, private=private, keep=True)
@@ -471,7 +477,7 @@ def search(
     artifacts: Path,
     shrink_seconds: float = 60,
     shrink_tries: int | None = None,
-    model_class: type[Model] = Model,
+    model_class: type[Model] | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Report:
     """Look for a mismatch until so many steps are taken, or so much time has passed.
@@ -480,6 +486,7 @@ def search(
     ends a round, too, but not before EXAMPLES_MIN and STEPS_MIN.
     """
     report = Report(seed)
+    model_class = model_class or MODELS[abi]
     started = time.monotonic()
     ends = float("inf") if seconds is None else started + seconds
     number = 0

@@ -11,7 +11,7 @@ from kvmpriv.cdefs import guest_memfd as gm
 from kvmpriv.cdefs import kvm as k
 from kvmpriv.cdefs import restrictedmem as rm
 
-from .syscalls import GIB, PAGE, PROT_NONE, call, errno_of
+from .syscalls import GIB, PAGE, PROT_NONE, address_of, call, errno_of
 
 if TYPE_CHECKING:
     from kvmpriv.fd import Fd
@@ -35,7 +35,8 @@ class Slots:
     def set(self, **changes: int) -> str:
         """The kernel's answer to the good slot with `changes`."""
         self.asked += 1
-        return errno_of(self.vm.ioctl_errno(self.request, self.struct(**changes)))
+        struct = self.struct(**changes)  # passed by address: a test may use another request
+        return errno_of(self.vm.ioctl_errno(self.request, address_of(struct)))
 
     def set_at(self, address: int) -> str:
         """The kernel's answer to the struct at an address."""
