@@ -252,6 +252,56 @@ def test_a_handler_that_raises_never_leaves_it_running(make_guest: MakeGuest) ->
     assert interrupted > 100
 
 
+def test_a_run_before_whose_entry_a_signal_handler_runs_the_vcpu(
+    make_guest: MakeGuest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mark that the vCPU is running is the outer run's: kicks and close() rely on it."""
+    _, vcpu, _ = make_guest(OUT_LOOP)
+    prepare, inner, marked = vcpu._prepare, [], []
+
+    def interrupted(me: object) -> None:
+        prepare(me)
+        monkeypatch.undo()  # the inner run prepares as usual
+        inner.append(vcpu.run())
+        marked.append(bool(vcpu._runner))
+
+    monkeypatch.setattr(vcpu, "_prepare", interrupted)
+    assert vcpu.run() == k.KVM_EXIT_IO
+    assert inner == [k.KVM_EXIT_IO]
+    assert marked == [True]
+    assert vcpu._runner == {}
+
+
+def test_signal_handlers_that_run_the_vcpu(make_guest: MakeGuest) -> None:
+    """Wherever in run() the signal comes, the handler's run works and leaves the mark alone."""
+    _, vcpu, _ = make_guest(OUT_LOOP)
+    nested: list[tuple[int, bool]] = []
+
+    def handler(*_: object) -> None:
+        outer = bool(vcpu._runner)
+        reason = vcpu.run()
+        if outer:
+            nested.append((reason, bool(vcpu._runner)))
+        signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, 3e-4))
+
+    before = signal.signal(signal.SIGALRM, handler)
+    reasons = set()
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1e-4)
+        deadline = time.monotonic() + 1.5
+        while time.monotonic() < deadline:
+            reasons.add(vcpu.run())
+    finally:
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert reasons <= {k.KVM_EXIT_IO, k.KVM_EXIT_INTR}
+    assert {reason for reason, _ in nested} <= {k.KVM_EXIT_IO, k.KVM_EXIT_INTR}
+    assert len(nested) > 20
+    assert all(marked for _, marked in nested)
+    assert vcpu._runner == {}
+
+
 def test_one_thread_after_another(make_guest: MakeGuest) -> None:
     """The system gives a thread the number of one that has ended; each can be called back."""
     _, vcpu, _ = make_guest(SPIN)
@@ -420,6 +470,30 @@ def test_vcpu_thread(make_guest: MakeGuest) -> None:
     with VcpuThread(vcpu, lambda *_: None) as thread, pytest.raises(TimeoutError, match="vCPU 0"):
         thread.result(0.05)
     assert thread.result() is None, "stopped"
+
+
+def test_what_a_thread_raises_is_not_lost(make_guest: MakeGuest) -> None:
+    """The block raises it, unless the block fails itself or result() has raised it."""
+    _, vcpu, _ = make_guest(OUT_LOOP)
+
+    def broken(which: Vcpu, reason: int) -> None:
+        raise LookupError("the handler's own")
+
+    def fail(thread: threading.Thread) -> None:
+        thread.join(LOST_AFTER)
+        raise KeyError("the block's")
+
+    with pytest.raises(LookupError, match="the handler's own"), VcpuThread(vcpu, broken) as thread:
+        thread.join(LOST_AFTER)
+    with pytest.raises(KeyError, match="the block's"), VcpuThread(vcpu, broken) as thread:
+        fail(thread)
+    with VcpuThread(vcpu, broken) as thread:
+        with pytest.raises(LookupError, match="the handler's own"):
+            thread.result(LOST_AFTER)
+        thread.join()
+    with VcpuThread(vcpu, lambda *_: None) as thread:
+        thread.stop()
+    assert thread.result() is None
 
 
 def test_two_vcpus_run_at_once(make_guest: MakeGuest) -> None:

@@ -5,7 +5,6 @@ Documentation/networking/tuntap.rst of the kernel; user_namespaces(7).
 
 from __future__ import annotations
 
-import ctypes
 import errno as _errno
 import fcntl
 import os
@@ -16,6 +15,8 @@ import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
+
+from ... import libc
 
 __all__ = ["GUEST_ADDRESS", "HEADER_SIZE", "HOST_ADDRESS", "PREFIX_LENGTH", "Tap"]
 
@@ -30,7 +31,6 @@ _TUN = "/dev/net/tun"
 _TUNSETIFF, _TUNSETVNETHDRSZ = 0x400454CA, 0x400454D8
 _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
 # <linux/sched.h>, <linux/capability.h>
-_CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000
 _CAP_NET_ADMIN, _CAP_SYS_ADMIN = 12, 21
 
 
@@ -225,9 +225,8 @@ def hold(fd: int) -> None:
     what = "unshare(CLONE_NEWUSER | CLONE_NEWNET)"
     try:
         user, group = os.geteuid(), os.getegid()
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET) != 0:
-            raise OSError(ctypes.get_errno(), "")
+        if libc.unshare(libc.CLONE_NEWUSER | libc.CLONE_NEWNET) != 0:
+            raise libc.os_error(libc.last_errno(), what)
         for name, content in (
             ("setgroups", "deny"),  # or gid_map could not be written
             ("uid_map", f"0 {user} 1"),
