@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 SETUP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-debug test-literal soak calibrate check kernels cdefs bench clean packages
+.PHONY: help demo test test-debug test-literal soak calibrate check kernels cdefs manual docs bench clean packages
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -48,6 +48,12 @@ kernels: $(SETUP)  ## build the kernels, or find them in the cache (~/.cache/kvm
 cdefs: $(SETUP)  ## write what is generated: kvmpriv/cdefs from cdefs/, the ready guest from its source
 	$(BIN)/python scripts/generate/cdefs.py
 	$(BIN)/python scripts/generate/guests.py
+
+manual: $(SETUP)  ## write the manual pages and shell completions from the commands' parsers
+	$(BIN)/python scripts/generate/pages.py
+
+docs: $(SETUP)  ## the API reference from the docstrings, in build/docs; a warning is an error
+	$(BIN)/python scripts/generate/reference.py
 
 bench: $(SETUP)  ## the benchmarks, each beside C or plain Python: a table, and bench.json
 	$(BIN)/python scripts/bench/run.py

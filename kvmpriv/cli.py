@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from typing import TextIO
 
-__all__ = ["command_parser", "main", "make_parser"]
+__all__ = ["command_module", "command_parser", "main", "make_parser", "run", "status_text"]
 
 _DESCRIPTION = "KVM guest private memory: probe a host, run guests, test a kernel."
 _SIGINT, _SIGPIPE = 2, 13
@@ -109,14 +109,15 @@ def did_you_mean(word: str, names: Iterable[str]) -> str:
     return f"; did you mean `{close[0]}`?" if close else ""
 
 
-def _module(command: str) -> Any:
+def command_module(command: str) -> Any:
+    """The module of a command, with `add_arguments` and `main`."""
     return import_module(f".commands.{command}", __package__)
 
 
 def command_parser(command: Command, parser: argparse.ArgumentParser | None = None) -> Any:
     """Add the arguments and the help of a command to `parser`, or to a new one; returns it."""
     parser = parser or _Parser(prog=f"kvmpriv {command.name}")
-    module = _module(command.name)
+    module = command_module(command.name)
     module.add_arguments(parser)
     parser.description = parser.description or f"{command.summary[0].upper()}{command.summary[1:]}."
     parts = [parser.epilog or ""]
@@ -125,12 +126,13 @@ def command_parser(command: Command, parser: argparse.ArgumentParser | None = No
         parts[-1] += "".join(f"\n  {example}\n      {about}" for example, about in examples)
     if statuses := getattr(module, "EXIT_STATUS", {}):
         parts.append("exit status:")
-        parts[-1] += "".join(f"\n  {_status(key):6} {text}" for key, text in statuses.items())
+        parts[-1] += "".join(f"\n  {status_text(key):6} {text}" for key, text in statuses.items())
     parser.epilog = "\n\n".join(filter(None, parts)) or None
     return parser
 
 
-def _status(key: str | int) -> str:
+def status_text(key: ExitStatus | str) -> str:
+    """A key of a command's EXIT_STATUS, as help and manual pages print it."""
     return key if isinstance(key, str) else f"{key:d}"
 
 
@@ -169,7 +171,7 @@ def _run(arguments: list[str]) -> int:
     options = command_parser(commands[name]).parse_args(arguments[1:])
     if sys.stdout is None:
         return fail("", "standard output is closed", ExitStatus.UNABLE)
-    status: int = _module(name).main(options)
+    status: int = command_module(name).main(options)
     return status
 
 

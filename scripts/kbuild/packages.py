@@ -43,6 +43,7 @@ DEVELOPING = {
     "/usr/include/stdio.h": "libc6-dev",
     "/usr/include/linux/kvm.h": "linux-libc-dev",
     "objcopy": "binutils",
+    "man": "man-db",
     "bpftool": "bpftool",
     "busybox": "busybox-static",
 }
