@@ -66,7 +66,7 @@ def main() -> int:
     with vm, Puppet(vm, cpus=2) as guest:
         vm.add_private_memory(GPA, SIZE)
         right = race(guest, rounds)
-    print("nothing lost, nothing torn" if right else "NOT AS IT SHOULD BE")
+    print("nothing lost, nothing torn" if right else "UNEXPECTED RESULT")
     return 0 if right else 1
 
 

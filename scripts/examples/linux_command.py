@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Boot a Linux kernel, run a command in it, return its exit status.
+"""Boot a Linux kernel, run a command in it, and return the command's exit status.
 
     scripts/examples/linux_command.py /boot/vmlinuz-6.1.0-56-amd64 'nproc; free -m; exit 3'
 
-The command has busybox's tools, in a root file system that is made here; root's files stay away.
+The command runs in a root file system of its own, made here, which holds busybox and nothing else.
+Exit status: the command's; 2 for bad usage.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def run(kernel: str, command: str) -> int:
 
 if __name__ == "__main__":
     if len(sys.argv) != 3:
-        sys.exit(__doc__)
+        print(__doc__, file=sys.stderr)
+        sys.exit(2)
     try:
         sys.exit(run(*sys.argv[1:]))
     except (OSError, ValueError) as error:

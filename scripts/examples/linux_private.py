@@ -1,14 +1,18 @@
 #!/usr/bin/env python3
-"""Linux whose applications' memory is private: a program fills it with a marker.  The host, that
-looks for it in all it can read, does not find it; another in shared memory it does find.
+"""Boot Linux with its applications' memory private, and search for their data from the host.
 
-The kernel is in shared memory, and so is what it has of a program: what goes through a
-pipe or socket, and the registers of one that was interrupted.  64 bytes of the marker have been
-seen there, on their way from one page to another.  So what is looked for is longer than that.
+A program in the guest fills its memory with a marker.  Afterwards the host searches everything that
+it can read: it must not find this marker, and must find another one, which is in shared memory.
 
     scripts/examples/linux_private.py KERNEL [ABI [MEBIBYTES [FILE]]]
 
-`kvmpriv trace FILE` shows what happened meanwhile.
+The guest's kernel is in shared memory, and so is what the kernel holds of a program: data in pipes
+and sockets, and the registers of a program that was interrupted.  Up to 64 bytes of the marker have
+been seen there while the program copied it.  The host therefore searches for a longer string.
+
+FILE gets a recording, which `kvmpriv trace FILE` shows.  Standard output gets the result as JSON.
+Exit status: 0 if the host found what it may find, 1 if not, 2 for bad usage, 77 without private
+memory.
 """
 
 from __future__ import annotations
@@ -20,15 +24,15 @@ from pathlib import Path
 from kvmpriv import Kvm, private
 from kvmpriv.guest.linux import LinuxMachine, initrd, load_linux, plan
 
-SKIP = 77  # the exit status that test harnesses take for "can't be tried here"
+SKIP = 77  # the exit status by which test harnesses recognise a skipped test
 MIB, PAGE_SIZE = 1 << 20, 4096
 
-# The marker is put together in the guest, so that the host has never had it.  Each copy is a
-# string in awk's memory, and none of them passes through the kernel's.
+# The guest puts the marker together, so that the host never had it.  Each copy is a string in awk's
+# memory; none passes through the kernel's memory.
 PROGRAM = r"""
 pages=$(awk '/Movable/ { here = 1 } here && /managed/ { print $2; exit }' /proc/zoneinfo)
 echo movable $pages >/dev/ttyS1
-# All but what the kernel keeps free, and would take from elsewhere rather than give away.
+# Fill all but 6 %: the kernel keeps some pages free, and would use shared memory before those.
 awk -v count=$((pages * 94 / 100 / 256)) 'BEGIN {
     piece = "the guest" " keeps this " "to itself. "
     while (length(piece) < 1048000) piece = piece piece
@@ -40,7 +44,7 @@ echo exit 0 >/dev/ttyS1
 poweroff -f
 """
 SECRET = b"the guest keeps this to itself. " * 64  # 2 KiB: more than all vector registers
-OPEN = b"kvmpriv.open=what-everybody-may-read"
+OPEN = b"kvmpriv.open=readable-by-the-host"
 
 
 def main(
@@ -89,8 +93,9 @@ def main(
 
 if __name__ == "__main__":
     if not 2 <= len(sys.argv) <= 5:
-        sys.exit(__doc__)
+        print(__doc__, file=sys.stderr)
+        sys.exit(2)
     try:
         sys.exit(main(*sys.argv[1:]))
-    except (OSError, ValueError) as error:  # no such kernel, not a number, an ABI of no name
+    except (OSError, ValueError) as error:  # the kernel, the size or the ABI can't be used
         sys.exit(f"linux_private.py: {error}")

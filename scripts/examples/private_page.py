@@ -41,7 +41,7 @@ def main() -> int:
     print("private memory by", vm.abi.name)
     with vm:
         right = show(vm)
-    print("hidden while private, found when shared" if right else "NOT AS IT SHOULD BE")
+    print("hidden while private, found when shared" if right else "UNEXPECTED RESULT")
     return 0 if right else 1
 
 

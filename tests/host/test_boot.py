@@ -87,17 +87,17 @@ def test_usage(image: Path, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("kvm")
 def test_the_scripts(tmp_path: Path) -> None:
-    """What a script is told wrongly, and what becomes of a guest, in words and a status."""
+    """The example scripts report bad usage, bad files and the end of the guest, each with a status."""
     ends = tmp_path / "ends"
     ends.write_bytes(kernel(bytes.fromhex("b02a e6f4")))  # mov $42, %al; out %al, $0xf4
     for script, arguments, status, words in (
-        ("linux_command.py", (), 1, "    scripts/examples/linux_command.py /boot/vmlinuz"),
-        ("linux_command.py", (ends,), 1, "    scripts/examples/linux_command.py /boot/vmlinuz"),
+        ("linux_command.py", (), 2, "    scripts/examples/linux_command.py /boot/vmlinuz"),
+        ("linux_command.py", (ends,), 2, "    scripts/examples/linux_command.py /boot/vmlinuz"),
         ("linux_command.py", (tmp_path / "none", ""), 1, "No such file or directory: '"),
         ("linux_command.py", (os.devnull, ""), 1, "linux_command.py: the file is empty"),
         ("linux_command.py", (ends, ""), 42, "linux_command.py: exit: wrote to port 0xf4"),
-        ("linux_private.py", (), 1, "    scripts/examples/linux_private.py KERNEL [ABI"),
-        ("linux_private.py", (ends, "v8"), 1, "linux_private.py: no private memory ABI is called"),
+        ("linux_private.py", (), 2, "    scripts/examples/linux_private.py KERNEL [ABI"),
+        ("linux_private.py", (ends, "v8"), 1, "linux_private.py: unknown private memory ABI"),
     ):
         command = [sys.executable, ROOT / "scripts/examples" / script, *arguments]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
