@@ -48,13 +48,13 @@ def implicit(guest: Puppet, memory: HostMemory) -> None:
     want(uapi.restrictedmem.KVM_MAP_GPA_RANGE_WANT_SHARED)
     guest.write(GPA, b"for the host")
     expect(
-        "the host reads what the guest wrote as shared memory",
+        "what the guest writes as shared, the host reads",
         memory.read(0, 12) == b"for the host",
     )
     want(uapi.restrictedmem.KVM_MAP_GPA_RANGE_WANT_PRIVATE)
     guest.write(GPA, b"for me alone")
     expect(
-        "the host does not read what the guest wrote as private memory",
+        "what it writes as private, the host does not",
         memory.read(0, 12) == bytes(12),
     )
     for exit_ in guest.exits:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,7 @@ from private.support.requirements import missing
 
 PAGE, MIB = 4096, 1 << 20
 GPA, OFFSET, SIZE = 4 << 30, 3 * MIB, 4 * MIB
+README = Path(private.__file__).with_name("README.md")
 HOOK = Path("/sys/module/kvm/parameters/private_mem_testing")
 
 pytestmark = pytest.mark.usefixtures("no_leak")
@@ -110,7 +113,8 @@ def test_the_order_of_trial(kvm: Kvm, abi: PrivateAbi, monkeypatch: pytest.Monke
         def create_vm(self, kvm: Kvm) -> PrivateVm:
             raise OSError(errno.ENXIO, f"{self.name} does not work anywhere")
 
-    never, again = Never("never"), type(abi)("again")
+    never, again = Never("never"), copy(abi)
+    again.name = "again"
     monkeypatch.setattr(private, "ABIS", {"never": never, "again": again, abi.name: abi})
     assert private.choose(kvm) is again
     with pytest.raises(OSError, match=r"here: never: never does not work anywhere$") as refused:
@@ -142,6 +146,12 @@ def test_choose_where_there_is_none(kvm: Kvm) -> None:
     assert refused.errno == errno.EOPNOTSUPP
     for name in private.ABIS:
         assert f"{name}: " in refused.strerror
+
+
+@pytest.mark.usefixtures("abi")
+def test_the_readmes_example() -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    exec(compile(example, str(README), "exec"), {})
 
 
 # -- binding ---------------------------------------------------------------------------------------

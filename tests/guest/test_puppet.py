@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvmpriv import ArgumentError, ClosedError, HostMemory, Kvm, Vm, uapi
+from kvmpriv import ArgumentError, ClosedError, HostMemory, Kvm, Vm
 from kvmpriv.exits import ExitReason, IoExit, MmioExit, SimpleExit
 from kvmpriv.guest import GuestCrash, mailbox
 from kvmpriv.guest.puppet import HOME, HOME_SIZE, GuestExit, Puppet, PuppetCpu
@@ -107,8 +107,8 @@ def test_exits_on_the_way(guest: Puppet) -> None:
         guest.halt()
     guest.resume()
     assert guest.exits[1:] == [
-        IoExit(2, True, 0x80, 2, 1, b"\xef\xbe"),
-        SimpleExit(uapi.kvm.KVM_EXIT_HLT),
+        IoExit(ExitReason.IO, True, 0x80, 2, 1, b"\xef\xbe"),
+        SimpleExit(ExitReason.HLT),
     ]
     assert guest.read(GPA, 4) == bytes(4), "and it goes on"
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -162,6 +164,15 @@ def test_a_layout_of_ones_own_comes_first(monkeypatch: pytest.MonkeyPatch) -> No
         register_fault_layout(layout)
     assert FAULT_LAYOUTS[39] is guest_memfd
     assert FAULT_LAYOUTS.pop(77).abi == "own"
+
+
+def test_the_readmes_paths_exist() -> None:
+    root = Path(__file__).parents[2]
+    text = (root / "kvmpriv" / "private" / "README.md").read_text()
+    paths = re.findall(r"`((?:cdefs|kvmpriv|scripts|tests)/[\w./]+)`", text)
+    assert len(paths) >= 8
+    missing = [path for path in paths if "NAME" not in path and not (root / path).exists()]
+    assert not missing
 
 
 def test_traits_of_guest_memfd_with_options() -> None:
