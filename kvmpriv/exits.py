@@ -17,10 +17,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias, cast
 
 from .cdefs import kvm as kvm_h
-from .cdefs.enums import ExitReason, InternalError, SystemEvent
+from .cdefs.exit_reason import ExitReason
 from .faults import FAULT_LAYOUTS, FaultLayout, layout_of
 
 if TYPE_CHECKING:
+    from .cdefs.enums import InternalError, SystemEvent
     from .cdefs.guest_memfd_structs import kvm_run_memory_fault
     from .cdefs.kvm_structs import kvm_run
 
@@ -380,6 +381,8 @@ def decode(run: kvm_run, errno: int = 0, fault_layout: FaultLayout | None = None
     if number == kvm_h.KVM_EXIT_INTERNAL_ERROR:
         return _decode_internal_error(reason, run)
     if number == kvm_h.KVM_EXIT_SYSTEM_EVENT:
+        from .cdefs.enums import SystemEvent
+
         event = run.system_event
         words = tuple(event.data)[: min(event.ndata, 16)]
         return SystemEventExit(reason, SystemEvent(event.type), words)
@@ -411,6 +414,8 @@ def _decode_memory_fault(
 
 
 def _decode_internal_error(reason: ExitReason, run: kvm_run) -> InternalErrorExit:
+    from .cdefs.enums import InternalError
+
     error = run.internal
     ndata = min(error.ndata, 16)
     instruction = b""

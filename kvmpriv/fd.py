@@ -53,6 +53,16 @@ def _show(value: object) -> str:
     return repr(value)
 
 
+def _show_field(struct: str, name: str, value: int) -> str:
+    """A field's value; by its name in the kernel's headers for a capability and a slot's flags."""
+    is_cap = struct == "struct kvm_enable_cap" and name == "cap"
+    if is_cap or (struct.startswith("struct kvm_userspace_memory_region") and name == "flags"):
+        from .cdefs.enums import Cap, MemFlag  # an error, at most: they take 2 ms
+
+        return str(Cap(value) if is_cap else MemFlag(value))
+    return _show(value)
+
+
 _ALL_ZERO = "all 0"
 
 
@@ -74,7 +84,7 @@ def describe(argument: object) -> str:
             continue
         if isinstance(value, int):
             if value:
-                shown.append(f"{name}={_show(value)}")
+                shown.append(f"{name}={_show_field(kind.item.cname, name, value)}")
         elif isinstance(value, _ffi.CData) and _ffi.typeof(value).kind == "struct":
             inner = describe(_ffi.addressof(value))
             if inner != _ALL_ZERO:

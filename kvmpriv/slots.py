@@ -175,8 +175,10 @@ class Slot:
             thing.release()
 
     def __repr__(self) -> str:
+        from .cdefs.enums import MemFlag
+
         return (
             f"<Slot {self.slot}{' DELETED' if self.deleted else ''}: "
             f"{self.guest_phys_addr:#x}…{self.end:#x}"
-            f"{f' flags {self.flags:#x}' if self.flags else ''}>"
+            f"{f' flags {MemFlag(self.flags)}' if self.flags else ''}>"
         )

@@ -1,7 +1,7 @@
 """Integers that know their name in the kernel's headers, for what people read.
 
-The generated classes of :mod:`kvmpriv.cdefs.enums` are made of these.  An integer without a name
-is no error: a newer kernel may return one.  It is shown with its number: ``exit 77``.
+The generated enums, :mod:`kvmpriv.cdefs.enums` and ``exit_reason``, are made of these.  An integer
+without a name is not an error: a newer kernel may return one.  It is shown as ``exit 77``.
 """
 
 from __future__ import annotations

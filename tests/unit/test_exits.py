@@ -8,7 +8,9 @@ from typing import Any, get_args
 import pytest
 
 from kvmpriv import exits, private, uapi
-from kvmpriv.cdefs.enums import Cap, ExitReason, MemFlag
+from kvmpriv.cdefs.enums import Cap, MemFlag
+from kvmpriv.cdefs.exit_reason import ExitReason
+from kvmpriv.fd import describe
 
 
 @pytest.fixture
@@ -186,3 +188,12 @@ def test_flags_are_shown_by_name() -> None:
     assert str(MemFlag(6)) == "READONLY|PRIVATE"
     assert str(MemFlag(0x41)) == "LOG_DIRTY_PAGES|0x40"
     assert str(MemFlag(0)) == "0x0"
+
+
+def test_messages_show_capabilities_and_flags_by_name() -> None:
+    cap = uapi.kvm.ffi.new("struct kvm_enable_cap *", {"cap": uapi.kvm.KVM_CAP_X86_SMM})
+    assert describe(cap) == "cap=KVM_CAP_X86_SMM"
+    region = uapi.kvm.ffi.new("struct kvm_userspace_memory_region *", {"slot": 1, "flags": 0x12})
+    assert describe(region) == "slot=1, flags=READONLY|0x10"
+    event = uapi.kvm.ffi.new("struct kvm_irqfd *", {"flags": 2})
+    assert describe(event) == "flags=2", "these are other flags"

@@ -20,6 +20,9 @@ def test_the_wheel_is_pure_python(wheel: Path) -> None:
     assert not [name for name in names if name.endswith((".so", ".c", ".pyc"))]
     needs = (
         "cdefs/kvm.py",
+        "cdefs/kvm.pyi",
+        "cdefs/kvm_structs.py",
+        "cdefs/include/kvm.h",
         "guest/ready.py",
         "probe/schema.json",
         "py.typed",

@@ -14,6 +14,8 @@ from private.support import requirements
 
 #: One that is not expected would end the test here, too, and as no failure.
 OUTCOMES = (pytest.skip.Exception, pytest.fail.Exception)
+#: Calls that skip a test and name nothing that can be required.
+QUIET = ("pytest.skip", "pytest.mark.skip", "pytest.mark.skipif", "pytest.importorskip")
 TESTS = Path(__file__).resolve().parents[1]
 
 

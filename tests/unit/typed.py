@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing_extensions import assert_never, assert_type
 
 from kvmpriv import Vcpu, exits, uapi
-from kvmpriv.cdefs.enums import ExitReason
+from kvmpriv.cdefs.exit_reason import ExitReason
 from kvmpriv.cdefs.guest_memfd_structs import kvm_create_guest_memfd
 from kvmpriv.cdefs.kvm_structs import kvm_regs, kvm_segment
 from kvmpriv.exits import Exit, IoExit, MemoryFaultExit, MmioExit, SimpleExit

@@ -18,6 +18,7 @@ from kbuild.errors import Refused
 from kbuild.packages import DEB_TOOLS, TOOLS, absent, ensure
 from kbuild.recipe import Plan, lost, options
 from kbuild.store import find_or_build
+from private.support.requirements import missing
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
