@@ -75,7 +75,9 @@ def describe(argument: object) -> str:
         return _show(argument)
     kind = _ffi.typeof(argument)
     if kind.kind != "pointer" or kind.item.kind != "struct":
-        return str(kind.cname)
+        if kind.kind == "pointer" and kind.item.kind == "primitive":
+            return _show(argument[0])  # type: ignore[index]  # a pointer
+        return kind.cname
     shown = []
     for name, _ in kind.item.fields or ():
         try:

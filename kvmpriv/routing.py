@@ -25,7 +25,11 @@ class MsiRoute(NamedTuple):
 
 
 class IrqchipRoute(NamedTuple):
-    """An interrupt number (GSI) that is a pin of an in-kernel chip (``KVM_IRQCHIP_*``)."""
+    """An interrupt number (GSI) that is a pin of an in-kernel chip.
+
+    `irqchip` is 0 for the first PIC (pins 0 to 7), 1 for the second (8 to 15, counted on), 2 for
+    the IOAPIC (0 to 23).
+    """
 
     gsi: int
     irqchip: int

@@ -440,7 +440,8 @@ class Vcpu(KvmFd):
     def set_tsc_khz(self, khz: int) -> None:
         """KVM_SET_TSC_KHZ: 1 to 2^32 - 1 kHz, or 0 for the host's.
 
-        OSError (EINVAL) for a frequency that the host can't offer (KVM_CAP_TSC_CONTROL).
+        OSError (EINVAL) for a frequency that the host can't offer: without KVM_CAP_TSC_CONTROL it
+        offers its own, give or take a tolerance.
         """
         check_range("khz", khz, 1 << 32)  # KVM takes the low 32 bits
         self.ioctl(kvm_h.KVM_SET_TSC_KHZ, khz)
@@ -493,8 +494,8 @@ class Vcpu(KvmFd):
     def interrupt(self, irq: int) -> None:
         """KVM_INTERRUPT: queue the interrupt with vector `irq`, 0 to 255.
 
-        OSError: EINVAL for another vector, EEXIST when one is queued, ENXIO with an in-kernel
-        irqchip.
+        A vector that is queued already is replaced.  OSError: EINVAL for another vector, ENXIO with
+        an in-kernel irqchip.
         """
         self.ioctl(kvm_h.KVM_INTERRUPT, new_struct("struct kvm_interrupt *", {"irq": irq}))
 

@@ -12,18 +12,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kvmpriv import HostMemory, Kvm, VcpuThread, Vm, exits
+from kvmpriv import ArgumentError, ClosedError, HostMemory, Kvm, Vcpu, VcpuThread, Vm, exits
 from kvmpriv.cdefs import guest_memfd as gm
 from kvmpriv.cdefs import kvm as k
 from kvmpriv.private import guest_memfd, restrictedmem
-from kvmpriv.routing import MsiRoute
+from kvmpriv.routing import IrqchipRoute, MsiRoute
 from kvmpriv.stats import StatsFd
 from private.support.leaks import open_fds
 from private.support.requirements import missing
@@ -41,6 +41,13 @@ def refused(number: int, call: Callable[[], Any]) -> OSError:
         call()
     assert errno.errorcode[caught.value.errno or 0] == errno.errorcode[number]
     return caught.value
+
+
+def port_of(vcpu: Vcpu) -> int:
+    """The port of the exit, which must be one for port I/O."""
+    exit_ = vcpu.exit()
+    assert isinstance(exit_, exits.IoExit)
+    return exit_.port
 
 
 # -- /dev/kvm ------------------------------------------------------------------------------------
@@ -376,16 +383,154 @@ def test_registers(make_guest: MakeGuest) -> None:
     sregs.cr2 = 0xABC000
     vcpu.set_sregs(sregs)
     assert vcpu.get_sregs().cr2 == 0xABC000
-    assert vcpu.get_mp_state() == k.KVM_MP_STATE_RUNNABLE
     assert vcpu.translate(0x1234) == 0x1234
-    assert vcpu.get_tsc_khz() >= 0
-    for getter, setter in (
-        (vcpu.get_fpu, vcpu.set_fpu),
-        (vcpu.get_vcpu_events, vcpu.set_vcpu_events),
-        (vcpu.get_debugregs, vcpu.set_debugregs),
-        (vcpu.get_xcrs, vcpu.set_xcrs),
-    ):
-        setter(getter())
+
+
+def test_each_other_set_of_registers_is_set(kvm: Kvm, make_guest: MakeGuest) -> None:
+    """A field that is written is read back; the twin was not set before."""
+    _, vcpu, _ = make_guest(b"\xf4")
+    fpu = vcpu.get_fpu()
+    assert (fpu.xmm[3][0], fpu.fcw) != (0x5A, 0x27F)
+    fpu.xmm[3][0], fpu.fcw = 0x5A, 0x27F
+    vcpu.set_fpu(fpu)
+    assert (vcpu.get_fpu().xmm[3][0], vcpu.get_fpu().fcw) == (0x5A, 0x27F)
+    events = vcpu.get_vcpu_events()
+    assert events.nmi.masked == 0
+    events.nmi.masked = 1
+    vcpu.set_vcpu_events(events)
+    assert vcpu.get_vcpu_events().nmi.masked == 1
+    debugregs = vcpu.get_debugregs()
+    assert debugregs.db[1] == 0
+    debugregs.db[1] = 0x1234
+    vcpu.set_debugregs(debugregs)
+    assert vcpu.get_debugregs().db[1] == 0x1234
+    xcrs = vcpu.get_xcrs()
+    assert (xcrs.nr_xcrs, xcrs.xcrs[0].value) == (1, 1), "XCR0: x87"
+    xcrs.xcrs[0].value = 3
+    refused(errno.EINVAL, lambda: vcpu.set_xcrs(xcrs))
+    vcpu.set_cpuid2(kvm.get_supported_cpuid())
+    vcpu.set_xcrs(xcrs)
+    assert vcpu.get_xcrs().xcrs[0].value == 3, "and SSE, which CPUID lists now"
+
+
+def test_registers_get_modify_set(make_guest: MakeGuest) -> None:
+    """Only when the block ends well."""
+    _, vcpu, _ = make_guest(b"\xf4")
+    with vcpu.regs() as regs, vcpu.sregs() as sregs:
+        regs.rbx, sregs.cr2 = 0x1234, 0x5000
+    assert (vcpu.get_regs().rbx, vcpu.get_sregs().cr2) == (0x1234, 0x5000)
+
+    def fail() -> None:
+        with vcpu.regs() as regs, vcpu.sregs() as sregs:
+            regs.rbx, sregs.cr2 = 1, 2
+            raise LookupError
+
+    with pytest.raises(LookupError):
+        fail()
+    assert (vcpu.get_regs().rbx, vcpu.get_sregs().cr2) == (0x1234, 0x5000)
+
+
+def test_start_real_mode(kvm: Kvm) -> None:
+    """A guest at any address of the first 64 KiB, with a stack; the registers of a reset else."""
+    with kvm.create_vm() as vm, HostMemory(0x10000) as memory, vm.create_vcpu() as vcpu:
+        vm.map(memory, 0)
+        memory.write(0xFFF0, bytes.fromhex("68 3412 f4"))  # push $0x1234; hlt
+        vcpu.start_real_mode(0xFFF0, rsp=0x2000)
+        sregs = vcpu.get_sregs()
+        assert {sregs.cs.base, sregs.ds.base, sregs.es.base, sregs.ss.base, sregs.cs.selector} == {
+            0
+        }
+        assert sregs.cr0 & 1 == 0
+        assert vcpu.run() == k.KVM_EXIT_HLT
+        assert memory.read(0x1FFE, 2) == b"\x34\x12"
+        assert (vcpu.get_regs().rsp, vcpu.get_regs().rip) == (0x1FFE, 0xFFF4)
+
+
+def test_mp_state(kvm: Kvm, make_guest: MakeGuest) -> None:
+    _, vcpu, _ = make_guest(b"\xf4")
+    assert vcpu.get_mp_state() == k.KVM_MP_STATE_RUNNABLE
+    refused(errno.EINVAL, lambda: vcpu.set_mp_state(k.KVM_MP_STATE_HALTED))
+    vcpu.set_mp_state(k.KVM_MP_STATE_RUNNABLE)
+    with kvm.create_vm() as vm:
+        vm.create_irqchip()
+        with vm.create_vcpu() as other:
+            other.set_mp_state(k.KVM_MP_STATE_HALTED)
+            assert other.get_mp_state() == k.KVM_MP_STATE_HALTED
+
+
+def test_tsc_khz(kvm: Kvm, vm: Vm) -> None:
+    """The host's own frequency always; half of it where the hardware scales."""
+    with vm.create_vcpu() as vcpu:
+        khz = vcpu.get_tsc_khz()
+        assert khz > 0
+        vcpu.set_tsc_khz(khz)
+        assert vcpu.get_tsc_khz() == khz
+        if kvm.check_extension(k.KVM_CAP_TSC_CONTROL):
+            vcpu.set_tsc_khz(khz // 2)
+            assert vcpu.get_tsc_khz() == khz // 2
+        else:
+            error = refused(errno.EINVAL, lambda: vcpu.set_tsc_khz(khz // 2))
+            assert f"KVM_SET_TSC_KHZ({khz // 2:#x})" in str(error)
+
+
+def test_interrupt_and_nmi(make_guest: MakeGuest) -> None:
+    """Both are pending afterwards, and the guest takes the interrupt."""
+    vm, vcpu, memory = make_guest(b"\x90\xf4")
+    memory.write(4 * 0x21, (0x3000).to_bytes(4, "little"))  # the vector, in real mode
+    memory.write(0x3000, bytes.fromhex("e621 f4"))  # out %al, $0x21; hlt
+    assert vcpu.get_vcpu_events().interrupt.injected == 0
+    vcpu.interrupt(0x21)
+    events = vcpu.get_vcpu_events()
+    assert (events.interrupt.injected, events.interrupt.nr) == (1, 0x21)
+    refused(errno.EINVAL, lambda: vcpu.interrupt(0x100))
+    assert vcpu.run() == k.KVM_EXIT_IO
+    assert port_of(vcpu) == 0x21
+    assert vcpu.get_vcpu_events().nmi.pending == 0
+    vcpu.nmi()
+    assert vcpu.get_vcpu_events().nmi.pending == 1
+    with vm.create_vcpu(1) as other:
+        assert other.get_vcpu_events().nmi.pending == 0, "another vCPU's"
+
+
+def test_an_interrupt_with_an_irqchip_in_the_kernel(vm: Vm) -> None:
+    vm.create_irqchip()
+    with vm.create_vcpu() as vcpu:
+        refused(errno.ENXIO, lambda: vcpu.interrupt(0x21))
+
+
+def test_guest_debug(make_guest: MakeGuest) -> None:
+    """Single steps are exits; without the flags the guest runs to its end."""
+    _, vcpu, _ = make_guest(b"\x90\x90\x90\xf4")
+    vcpu.set_guest_debug(k.KVM_GUESTDBG_ENABLE | k.KVM_GUESTDBG_SINGLESTEP)
+    for pc in (0x1001, 0x1002):
+        assert vcpu.run() == k.KVM_EXIT_DEBUG
+        debug = vcpu.exit()
+        assert isinstance(debug, exits.DebugExit)
+        assert (debug.exception, debug.pc) == (1, pc)
+    vcpu.set_guest_debug(0)
+    assert vcpu.run() == k.KVM_EXIT_HLT
+
+
+def test_kvmclock_ctrl(make_guest: MakeGuest) -> None:
+    """A guest that uses kvmclock finds in its clock that it was stopped; others are refused."""
+    _, vcpu, memory = make_guest(b"\xf4")
+    refused(errno.EINVAL, vcpu.kvmclock_ctrl)
+    system_time_new, flags = 0x4B564D01, 0x2000 + 29  # struct pvclock_vcpu_time_info
+    vcpu.set_msrs({system_time_new: 0x2001})
+    assert vcpu.run() == k.KVM_EXIT_HLT
+    assert memory.read(flags, 1)[0] & 2 == 0
+    vcpu.kvmclock_ctrl()
+    start(vcpu)
+    assert vcpu.run() == k.KVM_EXIT_HLT
+    assert memory.read(flags, 1)[0] & 2, "PVCLOCK_GUEST_STOPPED"
+
+
+def test_emulated_cpuid(kvm: Kvm) -> None:
+    """What KVM emulates: MOVBE, for one; not what the processor has by itself."""
+    leaves = {(entry.function, entry.index): entry for entry in kvm.get_emulated_cpuid()}
+    assert set(leaves) >= {(0, 0), (1, 0)}
+    assert leaves[1, 0].ecx & 1 << 22, "MOVBE"
+    assert leaves[1, 0].edx == 0, "no FPU: that is no feature to be emulated"
 
 
 def test_cpuid_is_what_the_guest_sees(kvm: Kvm, make_guest: MakeGuest) -> None:
@@ -424,23 +569,156 @@ def test_create_vcpu_refusals(vm: Vm) -> None:
         vm.create_vcpu(0).close()
 
 
-def test_irqchip_and_timers(vm: Vm) -> None:
+def test_irqchip(kvm: Kvm, vm: Vm) -> None:
     refused(errno.ENXIO, lambda: vm.irq_line(4, 1))
     vm.create_irqchip()
     refused(errno.EEXIST, vm.create_irqchip)
     vm.irq_line(4, 1)
     vm.irq_line(4, 0)
-    with vm.create_vcpu(0) as vcpu:
-        assert vm.signal_msi(0xFEE00000, 0x30) in (0, 1)
-        vcpu.set_lapic(vcpu.get_lapic())
-    assert vm.get_clock().clock > 0
-    vm.set_clock(vm.get_clock())
+    with vm.create_vcpu(), kvm.create_vm() as late, late.create_vcpu():
+        refused(errno.EINVAL, late.create_irqchip)
+
+
+def test_pit2(make_guest: MakeGuest, kvm: Kvm) -> None:
+    """The i8254 in the kernel answers its ports without an exit."""
+    vm, vcpu, _ = make_guest(bytes.fromhex("e440 e680 f4"))  # in $0x40, %al; out %al, $0x80
+    assert vcpu.run() == k.KVM_EXIT_IO
+    assert port_of(vcpu) == 0x40, "the twin without it"
+    refused(errno.ENOENT, vm.create_pit2)
+    with kvm.create_vm() as other, HostMemory(0x10000) as memory:
+        other.create_irqchip()
+        other.create_pit2(k.KVM_PIT_SPEAKER_DUMMY)
+        refused(errno.EEXIST, other.create_pit2)
+        other.map(memory, 0)
+        memory.write(0x1000, bytes.fromhex("e440 e680 f4"))
+        with other.create_vcpu() as timed:
+            timed.start_real_mode(0x1000)
+            assert timed.run() == k.KVM_EXIT_IO
+            assert port_of(timed) == 0x80
+
+
+def test_addresses_for_real_mode_emulation(vm: Vm) -> None:
+    vm.set_tss_addr(0xFFFBD000)
+    refused(errno.EINVAL, lambda: vm.set_tss_addr(1 << 32))
+    vm.set_tss_addr(0xFFFBD000)
+    vm.set_identity_map_addr(0xFFFBC000)
+    with vm.create_vcpu():
+        error = refused(errno.EINVAL, lambda: vm.set_identity_map_addr(0xFFFBC000))
+        assert "KVM_SET_IDENTITY_MAP_ADDR(0xfffbc000)" in str(error)
+
+
+@pytest.fixture
+def lapic_vcpu(vm: Vm) -> Iterator[Vcpu]:
+    """The only vCPU of a VM with an irqchip; its local APIC takes interrupts."""
+    vm.create_irqchip()
+    with vm.create_vcpu() as vcpu:
+        lapic = vcpu.get_lapic()
+        k.ffi.buffer(lapic)[0xF0:0xF4] = (0x1FF).to_bytes(4, "little")  # spurious vector: enabled
+        vcpu.set_lapic(lapic)
+        yield vcpu
+
+
+def requested(vcpu: Vcpu, vector: int) -> bool:
+    """Whether the local APIC has been asked for this interrupt (its IRR)."""
+    offset = 0x200 + vector // 32 * 16
+    word = k.ffi.buffer(vcpu.get_lapic())[offset : offset + 4]
+    return bool(int.from_bytes(word, "little") >> vector % 32 & 1)
+
+
+def test_lapic(kvm: Kvm, lapic_vcpu: Vcpu) -> None:
+    lapic = lapic_vcpu.get_lapic()
+    k.ffi.buffer(lapic)[0x80:0x81] = b"\x20"  # the task priority
+    lapic_vcpu.set_lapic(lapic)
+    assert k.ffi.buffer(lapic_vcpu.get_lapic())[0x80:0x81] == b"\x20"
+    with kvm.create_vm() as other, other.create_vcpu() as without:
+        refused(errno.EINVAL, without.get_lapic)
+        refused(errno.EINVAL, lambda: without.set_lapic(lapic))
+
+
+def test_signal_msi(kvm: Kvm, vm: Vm, lapic_vcpu: Vcpu) -> None:
+    """The vector reaches the vCPU that the address names, and no other."""
+    assert not requested(lapic_vcpu, 0x41)
+    assert vm.signal_msi(0xFEE00000, 0x41) > 0
+    assert requested(lapic_vcpu, 0x41)
+    assert vm.signal_msi(0xFEE0F000, 0x42) <= 0, "there is no local APIC 15"
+    assert not requested(lapic_vcpu, 0x42)
+    with kvm.create_vm() as other:
+        refused(errno.EINVAL, lambda: other.signal_msi(0xFEE00000, 0x41))
+
+
+def test_gsi_routing(vm: Vm, lapic_vcpu: Vcpu) -> None:
+    """An interrupt number reaches what its route says; the next table replaces the last."""
+    vm.set_gsi_routing([MsiRoute(5, 0xFEE00000, 0x51), MsiRoute(6, 0xFEE00000, 0x52)])
+    vm.irq_line(5, 1)
+    assert (requested(lapic_vcpu, 0x51), requested(lapic_vcpu, 0x52)) == (True, False)
     event = os.eventfd(0, os.EFD_CLOEXEC)
-    vm.irqfd(event, 4)
-    refused(errno.EBUSY, lambda: vm.irqfd(event, 4))
-    vm.irqfd(event, 4, flags=k.KVM_IRQFD_FLAG_DEASSIGN)
-    vm.set_gsi_routing([MsiRoute(5, 0xFEE00000, 0x31)])
-    os.close(event)
+    try:
+        vm.irqfd(event, 6)
+        refused(errno.EBUSY, lambda: vm.irqfd(event, 6))
+        os.eventfd_write(event, 1)
+        deadline = time.monotonic() + 10
+        while not requested(lapic_vcpu, 0x52) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert requested(lapic_vcpu, 0x52), "by the eventfd"
+        vm.irqfd(event, 6, flags=k.KVM_IRQFD_FLAG_DEASSIGN)
+    finally:
+        os.close(event)
+    vm.set_gsi_routing([MsiRoute(5, 0xFEE00000, 0x61), IrqchipRoute(7, 2, 7)])
+    vm.irq_line(5, 1)
+    assert requested(lapic_vcpu, 0x61)
+    refused(errno.EINVAL, lambda: vm.set_gsi_routing([IrqchipRoute(7, 2, 99)]))
+
+
+def test_clock(vm: Vm) -> None:
+    """kvmclock goes on from the value that it is set to, in nanoseconds."""
+    clock = vm.get_clock()
+    assert 0 < clock.clock < 5 * 10**12
+    clock.clock, clock.flags = 5 * 10**12, 0
+    vm.set_clock(clock)
+    assert 5 * 10**12 <= vm.get_clock().clock < 5 * 10**12 + 100 * 10**9
+    clock.flags = 1 << 31
+    refused(errno.EINVAL, lambda: vm.set_clock(clock))
+
+
+def test_reply(make_guest: MakeGuest) -> None:
+    """What the guest reads from a port or from memory without a slot is what it was given."""
+    _, vcpu, memory = make_guest(
+        bytes.fromhex(
+            "e5 43  a3 0020"  # in $0x43, %ax; mov %ax, 0x2000
+            "b8 00f0  8e d8  a1 2000"  # mov 0xf0020, %ax
+            "31 db  8e db  a3 0220"  # mov %ax, 0x2002
+            "bf 0030  b9 0300  ba 4400  fc  f3 6c"  # rep insb, 3 bytes from port 0x44 to 0x3000
+            "e6 45 f4"
+        )
+    )
+    with pytest.raises(ArgumentError, match="the last exit does not read"):
+        vcpu.reply(b"x")
+    assert vcpu.run() == k.KVM_EXIT_IO
+    for wrong in (b"", b"1", b"123"):
+        with pytest.raises(ArgumentError, match=f"the guest reads 2 bytes, not {len(wrong)}"):
+            vcpu.reply(wrong)
+    vcpu.reply(bytearray(b"\x34\x12"))
+    assert vcpu.run() == k.KVM_EXIT_MMIO
+    with pytest.raises(ArgumentError, match="the guest reads 2 bytes, not 8"):
+        vcpu.reply(bytes(8))
+    vcpu.reply(memoryview(b"\xcd\xab"))
+    read = b""
+    while vcpu.run() == k.KVM_EXIT_IO:
+        io = vcpu.exit()
+        assert isinstance(io, exits.IoExit)
+        if io.is_write:
+            break
+        answer = b"abc"[len(read) : len(read) + io.size * io.count]
+        read += answer
+        vcpu.reply(answer)
+    assert read == b"abc"
+    with pytest.raises(ArgumentError, match="the last exit does not read: KVM_EXIT_IO: out"):
+        vcpu.reply(b"x")
+    assert vcpu.run() == k.KVM_EXIT_HLT
+    assert memory.read(0x2000, 4) == b"\x34\x12\xcd\xab"
+    assert memory.read(0x3000, 3) == b"abc"
+    with pytest.raises(ArgumentError, match="the last exit does not read: KVM_EXIT_HLT"):
+        vcpu.reply(b"x")
 
 
 def test_ioeventfd_spares_the_exit(make_guest: MakeGuest) -> None:
@@ -448,13 +726,13 @@ def test_ioeventfd_spares_the_exit(make_guest: MakeGuest) -> None:
     event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
     vm.ioeventfd(event, 0x80, 1, flags=k.KVM_IOEVENTFD_FLAG_PIO)
     assert vcpu.run() == k.KVM_EXIT_IO
-    assert vcpu.exit().port == 0x81
+    assert port_of(vcpu) == 0x81
     assert os.eventfd_read(event) == 1
     flags = k.KVM_IOEVENTFD_FLAG_PIO | k.KVM_IOEVENTFD_FLAG_DEASSIGN
     vm.ioeventfd(event, 0x80, 1, flags=flags)
     start(vcpu)
     assert vcpu.run() == k.KVM_EXIT_IO
-    assert vcpu.exit().port == 0x80, "the twin without it"
+    assert port_of(vcpu) == 0x80, "the twin without it"
     os.close(event)
 
 
@@ -467,21 +745,28 @@ def test_enable_cap(vm: Vm) -> None:
 
 
 def test_stats(make_guest: MakeGuest) -> None:
+    """The counters count what happens, each of its type; a histogram is a list, and no counter."""
     vm, vcpu, _ = make_guest(b"\xe4\x10\xe4\x10\xf4")
     if not vm.check_extension(k.KVM_CAP_BINARY_STATS_FD):
         missing("stats", "KVM_CAP_BINARY_STATS_FD is 0")
     with vm.get_stats_fd() as of_vm, vcpu.get_stats_fd() as of_vcpu:
         assert of_vm.descriptors["pages_4k"].unit == ""
         assert of_vm.id.startswith("kvm-")
-        before = of_vcpu.read()["exits"]
+        assert of_vm.read().keys() == vm.stats().keys()
+        before = vcpu.stats()["exits"]
         while vcpu.run() != k.KVM_EXIT_HLT:
             pass
-        after = of_vcpu.read()["exits"]
-        assert after - before >= 2
+        assert of_vcpu.read()["exits"] - before >= 2
+        assert vcpu.stats()["exits"] == of_vcpu.read()["exits"]
         histogram = of_vcpu.descriptors["halt_poll_success_hist"]
         assert histogram.type == "logarithmic histogram"
-        assert len(of_vcpu.read_histograms()["halt_poll_success_hist"]) == histogram.size
-    with pytest.raises(ValueError, match="statistics fd is closed"):
+        counts = vcpu.histograms()
+        assert counts == of_vcpu.read_histograms()
+        assert len(counts["halt_poll_success_hist"]) == histogram.size
+        assert not counts.keys() & vcpu.stats().keys()
+        assert counts.keys() | vcpu.stats().keys() == of_vcpu.descriptors.keys()
+        assert vm.histograms() == of_vm.read_histograms()
+    with pytest.raises(ClosedError, match="statistics fd is closed"):
         of_vm.read()
 
 
@@ -503,7 +788,7 @@ def test_an_exit_of_each_kind_a_guest_can_make(make_guest: MakeGuest) -> None:
     assert vcpu.exit() == exits.MmioExit(6, True, 0xF0010, 1, b"\x77")
     assert vcpu.run() == k.KVM_EXIT_MMIO
     assert vcpu.exit() == exits.MmioExit(6, False, 0xF0020, 2, b"")
-    vcpu.kvm_run.mmio.data = b"\xcd\xab" + bytes(6)
+    vcpu.reply(b"\xcd\xab")
     assert vcpu.run() == k.KVM_EXIT_HLT
     assert vcpu.get_regs().rax & 0xFFFF == 0xABCD
     assert str(vcpu.exit()) == "KVM_EXIT_HLT"
@@ -677,6 +962,8 @@ def test_fork_while_a_thread_runs_a_vcpu(make_guest: MakeGuest) -> None:
     assert interrupted == [0]
 
 
+# Python can only report what a handler raises inside a __del__.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_ctrl_c_anywhere_leaves_no_fd_and_no_slot(kvm: Kvm) -> None:
     """A signal handler that raises, at any moment of making VMs, vCPUs and slots."""
 
@@ -725,7 +1012,7 @@ def test_slots_set_amid_the_setting_of_another(kvm: Kvm) -> None:
         turns[number] += 1
 
     def run(vm: Vm, number: int) -> None:
-        while time.monotonic() < deadline:
+        while time.monotonic() < deadline or min(turns) <= 100:
             turn(vm, number)
 
     def interrupt(*_: object) -> None:
@@ -747,7 +1034,6 @@ def test_slots_set_amid_the_setting_of_another(kvm: Kvm) -> None:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
         assert (vm.slots, other.slots) == ({}, {})
-    assert min(turns) > 100
 
 
 def test_fork_while_a_vm_is_open(make_guest: MakeGuest) -> None:
