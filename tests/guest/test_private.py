@@ -36,7 +36,7 @@ def abi(kvm: Kvm) -> PrivateAbi:
     try:
         return private.choose(kvm)
     except OSError as error:
-        missing("private memory", error.strerror)
+        missing("private-memory", error.strerror)
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ def test_choose_where_there_is_none(kvm: Kvm) -> None:
         refused = error
     else:
         if not os.access(HOOK, os.W_OK):
-            missing("a refusal", f"no way to take {abi.name} away from this kernel")
+            missing("no-private-memory", f"no way to take {abi.name} away from this kernel")
         HOOK.write_text("N")
         try:
             with pytest.raises(OSError, match=r"KVM_SET_USER_MEMORY_REGION.*Invalid") as caught:
@@ -451,7 +451,7 @@ def test_implicit_conversion(
 ) -> None:
     """v9's test vehicle lets a guest want the other kind; mainline's guests follow the state."""
     if abi.traits.access_follows_state:
-        missing("implicit conversion", f"accesses of guests follow the state ({abi.name})")
+        missing("implicit-conversion", f"accesses of guests follow the state ({abi.name})")
     want_shared = uapi.restrictedmem.KVM_MAP_GPA_RANGE_WANT_SHARED
     with Puppet(vm, implicit=implicit) as guest:
         assert guest.hypercall(uapi.kvm.KVM_HC_MAP_GPA_RANGE, GPA, 1, want_shared) == 0
@@ -477,7 +477,7 @@ def test_a_fault_that_no_conversion_helps(
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        missing("read-only private slots", str(error.strerror))
+        missing("read-only-private-slots", str(error.strerror))
     with Puppet(vm, implicit=True) as guest:
         assert guest.load(GPA, 8) == 0
         with pytest.raises(GuestExit) as stopped:
@@ -510,7 +510,7 @@ def test_a_fault_that_comes_back(
     except GuestExit as stopped:
         fault = stopped.exit
     else:
-        missing("a file that goes", f"a slot keeps its file ({abi.name})")
+        missing("guest-memfd-lifetime", f"a slot keeps its file ({abi.name})")
     assert isinstance(fault, MemoryFaultExit)
     assert (fault.gpa, fault.private, fault.errno) == (GPA, True, errno.EFAULT)
     assert 1 < len(guest.exits) < 20

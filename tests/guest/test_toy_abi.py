@@ -28,7 +28,7 @@ def toy(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> ToyAbi:
     with kvm.create_vm() as vm:
         offered = vm.check_extension(uapi.guest_memfd.KVM_CAP_GUEST_MEMFD_FLAGS)
     if offered & FLAGS != FLAGS:
-        missing("guest_memfd flags", "KVM_CAP_GUEST_MEMFD_FLAGS lacks MMAP or INIT_SHARED")
+        missing("guest-memfd-flags", "KVM_CAP_GUEST_MEMFD_FLAGS lacks MMAP or INIT_SHARED")
     return abi
 
 

@@ -120,7 +120,7 @@ def refusals(kvm: Kvm) -> dict[str, str]:
 def test_private_memory_that_the_host_refuses(kvm: Kvm, image: Path) -> None:
     refused = refusals(kvm)
     if not refused:
-        missing("refusal", "each ABI of private memory can be had here")
+        missing("no-private-memory", "each ABI of private memory can be had here")
     name, why = refused.popitem()
     done = boot("--kernel", image, f"--private={name}")
     assert (done.returncode, done.stdout) == (3, "")

@@ -34,7 +34,7 @@ def test_private_memory(kvm: kvmpriv.Kvm, capsys: pytest.CaptureFixture[str]) ->
     except OSError as lacking:
         with pytest.raises(OSError, match=re.escape(lacking.strerror)):
             exec(example, {"kvmpriv": kvmpriv})
-        missing("private memory", lacking.strerror)
+        missing("private-memory", lacking.strerror)
     exec(example, {"kvmpriv": kvmpriv})
     expected = re.search(r"print\(.*\)  # (.*)", PYTHON[1])
     assert expected is not None
@@ -55,7 +55,7 @@ def test_the_demos_output(kvm: kvmpriv.Kvm) -> None:
     probe = [sys.executable, "-m", "kvmpriv", "probe", "-q"]
     verdict = subprocess.run(probe, capture_output=True, text=True).stdout.strip()
     if verdict != "guest_memfd shared only":
-        missing("shared-only host", f"the README shows one, this host is {verdict!r}")
+        missing("shared-only-host", f"the README shows one, this host is {verdict!r}")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     kernels = Path(os.environ.get("KVMPRIV_CACHE") or cache / "kvmpriv" / "kernels")
     if not [*kernels.glob("restrictedmem.*/bzImage")]:

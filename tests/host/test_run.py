@@ -136,7 +136,7 @@ def test_a_crash_says_why(tmp_path: Path, code: str, why: str) -> None:
     assert done.stdout == ""
     assert done.stderr.startswith("kvmpriv run: the guest crashed: ")
     if code.startswith("c") and "EMULATION, instruction c" in done.stderr:
-        missing("software interrupts", "this KVM emulates guests, and knows no int instruction")
+        missing("software-interrupts", "this KVM emulates guests, and knows no int instruction")
     assert why in done.stderr
     if "SHUTDOWN" not in why:  # AMD resets the registers then
         assert re.search(r"rip 0000000000100\w{3} ", done.stderr)

@@ -148,7 +148,7 @@ def refusing_vm(v9: None, kvm: Kvm) -> Iterator[Vm]:
     with hook(on=False), kvm.create_vm() as vm, RestrictedMem() as file:
         if RestrictedSlots(vm, file, 0).set() == "ok":
             assert not HOOK.exists(), f"{HOOK.name} is off, and KVM_MEM_PRIVATE is accepted"
-            missing("a VM that refuses", f"no {HOOK.name} to tell the kernel to refuse")
+            missing("refusing-vm", f"no {HOOK.name} to tell the kernel to refuse")
         yield vm
 
 
@@ -244,7 +244,7 @@ def gm_slots(gm_vm: Vm, gm_file: GuestMemfd, memory: HostMemory) -> GuestMemfdSl
 def attributes_vm(gm_vm: Vm) -> Vm:
     """A VM of each type whose memory can be private."""
     if not gm_vm.check_extension(gm.KVM_CAP_MEMORY_ATTRIBUTES) & gm.KVM_MEMORY_ATTRIBUTE_PRIVATE:
-        missing("private attribute", "KVM_CAP_MEMORY_ATTRIBUTES of this VM type does not have it")
+        missing("private-attribute", "KVM_CAP_MEMORY_ATTRIBUTES of this VM type does not have it")
     return gm_vm
 
 

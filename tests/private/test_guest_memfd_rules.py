@@ -333,7 +333,7 @@ def test_pages(gm_vm: Vm) -> None:
 def mappable(gm_vm: Vm) -> Iterator[GuestMemfd]:
     """A file of 4 pages, MMAP and INIT_SHARED."""
     if flags_of(gm_vm) & (MMAP | INIT_SHARED) != MMAP | INIT_SHARED:
-        missing("guest_memfd flags", "KVM_CAP_GUEST_MEMFD_FLAGS lacks MMAP or INIT_SHARED")
+        missing("guest-memfd-flags", "KVM_CAP_GUEST_MEMFD_FLAGS lacks MMAP or INIT_SHARED")
     with GuestMemfd(gm_vm, 4 * PAGE, MMAP | INIT_SHARED) as file:
         yield file
 
@@ -392,7 +392,7 @@ def test_mapped_beyond_the_end(mappable: GuestMemfd, write: bool) -> None:
 def test_mapped_without_init_shared(gm_vm: Vm, write: bool) -> None:
     """A file with MMAP alone is mapped, but touching the mapping is SIGBUS."""
     if not flags_of(gm_vm) & MMAP:
-        missing("guest_memfd flags", "KVM_CAP_GUEST_MEMFD_FLAGS lacks MMAP")
+        missing("guest-memfd-flags", "KVM_CAP_GUEST_MEMFD_FLAGS lacks MMAP")
     with GuestMemfd(gm_vm, 4 * PAGE, MMAP) as file:
         assert touched(file.fileno(), 0, write=write) == 7
 

@@ -593,7 +593,7 @@ def cores_in(folder: Path) -> Iterator[None]:
     here, before = Path.cwd(), CORE_PATTERN.read_text()
     if before.startswith(("|", "/")):
         if "KVMPRIV_VM" not in os.environ or not os.access(CORE_PATTERN, os.W_OK):
-            missing("core dumps", f"{CORE_PATTERN} takes them away: {before.strip()}")
+            missing("core-dumps", f"{CORE_PATTERN} takes them away: {before.strip()}")
         CORE_PATTERN.write_text("core")
     os.chdir(folder)
     try:
@@ -611,7 +611,7 @@ def test_core_dump(request: pytest.FixtureRequest) -> None:
     abi = private.ABIS[request.node.callspec.params["make_rig"]]
     _, limit = resource.getrlimit(resource.RLIMIT_CORE)
     if limit == 0:
-        missing("core dumps", "RLIMIT_CORE allows none")
+        missing("core-dumps", "RLIMIT_CORE allows none")
     read_end, write_end = os.pipe()
     # Made here, so that the process that dies has the halves of the markers, as we have.
     shared, hidden, host = Marker(), Marker(), os.urandom(16).hex().encode()
@@ -717,7 +717,7 @@ def frames_of_this_process() -> set[int]:
 def test_found_in_the_kernels_memory(scene: Scene) -> None:
     """/proc/kcore has the private page: it is hidden from this process, and it is there."""
     if "KVMPRIV_VM" not in os.environ:
-        missing("a VM of ours", "only there all memory is searched")
+        missing("scripts-vm", "only there all memory is searched")
     if os.geteuid():
         missing("root", "/proc/kcore can't be read")
     # Where the kernel takes pages from for itself, KVM has had struct kvm_run from, too.

@@ -71,7 +71,7 @@ def kind(request: pytest.FixtureRequest, kvm: Kvm) -> Iterator[Kind]:
             return
         vm_type, lacks = gm.KVM_X86_SW_PROTECTED_VM, "guest_memfd"
         if request.param == "guest_memfd, shared":
-            vm_type, lacks = gm.KVM_X86_DEFAULT_VM, "shared guest_memfd"
+            vm_type, lacks = gm.KVM_X86_DEFAULT_VM, "shared-guest-memfd"
         if takes_guest_memfd(vm_type) != 1:
             missing(lacks, f"VMs of type {vm_type} take no slots with it")
         yield Kind(request.param, lambda: stack.enter_context(kvm.create_vm(vm_type)))

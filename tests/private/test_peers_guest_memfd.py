@@ -92,7 +92,7 @@ def mappable_vm(gm_vm: Vm) -> Vm:
     """A VM whose guest_memfd files can be mapped, and be shared."""
     flags = gm_vm.check_extension(gm.KVM_CAP_GUEST_MEMFD_FLAGS)
     if flags & (MMAP | INIT_SHARED) != MMAP | INIT_SHARED:
-        missing("guest_memfd flags", "KVM_CAP_GUEST_MEMFD_FLAGS lacks MMAP or INIT_SHARED")
+        missing("guest-memfd-flags", "KVM_CAP_GUEST_MEMFD_FLAGS lacks MMAP or INIT_SHARED")
     return gm_vm
 
 

@@ -185,7 +185,7 @@ def inhabited(request: pytest.FixtureRequest, rig: Rig, kvm: Kvm) -> Iterator[tu
         if request.param != "default":
             quirk = abi.KVM_X86_QUIRK_SLOT_ZAP_ALL
             if not vm.check_extension(abi.KVM_CAP_DISABLE_QUIRKS2) & quirk:
-                missing("slot zap quirk", "KVM_CAP_DISABLE_QUIRKS2 lacks it")
+                missing("slot-zap-quirk", "KVM_CAP_DISABLE_QUIRKS2 lacks it")
             vm.enable_cap(abi.KVM_CAP_DISABLE_QUIRKS2, quirk)
         cpuid = kvm.get_supported_cpuid()
         yield vm, stack.enter_context(Puppet(vm, cpuid=cpuid))

@@ -441,7 +441,7 @@ def test_memory_control_group() -> None:
         (root / "cgroup.subtree_control").write_text("+memory")
         group.mkdir()
     except OSError as error:
-        missing("memory cgroup", str(error))
+        missing("memory-cgroup", str(error))
     try:
         (group / "memory.max").write_text(str(4 * BIG))
         with RestrictedMem() as file:

@@ -167,7 +167,7 @@ def fill_large(rig: Rig, size: int) -> None:
     before = shmem_huge_pages()
     brought = gained(rig, lambda: rig.guest.fill(GPA, 0x5A, size))
     if shmem_huge_pages() - before < size:
-        missing("huge pages", "the kernel has none for the file")
+        missing("huge-pages", "the kernel has none for the file")
     assert brought == size // LARGE
 
 

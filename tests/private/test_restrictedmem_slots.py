@@ -482,7 +482,7 @@ def test_overlap(slots: RestrictedSlots, there: int, address: int, size: int) ->
 def test_no_overlap_between_address_spaces(slots: RestrictedSlots) -> None:
     """Slots of different address spaces do not overlap."""
     if slots.vm.check_extension(k.KVM_CAP_MULTI_ADDRESS_SPACE) < 2:
-        missing("second address space", "KVM_CAP_MULTI_ADDRESS_SPACE is below 2")
+        missing("second-address-space", "KVM_CAP_MULTI_ADDRESS_SPACE is below 2")
     with slots.held():
         assert slots.set(slot=4) == "EEXIST"
         slots.accepts(slot=1 << 16 | 4)

@@ -35,7 +35,7 @@ WANT_PRIVATE, WANT_SHARED = rm.KVM_MAP_GPA_RANGE_WANT_PRIVATE, rm.KVM_MAP_GPA_RA
 def test_the_parameter(kvm: Kvm, file: RestrictedMem) -> None:
     """The switch decides for the VMs that are made from then on, and for none that is there."""
     if not HOOK.exists():
-        missing("vehicle", f"this kernel has no {HOOK.name}")
+        missing("test-vehicle", f"this kernel has no {HOOK.name}")
 
     def said(vm: Vm) -> str:
         slots = RestrictedSlots(vm, file, 0)

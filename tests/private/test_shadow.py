@@ -207,11 +207,11 @@ WALL_CLOCK, SYSTEM_TIME, STEAL_TIME, PV_EOI = (
 FULL = b"\xee"
 #: name -> MSR, its low bits, the feature's bit in CPUID 0x40000001, where KVM writes something new
 WRITERS: dict[str, tuple[int, int, int, tuple[int, ...]]] = {
-    "wall clock": (WALL_CLOCK, 0, 3, (0, 4)),  # version, seconds
+    "wall-clock": (WALL_CLOCK, 0, 3, (0, 4)),  # version, seconds
     "kvmclock": (SYSTEM_TIME, 1, 3, (0, 8, 16, 24)),  # version, TSC, time, multiplier
-    "steal time": (STEAL_TIME, 1, 5, (8,)),  # version
+    "steal-time": (STEAL_TIME, 1, 5, (8,)),  # version
     # A bit that is set while the guest runs, and cleared again.
-    "end of interrupt": (PV_EOI, 1, 6, (0,)),
+    "pv-eoi": (PV_EOI, 1, 6, (0,)),
 }
 
 
@@ -380,7 +380,7 @@ def test_the_other_vendors_hypercall_unmended(shadowed: Shadowed) -> None:
     """With the quirk off, KVM writes nothing, and the guest gets an invalid opcode at once."""
     vm = shadowed.rig.vm
     if not vm.check_extension(DISABLE_QUIRKS2) & FIX_HYPERCALL:
-        missing("KVM_CAP_DISABLE_QUIRKS2", "the quirk can't be switched off")
+        missing("disable-quirks2", "the quirk can't be switched off")
     vm.enable_cap(DISABLE_QUIRKS2, FIX_HYPERCALL)
     foreign, _ = foreign_hypercall(shadowed)
     code = b"\xb8\x63\0\0\0" + foreign + b"\xc3"

@@ -214,7 +214,7 @@ def test_dirty_log_cleared_by_hand(flagged: Flagged) -> None:
     """With MANUAL_DIRTY_LOG_PROTECT2 a look clears nothing; KVM_CLEAR_DIRTY_LOG does, by range."""
     guest, vm = flagged.guest, flagged.rig.vm
     if not vm.check_extension(k.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2):
-        missing("KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2", "the log clears itself")
+        missing("manual-dirty-log", "the log clears itself")
     vm.enable_cap(k.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, 1)
     flagged.bind(LOG)
     written = {1, 63, 64, 70, PAGES - 1}
@@ -242,7 +242,7 @@ def test_dirty_log_by_small_pages(rig: Rig) -> None:
         slot = rig.bind(gpa, LARGE, file, memory=memory, memory_offset=start)
         rig.guest.fill(gpa, 1, LARGE)
         if not rig.mapped()[1]:
-            missing("huge pages", "shmem_enabled=always, and no large page came of it")
+            missing("huge-pages", "shmem_enabled=always, and no large page came of it")
         slot.delete()
         assert rig.mapped()[1] == 0
         number = rig.bind(gpa, LARGE, file, memory=memory, memory_offset=start, flags=LOG).slot
@@ -307,7 +307,7 @@ def test_two_address_spaces(rig: Rig) -> None:
     if vm.check_extension(k.KVM_CAP_MULTI_ADDRESS_SPACE) != 2 or not vm.check_extension(
         k.KVM_CAP_X86_SMM
     ):
-        missing("second address space", "KVM has no system management mode")
+        missing("second-address-space", "KVM has no system management mode")
 
     def lay(number: int, offset: int, content: bytes) -> tuple[PrivateFile, HostMemory]:
         file, memory = rig.file(64 * PAGE), rig.memory(64 * PAGE)
@@ -348,7 +348,7 @@ def test_two_address_spaces(rig: Rig) -> None:
 def test_slots_of_two_address_spaces(rig: Rig) -> None:
     """The same range, of guest and of file, may be in both; EEXIST is within one alone."""
     if rig.vm.check_extension(k.KVM_CAP_MULTI_ADDRESS_SPACE) != 2:
-        missing("second address space", "KVM_CAP_MULTI_ADDRESS_SPACE is not 2")
+        missing("second-address-space", "KVM_CAP_MULTI_ADDRESS_SPACE is not 2")
     file = rig.file(4 * PAGE)
     one = rig.bind(WHERE, PAGE, file, 0, slot=5)
     other = rig.bind(WHERE, PAGE, file, 0, slot=SECOND | 5)

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 BENCH = Path(__file__).parents[2] / "scripts" / "bench"
-pytestmark = pytest.mark.skipif(not BENCH.is_dir(), reason="scripts/bench is not in the wheel")
 
 
 @pytest.fixture

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from kvmpriv import private
 from private import conftest
 from private.support import requirements
 
@@ -20,7 +22,7 @@ TESTS = Path(__file__).resolve().parents[1]
 
 
 def test_every_name_is_known_and_used() -> None:
-    words, names = set(), set()
+    words, names = set(private.ABIS), set()
     for path in TESTS.rglob("*.py"):
         if path in (TESTS / "private/support/requirements.py", Path(__file__)):
             continue
@@ -32,8 +34,8 @@ def test_every_name_is_known_and_used() -> None:
                 if isinstance(name, ast.Constant):
                     names.add(name.value)
     assert len(names) > 30
-    assert names <= requirements.NAMES
-    assert words >= requirements.NAMES, "or no test can lack it"
+    assert names <= set(requirements.REQUIREMENTS)
+    assert words >= set(requirements.REQUIREMENTS), "or no test can lack it"
 
 
 @pytest.mark.parametrize(
@@ -41,13 +43,13 @@ def test_every_name_is_known_and_used() -> None:
     [
         ("", ""),
         ("host, restrictedmem", ""),
-        (" private memory,,dangerous ,", ""),
-        ("guest-memfd,host", "nothing is called 'guest-memfd'; there are: KVM_CAP_"),
-        ("b c,host, a", "nothing is called 'a' or 'b c'; "),
+        (" private-memory,,dangerous ,", ""),
+        ("guest-memfd,host", "unknown 'guest-memfd'; known are: btf, "),
+        ("b c,host, a", "unknown 'a', 'b c'; known are: "),
     ],
 )
 def test_what_can_be_required(text: str, unknown: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(requirements, "REQUIRED", requirements.names_in(text))
+    monkeypatch.setattr(requirements, "REQUIRED", requirements.identifiers(text))
     if unknown:
         with pytest.raises(pytest.UsageError, match=f"^KVMPRIV_REQUIRE: {unknown}"):
             requirements.check_required()
@@ -58,8 +60,25 @@ def test_what_can_be_required(text: str, unknown: str, monkeypatch: pytest.Monke
             requirements.missing(name, "it is so")
 
 
+def test_identifiers_can_be_typed() -> None:
+    """Lower case, without blanks; each says what is missing."""
+    for name, what in requirements.REQUIREMENTS.items():
+        assert re.fullmatch(r"[a-z0-9]+([-_][a-z0-9]+)*", name), name
+        assert what
+
+
+def test_no_skip_is_quiet() -> None:
+    """Every test that skips names what is missing by `missing`."""
+    for path in TESTS.rglob("*.py"):
+        if path in (TESTS / "private/support/requirements.py", Path(__file__)):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            assert called not in QUIET, path
+
+
 def test_a_skip_nobody_could_require() -> None:
-    with pytest.raises((AssertionError, *OUTCOMES), match=r"^'bogus' is not in NAMES"):
+    with pytest.raises((AssertionError, *OUTCOMES), match=r"^'bogus' is not in REQUIREMENTS"):
         requirements.missing("bogus", "it is so")
 
 

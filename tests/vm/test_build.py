@@ -71,8 +71,8 @@ def tree(tmp_path: Path) -> Path:
 @pytest.fixture
 def scripts(tmp_path: Path) -> Path:
     """A copy of the scripts with a series of one patch; its folder of data."""
-    if missing := absent(TOOLS):
-        pytest.skip(f"no {', '.join(missing)}")
+    if lacking := absent(TOOLS):
+        missing("build-tools", f"no {', '.join(lacking)}")
     everything = tmp_path / "scripts"
     ignored = shutil.ignore_patterns("restrictedmem", "breaks", "__pycache__")
     shutil.copytree(SCRIPTS, everything, ignore=ignored)
@@ -182,7 +182,7 @@ def test_config_of_ones_own_is_completed_and_packaged(
     try:
         ensure(DEB_TOOLS)
     except Refused as refused:
-        pytest.skip(str(refused))
+        missing("build-tools", str(refused))
     own = tmp_path / "own.config"
     own.write_text(
         'CONFIG_OWN=m\n# CONFIG_RESTRICTEDMEM is not set\nCONFIG_SYSTEM_TRUSTED_KEYS="a"\n'

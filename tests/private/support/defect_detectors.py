@@ -127,7 +127,7 @@ def _size_0() -> str | None:
         b.bind_at_gpa(MIB, memory=memory)
         b.convert(GPA, MIB, private=False)
         if not b.loses_mappings(lambda: b.unsized.punch_hole(0, MIB)):
-            missing("shared pages unmapped", "a hole leaves the slot's shared pages mapped here")
+            missing("shared-pages-unmapped", "a hole leaves the slot's shared pages mapped here")
         if not b.loses_mappings(lambda: b.unsized.ftruncate(0)):
             return "nothing was unmapped"
     return None
@@ -160,7 +160,7 @@ def _erases() -> str | None:
         with failing_allocations():
             errno = b.vm.ioctl_errno(k.KVM_MEMORY_ENCRYPT_UNREG_REGION, region)
         if not errno:
-            missing("fault injection", "a conversion succeeds where no allocation was to")
+            missing("fault-injection", "a conversion succeeds where no allocation was to")
         assert errno_of(errno) == "ENOMEM"
         b.bind_at_gpa(MIB, memory=memory)
         if b.guest.read(GPA + 5 * PAGE, 6) != b"shared":
@@ -276,7 +276,7 @@ def unevictable_pages() -> bytes:
             while more := file.read(MIB):
                 flags += more
     except OSError as error:
-        missing("page flags", str(error))
+        missing("page-flags", str(error))
     # KPF_UNEVICTABLE is bit 18 of 64.
     return flags[2::8].translate(bytes(value >> 2 & 1 for value in range(256)))
 
@@ -291,7 +291,7 @@ def _drop_caches() -> str | None:
         slot.delete()
         have = meminfo("Unevictable") - before
         assert have > BIG // 2
-        write_setting("/proc/sys/vm/drop_caches", "1", "drop_caches")
+        write_setting("/proc/sys/vm/drop_caches", "1", "drop-caches")
         left = meminfo("Unevictable") - before
     return f"{left // MIB} MiB of {have // MIB} are left" if left < have // 2 else None
 

@@ -40,7 +40,7 @@ _ALL = (
         "failed-conversion-erases",
         "a conversion that fails half-way leaves private what had been shared",
         3,
-        needs="fault injection",
+        needs="fault-injection",
     ),
     Defect("conversion-by-page", "a conversion takes memory and time by the page, under a lock", 3),
     Defect(

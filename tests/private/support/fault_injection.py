@@ -15,7 +15,7 @@ FAULT_INJECTION = Path("/sys/kernel/debug/failslab")
 
 def require_fault_injection() -> None:
     if not Path("/proc/self/make-it-fail").exists() or not os.access(FAULT_INJECTION, os.W_OK):
-        missing("fault injection", "no CONFIG_FAULT_INJECTION, CONFIG_FAILSLAB, debugfs, or root")
+        missing("fault-injection", "no CONFIG_FAULT_INJECTION, CONFIG_FAILSLAB, debugfs, or root")
 
 
 @contextmanager

@@ -18,8 +18,8 @@ def huge_pages() -> Iterator[None]:
     try:
         before = Path(setting).read_text().split("[")[1].split("]")[0]
     except OSError as error:
-        missing("huge pages", str(error))
-    write_setting(setting, "always", "huge pages")
+        missing("huge-pages", str(error))
+    write_setting(setting, "always", "huge-pages")
     try:
         yield
     finally:
@@ -29,4 +29,4 @@ def huge_pages() -> Iterator[None]:
 def need_large_pages(rig: Rig) -> None:
     """Skip the test if the guest has no large page mapped."""
     if not rig.mapped()[1]:
-        missing("huge pages", "shmem_enabled=always, and the guest has no large page mapped")
+        missing("huge-pages", "shmem_enabled=always, and the guest has no large page mapped")

@@ -52,11 +52,11 @@ def in_cgroup() -> Iterator[Path]:
     top = Path("/sys/fs/cgroup")
     try:
         if "memory" not in (top / "cgroup.subtree_control").read_text().split():
-            missing("memory cgroup", "the memory controller is not enabled below the root")
+            missing("memory-cgroup", "the memory controller is not enabled below the root")
         group = top / f"kvmpriv-{os.getpid()}-{time.monotonic_ns()}"
         group.mkdir()
     except OSError as error:
-        missing("memory cgroup", str(error))
+        missing("memory-cgroup", str(error))
     try:
         yield group
     finally:

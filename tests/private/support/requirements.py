@@ -1,4 +1,4 @@
-"""What a test may require of the machine, and the skip that names what is missing."""
+"""What a test needs of the machine, and the skip that names what is missing."""
 
 from __future__ import annotations
 
@@ -7,42 +7,87 @@ from typing import NoReturn
 
 import pytest
 
-#: What may be missing, to this suite and to the checkout's other tests.
-NAMES = {
-    "KVM_CAP_DISABLE_QUIRKS2", "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2", "a VM of ours",
-    "a VM that refuses", "a file that goes", "a refusal", "btf", "compaction", "core dumps",
-    "dangerous", "debugfs", "drop_caches", "end of interrupt", "fault injection", "guest_memfd",
-    "guest_memfd flags", "host", "huge pages", "implicit conversion", "kvmclock", "mainline",
-    "memory", "memory cgroup", "network", "page flags", "paravirtual", "pre-fault",
-    "private attribute", "private memory", "ptrace", "pyright", "read-only private slots",
-    "refusal",
-    "restrictedmem", "root", "second address space", "shared guest_memfd", "shared pages unmapped",
-    "shared-only host", "slot zap quirk", "software interrupts", "stats", "steal time",
-    "userfaultfd", "vehicle", "wall clock",
-}  # fmt: skip
+from kvmpriv import private
+
+#: Identifier -> what is missing when a test is skipped with it; for this suite and for the other
+#: tests of the checkout.  KVMPRIV_REQUIRE takes these identifiers.
+REQUIREMENTS = {
+    "btf": "type information of the running kernel's KVM, for tests of struct layouts",
+    "build-tools": "the programs that build a kernel",
+    "compaction": "a kernel with memory compaction, and the right to start it",
+    "core-dumps": "core dumps written to the current directory",
+    "dangerous": "the option --dangerous, for a test that can crash this kernel",
+    "debugfs": "/sys/kernel/debug/kvm, readable",
+    "disable-quirks2": "KVM_CAP_DISABLE_QUIRKS2",
+    "drop-caches": "the right to write /proc/sys/vm/drop_caches",
+    "fault-injection": "CONFIG_FAULT_INJECTION and CONFIG_FAILSLAB, debugfs, and root",
+    "guest-memfd-flags": "the flags MMAP and INIT_SHARED of KVM_CREATE_GUEST_MEMFD",
+    "guest-memfd-lifetime": "an ABI whose slot loses its memory when the file is closed",
+    "guest_memfd": "guest_memfd in a VM of the type that the test uses",
+    "host": "/dev/kvm, readable and writable",
+    "huge-pages": "shmem with large pages, and free ones",
+    "implicit-conversion": "a guest that chooses how it accesses a page",
+    "kvmclock": "the paravirtual clock",
+    "mainline": "a kernel whose system call 451 is not memfd_restricted(2)",
+    "manual-dirty-log": "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2",
+    "memory": "as much memory as the test needs",
+    "memory-cgroup": "cgroup v2 with the memory controller, and root",
+    "network": "the package index, or the right to make a network interface",
+    "no-private-memory": "a way to take private memory away from this kernel",
+    "page-flags": "/proc/kpageflags, readable",
+    "paravirtual": "a KVM that emulates a kernel's instructions one by one",
+    "pre-fault": "KVM_CAP_PRE_FAULT_MEMORY",
+    "private-attribute": "KVM_MEMORY_ATTRIBUTE_PRIVATE for this type of VM",
+    "private-memory": "an ABI by which this kernel gives private memory to a VM",
+    "ptrace": "the right to trace other processes of this user",
+    "pv-eoi": "paravirtual end of interrupt",
+    "pyright": "the type checker pyright",
+    "read-only-private-slots": "an ABI whose private slots can be read-only",
+    "refusing-vm": "a VM that refuses KVM_MEM_PRIVATE on a kernel with memfd_restricted(2)",
+    "restrictedmem": "memfd_restricted(2), and VMs that accept KVM_MEM_PRIVATE",
+    "root": "root's rights",
+    "scripts-vm": "a kernel that scripts/vm has started, in which all memory may be searched",
+    "second-address-space": "a VM with a second address space (SMM)",
+    "setpriv": "the program setpriv, and root to run it",
+    "shared-guest-memfd": "guest_memfd in a VM of the default type",
+    "shared-only-host": "a host with guest_memfd and without private memory, as in the README",
+    "shared-pages-unmapped": "a kernel whose hole unmaps the slot's shared pages, too",
+    "slot-zap-quirk": "KVM_X86_QUIRK_SLOT_ZAP_ALL",
+    "software-interrupts": "a KVM whose guests can execute the int instruction",
+    "stats": "KVM_CAP_BINARY_STATS_FD",
+    "steal-time": "paravirtual steal time",
+    "test-vehicle": "the module parameter kvm.private_mem_testing of this project's v9 kernels",
+    "userfaultfd": "userfaultfd(2) for faults of the kernel",
+    "wall-clock": "the paravirtual wall clock",
+}
 
 
-def names_in(text: str) -> set[str]:
-    """The names in a list with commas."""
+def identifiers(text: str) -> set[str]:
+    """The identifiers in a comma-separated list."""
     return {name.strip() for name in text.split(",")} - {""}
 
 
-#: Names of what must be there: a skip for its lack becomes a failure.
-REQUIRED = names_in(os.environ.get("KVMPRIV_REQUIRE", ""))
+def known() -> set[str]:
+    """Every identifier; the name of an ABI that was registered is one, too."""
+    return {*REQUIREMENTS, *private.ABIS}
+
+
+#: What the user requires: a test that lacks it fails instead of being skipped.
+REQUIRED = identifiers(os.environ.get("KVMPRIV_REQUIRE", ""))
 
 
 def check_required() -> None:
-    """A usage error where KVMPRIV_REQUIRE names what no test can lack: it would require nothing."""
-    if unknown := sorted(REQUIRED - NAMES):
+    """Raise a usage error if KVMPRIV_REQUIRE has an unknown identifier."""
+    if unknown := sorted(REQUIRED - known()):
         raise pytest.UsageError(
-            f"KVMPRIV_REQUIRE: nothing is called {' or '.join(map(repr, unknown))}; "
-            f"there are: {', '.join(sorted(NAMES))}"
+            f"KVMPRIV_REQUIRE: unknown {', '.join(map(repr, unknown))}; "
+            f"known are: {', '.join(sorted(known()))}"
         )
 
 
 def missing(name: str, why: str) -> NoReturn:
-    """Skip, saying what is missing; fail if KVMPRIV_REQUIRE names it."""
-    assert name in NAMES, f"{name!r} is not in NAMES: nobody could require it"
+    """Skip the test for lack of `name`; fail it if KVMPRIV_REQUIRE has that identifier."""
+    assert name in known(), f"{name!r} is not in REQUIREMENTS: nobody could require it"
     if name in REQUIRED:
         pytest.fail(f"KVMPRIV_REQUIRE={name}, but {why}", pytrace=False)
     pytest.skip(f"{name}: {why}")
