@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..slots import Held
     from .vm import PrivateVm
 
-__all__ = ["LOFF_END", "PrivateFile", "PrivateSlot", "check_loff"]
+__all__ = ["LOFF_END", "PrivateFile", "PrivateSlot", "check_loff", "fd_field"]
 
 #: The first number that loff_t can't represent.
 LOFF_END = 1 << 63
@@ -28,6 +28,13 @@ def check_loff(*values: int) -> None:
     for value in values:
         if not -LOFF_END <= value < LOFF_END:
             raise ArgumentError(f"file offsets are less than 2^63: {value:#x} is out of range")
+
+
+def fd_field(fd: int) -> int:
+    """A descriptor as a field of 32 bits without a sign.  ArgumentError if it does not fit."""
+    if not -(1 << 31) <= fd < 1 << 32:
+        raise ArgumentError(f"a descriptor has 32 bits: {fd:#x} is out of range")
+    return fd & 0xFFFF_FFFF
 
 
 class PrivateFile(HeldBySlots, Fd):

@@ -1,4 +1,4 @@
-"""Mainline: guest_memfd files, KVM_SET_USER_MEMORY_REGION2, memory attributes.
+"""guest_memfd: its files, KVM_SET_USER_MEMORY_REGION2, KVM_SET_MEMORY_ATTRIBUTES.
 
 Linux 6.8, commit a7800aa80ea4 ("KVM: Add KVM_CREATE_GUEST_MEMFD ioctl() for guest-specific backing
 memory"); files that can be mapped since 6.18, commit 44c6cb9fe988.
@@ -16,7 +16,7 @@ from ..fd import Structs, new_struct, register_requests
 from ..slots import Slot
 from ..wakeup import SignalsBlocked
 from .abi import PrivateAbi, Traits
-from .backing import PrivateFile
+from .backing import PrivateFile, fd_field
 
 if TYPE_CHECKING:
     from ..memory import HostMemory
@@ -44,11 +44,12 @@ register_requests(guest_memfd_h.REQUESTS)
 class GuestMemfd(PrivateFile):
     """A file made by KVM_CREATE_GUEST_MEMFD for one VM, close-on-exec.
 
-    `size` in bytes, page aligned; `flags` of ``GUEST_MEMFD_FLAG_*`` (KVM_CAP_GUEST_MEMFD_FLAGS says
-    which).  OSError: EINVAL for a bad size or flag, ENOTTY where KVM has no guest_memfd.
+    `size` in bytes, page aligned; `flags` of ``GUEST_MEMFD_FLAG_*``, of which the capability
+    KVM_CAP_GUEST_MEMFD_FLAGS reports those that are supported.  OSError: EINVAL for a bad size or
+    flag, ENOTTY if KVM has no guest_memfd.
 
-    The file does not stay by being bound: closing its last fd takes the memory from the guest.  A
-    slot made here therefore keeps the fd open until it is deleted.
+    The kernel's slot holds no reference to the file: closing the last fd takes the memory away from
+    the guest.  So a slot made by this module keeps the fd open until the slot is deleted.
     """
 
     _what = "guest_memfd file"
@@ -80,9 +81,10 @@ def set_user_memory_region2(
 ) -> Slot:
     """KVM_SET_USER_MEMORY_REGION2.
 
-    Private pages come from `file` at `guest_memfd_offset`, shared ones from `memory` at
-    `memory_offset` (None: userspace_addr 0); all in bytes, page aligned.  OSError: EBADF for a bad
-    fd, EEXIST when it overlaps another slot, EINVAL for whatever else is not right.
+    Private pages come from `file` (an int: a descriptor, of anything) at `guest_memfd_offset`,
+    shared ones from `memory` at `memory_offset` (None: userspace_addr 0); all in bytes, page
+    aligned.  OSError: EBADF for a bad fd, EEXIST if it overlaps another slot, EINVAL for any other
+    bad argument.
     """
     fd = file if isinstance(file, int) else file.fileno()
     held = tuple(thing for thing in (memory, file) if thing and not isinstance(thing, int))
@@ -95,7 +97,7 @@ def set_user_memory_region2(
 def _set_slot(slot: Slot, fd: int, offset: int) -> None:
     def fields(slot: Slot) -> tuple[object, ...]:
         where = (slot.guest_phys_addr, slot.memory_size, slot.userspace_addr)
-        return (slot.slot, slot.flags, *where, offset, fd & 0xFFFFFFFF)
+        return (slot.slot, slot.flags, *where, offset, fd_field(fd))
 
     slot.vm.set_slot(slot, guest_memfd_h.KVM_SET_USER_MEMORY_REGION2, _REGIONS, fields)
 
@@ -104,16 +106,16 @@ def set_memory_attributes(vm: Vm, address: int, size: int, attributes: int) -> N
     """KVM_SET_MEMORY_ATTRIBUTES: KVM_MEMORY_ATTRIBUTE_PRIVATE makes a range private, 0 shared.
 
     Guest physical addresses, bytes, page aligned; all or nothing.  OSError: EINVAL for a bad range
-    or an attribute that this VM does not have, ENOTTY where KVM has none.
+    or an attribute that this VM does not support, ENOTTY if KVM has no attributes.
     """
     argument = new_struct(_ATTRIBUTES, (address, size, attributes, 0))
     vm.ioctl(guest_memfd_h.KVM_SET_MEMORY_ATTRIBUTES, argument)
 
 
 def pre_fault_memory(vcpu: Vcpu, gpa: int, size: int) -> int:
-    """KVM_PRE_FAULT_MEMORY: map a range ahead; returns how many bytes were left undone.
+    """KVM_PRE_FAULT_MEMORY: map a range; returns how many bytes at its end are not mapped.
 
-    OSError: ENOENT where no slot is, EINVAL for a bad range, ENOTTY before Linux 6.11.
+    OSError: ENOENT if there is no slot, EINVAL for a bad range, ENOTTY before Linux 6.11.
     """
     argument = new_struct(_PRE_FAULT, {"gpa": gpa, "size": size})
     vcpu.ioctl(guest_memfd_h.KVM_PRE_FAULT_MEMORY, argument)
@@ -121,10 +123,10 @@ def pre_fault_memory(vcpu: Vcpu, gpa: int, size: int) -> int:
 
 
 class GuestMemfdAbi(PrivateAbi):
-    """Mainline: VMs of `vm_type`, and guest_memfd files made with `file_flags`.
+    """guest_memfd: VMs of `vm_type`, and files made with `file_flags`.
 
     `file_flags` of ``GUEST_MEMFD_FLAG_*``.  A file that can be mapped has a page's private and
-    shared state in one place.  Give a variant a `name` of its own to register it.
+    shared data in the same page.  To register a variant, give it another `name`.
 
     bind: no other slot flag is allowed, and the range must be inside the file and in no other
     slot; OSError as :func:`set_user_memory_region2`.

@@ -1,6 +1,6 @@
-"""v9: memfd_restricted(2), KVM_MEM_PRIVATE, conversion by REG/UNREG_REGION.
+"""v9: memfd_restricted(2), KVM_MEM_PRIVATE, KVM_MEMORY_ENCRYPT_REG_REGION and UNREG_REGION.
 
-LKML, 25 October 2022, 20221025151344.3784230-1-chao.p.peng@linux.intel.com.
+Posted on 25 October 2022, 20221025151344.3784230-1-chao.p.peng@linux.intel.com.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..fd import Structs, new_struct, register_requests
 from ..slots import Slot
 from ..wakeup import SignalsBlocked
 from .abi import PrivateAbi, Traits
-from .backing import PrivateFile, check_loff
+from .backing import PrivateFile, check_loff, fd_field
 
 if TYPE_CHECKING:
     from ..memory import HostMemory
@@ -39,7 +39,7 @@ __all__ = [
 _REGIONS = Structs(restrictedmem_h.ffi.typeof("struct kvm_userspace_memory_region_ext *"))
 _RANGE = kvm_h.ffi.typeof("struct kvm_enc_region *")
 
-register_requests(restrictedmem_v10_h.REQUESTS)  # v9 has none of its own
+register_requests(restrictedmem_v10_h.REQUESTS)  # v9 adds none
 
 _SYS_MEMFD_RESTRICTED = restrictedmem_h.__NR_memfd_restricted  # noqa: SLF001  # the kernel's name
 _BAD_FLAGS = 0xFFFFFFFF
@@ -48,10 +48,10 @@ _BAD_FLAGS = 0xFFFFFFFF
 def ask_memfd_restricted() -> int:
     """Ask whether system call 451 is memfd_restricted, without any effect; returns the errno.
 
-    EINVAL: it is (it looks at its flags first).  EBADF: it is cachestat(2), 451 in mainline since
-    6.5 (commit cf264e1329fb).  ENOSYS: neither; EPERM, EACCES: a seccomp filter hides it.
+    EINVAL: it is, as it checks its flags first.  EBADF: it is cachestat(2), which is 451 in Linux
+    since 6.5 (commit cf264e1329fb).  ENOSYS: neither.  EPERM, EACCES: a seccomp filter hides it.
     """
-    # As cachestat's fd, -1 can't be open, so its other arguments are never looked at.
+    # For cachestat this is fd -1, which is never open, so it ignores its other arguments.
     if libc.syscall(_SYS_MEMFD_RESTRICTED, _BAD_FLAGS) >= 0:
         return 0
     return libc.last_errno()
@@ -60,10 +60,11 @@ def ask_memfd_restricted() -> int:
 class RestrictedMem(PrivateFile):
     """A file made by ``memfd_restricted(0)``, close-on-exec.
 
-    Raises OSError: ENOSYS where system call 451 is not memfd_restricted (it is not called then),
-    EMFILE, ENFILE.
+    OSError: ENOSYS if system call 451 is not memfd_restricted (the call is not made then), EMFILE,
+    ENFILE.
 
-    The kernel's slot counts the file itself: closing the fd frees nothing while a slot has it.
+    The kernel's slot holds a reference to the file: closing the fd frees nothing as long as a slot
+    uses it.
     """
 
     _what = "restrictedmem file"
@@ -84,7 +85,7 @@ class RestrictedMem(PrivateFile):
             if magic != restrictedmem_h.RESTRICTEDMEM_MAGIC:
                 raise OSError(
                     _errno.ENOSYS,
-                    f"system call 451 made a file of type {magic:#x}, not RESTRICTEDMEM_MAGIC",
+                    f"system call 451 made a file with magic {magic:#x}, not RESTRICTEDMEM_MAGIC",
                 )
             os.set_inheritable(fd, False)  # noqa: FBT003  # v9 has no flag for it
         except BaseException:
@@ -92,7 +93,7 @@ class RestrictedMem(PrivateFile):
             raise
 
     def ftruncate(self, size: int) -> None:
-        """Set the size, once: bytes, page aligned.  OSError: EINVAL, EPERM when it has one."""
+        """Set the size, once; bytes, page aligned.  OSError: EINVAL; EPERM if it is set already."""
         check_loff(size)
         os.ftruncate(self.fileno(), size)
         self.size = size
@@ -112,12 +113,13 @@ def set_user_memory_region_ext(
 ) -> Slot:
     """KVM_SET_USER_MEMORY_REGION with ``struct kvm_userspace_memory_region_ext``.
 
-    Private pages come from the file at `restricted_offset`, shared ones from `memory` at
-    `memory_offset` (None: userspace_addr 0); all in bytes, page aligned.  OSError: EINVAL for
-    whatever is not right, a bad fd too; EEXIST when it overlaps another slot.
+    Private pages come from the file (an int: a descriptor, of anything) at `restricted_offset`,
+    shared ones from `memory` at `memory_offset` (None: userspace_addr 0); all in bytes, page
+    aligned.  OSError: EINVAL for a bad argument, a bad fd included; EEXIST if it overlaps another
+    slot.
     """
     fd = restrictedmem_file if isinstance(restrictedmem_file, int) else restrictedmem_file.fileno()
-    held = (memory,) if memory else ()  # not the file: the kernel's slot counts it itself
+    held = (memory,) if memory else ()  # not the file, to which the kernel's slot has a reference
     userspace_addr = memory.userspace_addr + memory_offset if memory else 0
     new = Slot(vm, slot, guest_phys_addr, memory_size, flags, held, userspace_addr)
     _set_slot(new, fd, restricted_offset)
@@ -127,7 +129,7 @@ def set_user_memory_region_ext(
 def _set_slot(slot: Slot, fd: int, offset: int) -> None:
     def fields(slot: Slot) -> tuple[object, ...]:
         where = (slot.guest_phys_addr, slot.memory_size, slot.userspace_addr)
-        return ((slot.slot, slot.flags, *where), offset, fd & 0xFFFFFFFF)
+        return ((slot.slot, slot.flags, *where), offset, fd_field(fd))
 
     slot.vm.set_slot(slot, kvm_h.KVM_SET_USER_MEMORY_REGION, _REGIONS, fields)
 
@@ -135,14 +137,14 @@ def _set_slot(slot: Slot, fd: int, offset: int) -> None:
 def memory_encrypt_reg_region(vm: Vm, gpa: int, size: int) -> None:
     """KVM_MEMORY_ENCRYPT_REG_REGION: make a range of guest physical addresses private.
 
-    Bytes, page aligned.  OSError: EINVAL for a bad range, ENOTTY where this VM has no private
-    memory.  On a kernel that is not v9's the same request takes a host address: know your ABI.
+    Bytes, page aligned.  OSError: EINVAL for a bad range, ENOTTY if this VM can't have private
+    memory.  In every other kernel the same request takes a host address, for SEV.
     """
     vm.ioctl(kvm_h.KVM_MEMORY_ENCRYPT_REG_REGION, new_struct(_RANGE, (gpa, size)))
 
 
 def memory_encrypt_unreg_region(vm: Vm, gpa: int, size: int) -> None:
-    """KVM_MEMORY_ENCRYPT_UNREG_REGION: make a range shared, on the terms of its opposite."""
+    """KVM_MEMORY_ENCRYPT_UNREG_REGION: make a range shared; see its opposite."""
     vm.ioctl(kvm_h.KVM_MEMORY_ENCRYPT_UNREG_REGION, new_struct(_RANGE, (gpa, size)))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmpriv import HostMemory, private
+from kvmpriv import ArgumentError, HostMemory, private
 from kvmpriv.faults import FAULT_LAYOUTS, layout_of, register_fault_layout
 from kvmpriv.private import PrivateFile, PrivateSlot, PrivateVm, Traits
 
@@ -164,6 +164,18 @@ def test_a_layout_of_ones_own_comes_first(monkeypatch: pytest.MonkeyPatch) -> No
         register_fault_layout(layout)
     assert FAULT_LAYOUTS[39] is guest_memfd
     assert FAULT_LAYOUTS.pop(77).abi == "own"
+
+
+@pytest.mark.parametrize("fd", [1 << 32, (1 << 32) + 3, -(1 << 32), -(1 << 33)])
+def test_a_descriptor_that_does_not_fit_is_not_cut(by_vm: PrivateVm, fd: int) -> None:
+    region2 = private.guest_memfd.set_user_memory_region2
+    region_ext = private.restrictedmem.set_user_memory_region_ext
+    for call in (region2, region_ext):
+        with pytest.raises(ArgumentError, match="a descriptor has 32 bits"):
+            call(by_vm, 0, 0, PAGE, None, fd)
+        with pytest.raises(OSError, match="KVM_SET_USER_MEMORY_REGION") as refused:
+            call(by_vm, 0, 0, PAGE, None, -1)
+        assert refused.value.errno == errno.ENOTTY, "passed on: /dev/null is no VM"
 
 
 def test_the_readmes_paths_exist() -> None:
