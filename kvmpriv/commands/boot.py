@@ -1,4 +1,4 @@
-"""``kvmpriv boot``: bring Linux up, its console ours, its exit status ours."""
+"""``kvmpriv boot``: boots Linux; its console and exit status are the guest's."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from types import FrameType
+from typing import NamedTuple, TextIO
 
+from ..errors import ArgumentError
 from ..exit_status import ExitStatus
 from ..guest.bare import EXIT_PORT
 from ..guest.image import ImageError, read_file
@@ -20,14 +22,14 @@ from ..guest.linux.disk import Block, Entropy
 from ..guest.linux.kernel import LinuxImage, load_linux
 from ..guest.linux.layout import plan
 from ..guest.linux.machine import CPUS_MAX, DEFAULT_CMDLINE, LinuxMachine, check_pin
-from ..guest.linux.net import Net
+from ..guest.linux.net import Net, parse_mac
 from ..guest.linux.outcome import Interrupted, Outcome
 from ..guest.linux.tap import HOST_ADDRESS, PREFIX_LENGTH, Tap
 from ..guest.linux.usage import Cost, RangeUse
 from ..guest.linux.virtio import VirtioDevice
 from ..kvm import Kvm
 from ..private import ABIS, PrivateAbi, choose
-from ..terminal import OutputError
+from ..terminal import OutputError, printable
 from . import fail
 from ._options import add_device, device_error, parse_path, parse_seconds, parse_size
 
@@ -54,8 +56,31 @@ def parse_abi(text: str) -> str:
     return text
 
 
+class NetOptions(NamedTuple):
+    """The value of --net: the bridge, None for a network namespace, and the MAC address."""
+
+    bridge: str | None
+    mac: bytes | None
+
+
+def parse_net(text: str) -> NetOptions | None:
+    """``tap``, ``tap=BRIDGE``, each with ``,mac=MAC`` or without; ``none``."""
+    kind, comma, mac = text.partition(",mac=")
+    kind, equals, bridge = kind.partition("=")
+    if text == "none":
+        return None
+    if kind != "tap" or bool(equals) != bool(bridge):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a network: write tap, tap=BRIDGE or none, and ,mac=MAC after tap"
+        )
+    try:
+        return NetOptions(bridge or None, parse_mac(mac) if comma else None)
+    except ArgumentError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def parse_pin(text: str) -> list[int]:
-    """Numbers of CPUs."""
+    """``0,2``: numbers of CPUs."""
     if not all(word.isdecimal() and len(word) < 8 for word in text.split(",")):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of CPUs such as 0,1")
     return [int(word) for word in text.split(",")]
@@ -141,13 +166,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--net",
-        default="none",
+        type=parse_net,
+        default=None,
         metavar="WHERE",
         help="tap: a virtio-net card in a network namespace of its own, in which the host has the"
         f" address {HOST_ADDRESS}/{PREFIX_LENGTH}. `ip netns` lists the namespace; it ends with the"
         " guest. Without CAP_NET_ADMIN the network is made in a user namespace, and the command"
         " prints the PID for `nsenter`. tap=BRIDGE: a tap device on this bridge. none: no card"
-        " (default)",
+        " (default). tap,mac=MAC sets the card's MAC address, which is random by default",
     )
     add("--timeout", type=parse_seconds, metavar="SECONDS", help="end the guest after this time")
     add(
@@ -177,73 +203,105 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
 
 
+class _BootError(Exception):
+    """The guest can't be made; the message for the user, and the exit status."""
+
+    def __init__(self, message: object, status: ExitStatus) -> None:
+        super().__init__(str(message))
+        self.status = status
+
+
+def _reason(error: Exception) -> object:
+    return error.strerror if isinstance(error, OSError) else error
+
+
 def _load(options: argparse.Namespace) -> tuple[LinuxImage, bytes]:
+    """Read the kernel and the initrd; a pipe has to end within the time limit."""
     name = options.kernel
     try:
-        image = load_linux(read_file(name, _KERNEL_MAX))
+        image = load_linux(read_file(name, _KERNEL_MAX, options.timeout))
         if options.initrd is None:
             return image, b""
         name = options.initrd
-        initrd = read_file(name, options.memory)
+        initrd = read_file(name, options.memory, options.timeout)
         if not initrd:
             raise ImageError("the file is empty")
+    except TimeoutError as error:
+        raise _BootError(f"{name}: {error.strerror}", ExitStatus.TIMEOUT) from None
     except (ImageError, OSError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ImageError(f"{name}: {reason}") from None
+        raise _BootError(f"{name}: {_reason(error)}", ExitStatus.USAGE) from None
     return image, initrd
 
 
+def _choose(kvm: Kvm, name: str | None) -> PrivateAbi | None:
+    """The ABI that --private asks for; None without it."""
+    if name is None:
+        return None
+    try:
+        return choose(kvm, None if name == "any" else name)
+    except OSError as error:
+        message = f"{error.strerror} (`kvmpriv probe` gives details)"
+        raise _BootError(message, ExitStatus.UNABLE) from None
+
+
 def _devices(options: argparse.Namespace, complain: Callable[[str], object]) -> list[VirtioDevice]:
-    """What the command line asks for; OSError and ValueError say what can't be had."""
-    kind, _, bridge = options.net.partition("=")
-    if kind not in ("tap", "none") or (kind == "none" and bridge):
-        raise ValueError(f"--net {options.net}: say tap, tap=BRIDGE or none")
+    """Open the devices that the command line asks for."""
     with ExitStack() as stack:
         devices: list[VirtioDevice] = [Entropy()]
         if options.disk is not None:
             try:
                 disk = Block(options.disk, complain)
-            except (OSError, ValueError) as error:
-                reason = error.strerror if isinstance(error, OSError) else error
-                raise ValueError(f"{options.disk}: {reason}") from None
+            except (OSError, ArgumentError) as error:
+                raise _BootError(f"{options.disk}: {_reason(error)}", ExitStatus.USAGE) from None
             devices.append(disk)
             stack.callback(disk.close)
-        if kind == "tap":
-            tap = Tap(bridge or None)
+        if options.net is not None:
+            try:
+                tap = Tap(options.net.bridge)
+            except OSError as error:
+                raise _BootError(error.strerror, ExitStatus.USAGE) from None
             if tap.holder is not None:
-                complain(f"the network is process {tap.holder}'s: nsenter -t {tap.holder} -U -n")
-            devices.append(Net(tap, complain))
+                complain(
+                    f"the network belongs to process {tap.holder}: enter it with"
+                    f" nsenter -t {tap.holder} -U -n"
+                )
+            devices.append(Net(tap, complain, mac=options.net.mac))
         stack.pop_all()
     return devices
 
 
 class _Screen:
-    """Where the console goes, and our words: theirs begin lines of their own."""
+    """The console's output on `stream`, and this command's messages on standard error.
 
-    def __init__(self, stream: Any) -> None:
+    If both go to the same place, a message begins a line of its own.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._together = stream is sys.stderr or (stream.isatty() and sys.stderr.isatty())
         self._in_line = False
 
     def write(self, data: bytes) -> None:
-        """The console's."""
+        """Write what the guest has printed."""
         self._stream.buffer.write(data)
         self._stream.flush()
         self._in_line = not data.endswith(b"\n")
 
     def say(self, text: str) -> None:
-        """Ours."""
+        """Write a message of this command."""
         start = "\n" if self._together and self._in_line else ""
         self._in_line = False
-        print(f"{start}kvmpriv boot: {text}", file=sys.stderr, flush=True)
+        lines = "\n".join(printable(line) for line in text.splitlines())
+        print(f"{start}kvmpriv boot: {lines}", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    """Signals that would end us at once unwind us instead: a terminal is to be restored."""
+    """Make signals that would end the process end the guest: the terminal has to be restored."""
 
-    def stop(number: int, frame: Any) -> None:
-        raise Interrupted(_signalled(signal.Signals(number)))
+    def stop(number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        raise Interrupted(Outcome("signal", ExitStatus.SIGNALLED + number, name))
 
     before = {number: signal.signal(number, stop) for number in _SIGNALS}
     try:
@@ -255,76 +313,79 @@ def _signals() -> Iterator[None]:
 
 def main(options: argparse.Namespace) -> int:
     """Boot the guest that the command line describes; returns the exit status."""
-    try:
-        image, initrd = _load(options)
-    except ImageError as error:
-        return fail("boot", str(error), ExitStatus.USAGE)
-    try:
-        check_pin(options.pin, options.cpus)
-    except ValueError as error:
-        return fail("boot", f"--pin: {error}", ExitStatus.USAGE)
-    try:
-        kvm = Kvm(options.device)
-    except OSError as error:
-        return fail("boot", device_error(options.device, error), ExitStatus.UNABLE)
     screen = _Screen(sys.stderr if options.json else sys.stdout)
-    with ExitStack() as stack:
-        stack.enter_context(kvm)
-        abi = None
-        if options.private is not None:
-            try:
-                abi = choose(kvm, None if options.private == "any" else options.private)
-            except OSError as error:
-                return fail(
-                    "boot", f"{error.strerror} (`kvmpriv probe` tells more)", ExitStatus.UNABLE
-                )
-        started = time.monotonic()
-        try:
-            ranges = plan(options.memory, private=abi is not None)
-        except ValueError as error:
-            return fail("boot", f"--memory: {error}", ExitStatus.USAGE)
-        try:
-            devices = _devices(options, screen.say)
-        except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            return fail("boot", str(reason), ExitStatus.USAGE)
-        try:
-            machine = LinuxMachine(
-                kvm,
-                image,
-                ranges,
-                initrd=initrd,
-                cmdline=options.append,
-                cpus=options.cpus,
-                abi=abi,
-                devices=devices,
-                complain=screen.say,
-                output=screen.write,
-                pin=options.pin,
-            )
-        except ValueError as error:
-            return fail("boot", f"{options.kernel}: {error}", ExitStatus.USAGE)
-        except OSError as error:
-            return fail("boot", f"the guest can't be made: {error.strerror}", ExitStatus.UNABLE)
-        del image, initrd  # the guest has them: they need not be here twice
-        with machine:
-            if abi is not None:
-                _show_layout(machine, abi, screen.say)
-            try:
-                outcome = _run(machine, options, screen)
-            except OSError as error:
-                if options.trace is not None and error.filename == options.trace:
-                    return fail("boot", f"{options.trace}: {error.strerror}", ExitStatus.USAGE)
-                if isinstance(error, OutputError):
-                    raise
-                outcome = Outcome("error", ExitStatus.UNABLE, str(error.strerror))
+    started = time.monotonic()
+    try:
+        with ExitStack() as stack:
+            machine = _open(options, screen, stack)
+            _show_layout(machine, screen.say)
+            outcome = _run(machine, options, screen)
             if options.json:
                 seconds = time.monotonic() - started
-                print(json.dumps(_report(machine, outcome, seconds, abi), indent=2))
+                print(json.dumps(_report(machine, outcome, seconds), indent=2))
+    except _BootError as refused:
+        return fail("boot", str(refused), refused.status)
+    except MemoryError:
+        return fail("boot", "this process can't get the memory that it needs", ExitStatus.UNABLE)
     sys.stdout.flush()
     if outcome.how in _WORDS:
         screen.say(f"{_WORDS[outcome.how]}: {outcome.why}")
     return outcome.status
+
+
+def _open(options: argparse.Namespace, screen: _Screen, stack: ExitStack) -> LinuxMachine:
+    """Make the guest, which `stack` closes.  Raises _BootError."""
+    image, initrd = _load(options)
+    try:
+        check_pin(options.pin, options.cpus)
+    except ArgumentError as error:
+        raise _BootError(f"--pin: {error}", ExitStatus.USAGE) from None
+    try:
+        kvm = stack.enter_context(Kvm(options.device))
+    except OSError as error:
+        raise _BootError(device_error(options.device, error), ExitStatus.UNABLE) from None
+    abi = _choose(kvm, options.private)
+    try:
+        ranges = plan(options.memory, private=abi is not None)
+    except ArgumentError as error:
+        raise _BootError(f"--memory: {error}", ExitStatus.USAGE) from None
+    devices = _devices(options, screen.say)
+    try:
+        machine = LinuxMachine(
+            kvm,
+            image,
+            ranges,
+            initrd=initrd,
+            cmdline=options.append,
+            cpus=options.cpus,
+            abi=abi,
+            devices=devices,
+            complain=screen.say,
+            output=screen.write,
+            pin=options.pin,
+        )
+    except ArgumentError as error:
+        raise _BootError(f"{options.kernel}: {error}", ExitStatus.USAGE) from None
+    except OSError as error:
+        raise _BootError(f"can't make the guest: {error.strerror}", ExitStatus.UNABLE) from None
+    return stack.enter_context(machine)
+
+
+def _run(machine: LinuxMachine, options: argparse.Namespace, screen: _Screen) -> Outcome:
+    try:
+        with _signals(), keyboard() as source:
+            if source is not None and os.isatty(source.fileno()):
+                print(f"kvmpriv boot: {HELP}", file=sys.stderr)
+            look = _Watch(machine, screen.say) if options.watch else None
+            return machine.run(options.timeout, source, look=look, trace=options.trace)
+    except Interrupted as interrupted:  # before the run, or after it
+        return interrupted.outcome
+    except OutputError:
+        raise
+    except OSError as error:
+        if options.trace is not None and error.filename == options.trace:
+            raise _BootError(f"{options.trace}: {error.strerror}", ExitStatus.USAGE) from None
+        return Outcome("error", ExitStatus.UNABLE, str(error.strerror))
 
 
 _WORDS = {
@@ -338,7 +399,7 @@ _MIB = 1 << 20
 
 
 class _Watch:
-    """Prints what a guest uses, each time it is called."""
+    """Prints what a guest has used since the last call."""
 
     def __init__(self, machine: LinuxMachine, say: Callable[[str], object]) -> None:
         self._machine = machine
@@ -349,7 +410,7 @@ class _Watch:
     def __call__(self) -> None:
         now = time.monotonic()
         passed = now - self._last_at
-        if passed < 0.1:  # the first call, and one right after another: no time to average over
+        if passed < 0.1:  # the first call, and the last one soon after another
             return
         cost = self._machine.cost()
         before = self._last.cpu or (0.0,) * len(cost.cpu)
@@ -367,25 +428,13 @@ class _Watch:
         self._last, self._last_at = cost, now
 
 
-def _signalled(number: signal.Signals) -> Outcome:
-    return Outcome("signal", ExitStatus.SIGNALLED + number, number.name)
-
-
-def _run(machine: LinuxMachine, options: argparse.Namespace, screen: _Screen) -> Outcome:
-    try:
-        with _signals(), keyboard() as source:
-            if source is not None and os.isatty(source.fileno()):
-                print(f"kvmpriv boot: {HELP}", file=sys.stderr)
-            look = _Watch(machine, screen.say) if options.watch else None
-            return machine.run(options.timeout, source, look=look, trace=options.trace)
-    except Interrupted as interrupted:  # before the run, or after it
-        return interrupted.outcome
-
-
-def _show_layout(machine: LinuxMachine, abi: PrivateAbi, say: Callable[[str], object]) -> None:
+def _show_layout(machine: LinuxMachine, say: Callable[[str], object]) -> None:
+    """Print the ranges of a guest with private memory."""
+    if machine.abi is None:
+        return
     everything = sum(part.size for part in machine.ranges)
     for part in machine.ranges:
-        kind = f"private by {abi.name}" if part.kind == "private" else part.kind
+        kind = f"private by {machine.abi.name}" if part.kind == "private" else part.kind
         say(
             f"{part.gpa:#x}…{part.end:#x}: {part.size >> 20}M,"
             f" {100 * part.size / everything:.0f} %, {kind}: {part.purpose}"
@@ -399,11 +448,9 @@ def _usage(machine: LinuxMachine) -> list[RangeUse]:
         return []
 
 
-def _report(
-    machine: LinuxMachine, outcome: Outcome, seconds: float, abi: PrivateAbi | None
-) -> dict[str, Any]:
-    """What --json says; the fields are stable, and new ones may join them."""
-    image = machine.image
+def _report(machine: LinuxMachine, outcome: Outcome, seconds: float) -> dict[str, object]:
+    """The document that --json prints.  Fields may be added; the others stay as they are."""
+    image, abi = machine.image, machine.abi
     usage = _usage(machine) or [RangeUse(part, -1, -1) for part in machine.ranges]
     everything = sum(part.size for part in machine.ranges)
     cost = machine.cost()

@@ -1,4 +1,4 @@
-"""``kvmpriv run``: bring up a guest from a file, its output ours, its exit status ours."""
+"""``kvmpriv run``: runs a guest from a file; its output and exit status are the guest's."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def main(options: argparse.Namespace) -> int:
         arguments.insert(0, options.image)
     if options.image is None and not options.hello:
         return fail("run", "name an IMAGE to run, or give --hello", ExitStatus.USAGE)
-    name = "the built-in guest" if options.hello else options.image or "''"
+    name = "the built-in guest" if options.hello else options.image
     started = time.monotonic()
     try:
         image = _image(options)
@@ -117,6 +117,9 @@ def main(options: argparse.Namespace) -> int:
     except (ImageError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         return fail("run", f"{name}: {reason}", ExitStatus.USAGE)
+    left = options.timeout
+    if left is not None:  # the time that a pipe took counts
+        left = round(max(0.0, left - (time.monotonic() - started)), 2)
     try:
         kvm = Kvm(options.device)
     except OSError as error:
@@ -136,9 +139,6 @@ def main(options: argparse.Namespace) -> int:
             return fail("run", f"the guest can't be made: {error.strerror}", ExitStatus.UNABLE)
         with machine:
             try:
-                left = options.timeout
-                if left is not None:  # the time for reading the image counts, too
-                    left = round(max(0.0, left - (time.monotonic() - started)), 2)
                 status = machine.run(left)
             except OSError as error:
                 if isinstance(error, OutputError):

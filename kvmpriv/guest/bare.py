@@ -1,9 +1,9 @@
-"""A small machine: memory from address 0, one vCPU, a serial port to print on, a port to exit by.
+"""A small machine: memory from address 0, one vCPU, a port to print on and a port to exit by.
 
-Port 0x3f8 (SERIAL_PORT) takes the guest's output, byte by byte or with ``rep outsb``; its line
-status register (0x3fd) always says "ready".  A byte written to port 0xf4 (EXIT_PORT) ends the
-guest: its exit status, 0 to 255.  HLT ends it with status 0.  Other ports read as ones and take
-writes without effect, as an empty bus does; an access to an address without memory is a crash.
+The guest writes its output to port 0x3f8 (SERIAL_PORT), byte by byte or with ``rep outsb``; the
+line status register (0x3fd) always reads as ready.  A byte written to port 0xf4 (EXIT_PORT) ends
+the guest with that exit status, 0 to 255.  HLT ends it with status 0.  Other ports read as ones and
+ignore writes, as an empty bus does.  An access to an address without memory is a crash.
 """
 
 from __future__ import annotations
@@ -35,9 +35,12 @@ _TRANSMITTER_EMPTY = 0x60
 class Machine:
     """A guest with `memory_size` bytes of memory, `image` loaded, ready to run.
 
-    `memory_size` is page aligned; `arguments` reach the guest as :mod:`kvmpriv.guest.loader` says;
-    `output` is given what the guest prints.  ImageError, OSError and ValueError when the guest
-    can't be made; nothing is left behind then.
+    `memory_size` is in bytes and page aligned.  `arguments` are passed to the guest as
+    :mod:`kvmpriv.guest.loader` describes.  `output` is called with what the guest prints, in the
+    thread that calls `run`.
+
+    ImageError if the image does not fit, ArgumentError for a bad size, OSError if KVM refuses
+    something.
     """
 
     def __init__(
@@ -56,7 +59,7 @@ class Machine:
             self.memory = stack.enter_context(HostMemory(memory_size))
             self.vm.map(self.memory, 0)
             if image.mode is Mode.REAL and memory_size <= 0xFFFBC000:
-                # Where Intel's KVM emulates real mode it needs three pages that nobody uses.
+                # Where Intel's KVM emulates real mode it needs three pages that the guest does not.
                 self.vm.set_tss_addr(0xFFFBD000)
             self.vcpu = stack.enter_context(self.vm.create_vcpu())
             if image.mode is Mode.LONG:
@@ -67,13 +70,14 @@ class Machine:
     def run(self, timeout: float | None = None) -> int:
         """Run until the guest ends; returns its exit status, 0 to 255.
 
-        GuestCrash when it can't go on, GuestTimeout after `timeout` seconds.
+        GuestCrash if it can't go on, GuestTimeout after `timeout` seconds; what `output` raises
+        is raised here.
         """
         expired: list[bool] = []
 
         def expire() -> None:
             expired.append(True)
-            with suppress(ValueError):  # it has ended and is closed
+            with suppress(ValueError):  # closed meanwhile
                 self.vcpu.kick()
 
         timer = None if timeout is None else Timer(timeout, expire)
@@ -109,7 +113,10 @@ class Machine:
     def _exception(self) -> GuestCrash:
         exception = loader.read_exception(self._image.mode, self.memory, self.vcpu)
         if exception is None:
-            return self._crash("it wrote to the port of the exception handlers by itself")
+            port = exceptions.CRASH_PORT
+            return self._crash(
+                f"the guest wrote to port {port:#x}, which is reserved for exception reports"
+            )
         return self._crash(crash.describe(exception, self.vcpu), exception=exception)
 
     def _crash(
@@ -121,7 +128,7 @@ class Machine:
         return kind(why, crash.report(self.vcpu, self.memory, why, exception))
 
     def close(self) -> None:
-        """End the guest and give its memory back."""
+        """End the guest and free its memory."""
         self._stack.close()
 
     def __enter__(self) -> Machine:

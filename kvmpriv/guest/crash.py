@@ -1,4 +1,4 @@
-"""Why a guest can't go on: the reason in a line, its registers, the code it was at."""
+"""Reports of a guest's crash: the reason in one line, the registers, and the code at rip."""
 
 from __future__ import annotations
 
@@ -28,8 +28,11 @@ _GENERAL = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "r8", "r9", "r10", 
 _CONTROL = ("cr0", "cr2", "cr3", "cr4", "efer")
 
 
-class GuestCrash(Exception):  # noqa: N818  # it is the guest's error, not ours
-    """The guest can't go on.  `why` in one line; `report` adds registers and code."""
+class GuestCrash(Exception):  # noqa: N818  # the guest's error, not this process's
+    """The guest can't go on.
+
+    `why` is the reason in one line; `report` has the registers and the code, too.
+    """
 
     def __init__(self, why: str, report: str) -> None:
         super().__init__(report)
@@ -38,11 +41,11 @@ class GuestCrash(Exception):  # noqa: N818  # it is the guest's error, not ours
 
 
 class GuestTimeout(GuestCrash):
-    """The guest was still running when its time was up."""
+    """The guest was still running when its time limit was reached."""
 
 
 def describe(exception: GuestException, vcpu: Vcpu) -> str:
-    """An exception's name and error code."""
+    """The name and the error code of an exception, on one line."""
     name = _EXCEPTIONS.get(exception.vector, "no handler for this interrupt")
     why = f"exception {exception.vector} ({name})"
     if exception.error_code is not None:
@@ -53,22 +56,25 @@ def describe(exception: GuestException, vcpu: Vcpu) -> str:
 
 
 def describe_exit(exit_: Any) -> str:
-    """An exit that nobody expected."""
+    """An exit that a guest in good order does not cause, on one line."""
     if exit_.reason == kvm_h.KVM_EXIT_SHUTDOWN:
         return "triple fault (KVM_EXIT_SHUTDOWN)"
     if exit_.reason == kvm_h.KVM_EXIT_MMIO:
-        return f"no memory there: {exit_}"
+        return f"an access outside memory: {exit_}"
     return str(exit_)
 
 
 def report(
     vcpu: Vcpu, memory: HostMemory, why: str, exception: GuestException | None = None, base: int = 0
 ) -> str:
-    """`why`, the registers, and the bytes at rip; `memory` is at guest physical `base`."""
+    """`why`, the registers, and the bytes at rip, on several lines.
+
+    `memory` is the guest's memory at the guest physical address `base`.
+    """
     regs, sregs = vcpu.get_regs(), vcpu.get_sregs()
     rip, rsp, rflags, cs = regs.rip, regs.rsp, regs.rflags, sregs.cs.selector
     linear = sregs.cs.base + rip
-    if exception is not None:  # the handler's own are of no interest
+    if exception is not None:  # not the registers of the handler
         _, _, rip, cs, rflags, rsp = exception
         linear = rip if sregs.efer & EFER_LMA else cs * 16 + rip
     values = [("rip", rip), ("rsp", rsp), ("rflags", rflags), ("cs", cs)]

@@ -67,7 +67,11 @@ def test_usage(image: Path, tmp_path: Path) -> None:
         (("--kernel", image, "--cpus", "0"), "'0' is not a number of vCPUs (1 to 254)"),
         (("--kernel", image, "--cpus", "255"), "'255' is not a number of vCPUs (1 to 254)"),
         (("--kernel", image, "--private=v8"), "'v8' is not an ABI"),
-        (("--kernel", image, "--net", "wifi"), "--net wifi: say tap, tap=BRIDGE or none"),
+        (("--kernel", image, "--net", "wifi"), "'wifi' is not a network: write tap, tap=BRIDGE"),
+        (("--kernel", image, "--net", "tap="), "'tap=' is not a network: write tap, tap=BRIDGE"),
+        (("--kernel", image, "--net", "none,mac=02:00:00:00:00:01"), "is not a network"),
+        (("--kernel", image, "--net", "tap,mac=1:2"), "'1:2' is not the MAC address of a card"),
+        (("--kernel", image, "--net", "tap,mac=01:00:00:00:00:01"), "is not the MAC address"),
         (("--kernel", image, "--disk", tmp_path), "Is a directory"),
         (("--kernel", image, "--disk", empty), "a multiple of 512 bytes, more than 0, not 0"),
         (("--kernel", image, "--append", "x" * 3000), "the command line has 3023 bytes"),
@@ -124,7 +128,7 @@ def test_private_memory_that_the_host_refuses(kvm: Kvm, image: Path) -> None:
     name, why = refused.popitem()
     done = boot("--kernel", image, f"--private={name}")
     assert (done.returncode, done.stdout) == (3, "")
-    assert done.stderr == f"kvmpriv boot: {why} (`kvmpriv probe` tells more)\n"
+    assert done.stderr == f"kvmpriv boot: {why} (`kvmpriv probe` gives details)\n"
 
 
 @pytest.mark.usefixtures("kvm")
@@ -481,6 +485,25 @@ def test_a_mistake_does_not_truncate_a_recording(
     path.write_text("a recording")
     assert boot("--kernel", image, "--trace", path, *mistake).returncode == 2
     assert path.read_text() == "a recording"
+
+
+def test_a_kernel_that_never_comes(tmp_path: Path) -> None:
+    """The time limit covers a pipe that nobody opens for writing."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    done = boot("--kernel", pipe, "--timeout", "0.5")
+    assert (done.returncode, done.stdout) == (124, "")
+    assert done.stderr == f"kvmpriv boot: {pipe}: not read to its end after 0.5 s\n"
+
+
+@pytest.mark.usefixtures("kvm")
+def test_little_memory(image: Path) -> None:
+    """A kernel of a few KiB boots where 1 GiB of addresses could not be had."""
+    command = [sys.executable, "-m", "kvmpriv", "boot", "--kernel", str(image)]
+    command += ["--memory", "32M", "--timeout", "1"]
+    limited = ["sh", "-c", 'ulimit -v 700000; exec "$@"', "-", *command]
+    done = subprocess.run(limited, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (124, "up\n"), done.stderr
 
 
 def test_a_recording_by_script(kvm: Kvm, tmp_path: Path) -> None:

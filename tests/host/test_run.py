@@ -203,7 +203,7 @@ def test_ctrl_c(tmp_path: Path) -> None:
         (("--mode", "vm86", "{image}"), "invalid choice: 'vm86'"),
         (("{folder}/nothing",), "nothing: No such file or directory"),
         (("{folder}",), "Is a directory"),
-        (("",), "kvmpriv run: '': No such file or directory"),
+        (("",), "kvmpriv run: argument IMAGE: the name of a file is empty"),
         (("/dev/zero",), "not a regular file"),
         (("{empty}",), "the image is empty"),
         (("{huge}",), "bytes do not fit into 0x1000000 bytes of memory"),

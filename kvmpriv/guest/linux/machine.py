@@ -203,7 +203,7 @@ class LinuxMachine:
             if part.kind == "shared":
                 self.vm.map(memory, part.gpa)
             elif not isinstance(self.vm, PrivateVm):
-                raise ArgumentError(f"{part} is private: `abi` has to say by which ABI")
+                raise ArgumentError(f"{part} is private: pass the ABI for it as `abi`")
             else:
                 self.vm.add_private_memory(part.gpa, part.size, memory=memory)
         if self.abi is not None:
@@ -289,8 +289,7 @@ class LinuxMachine:
         """Why the guest will make no progress; "" if it may."""
         if self._vcpu_stats is None:
             return ""
-        values = self._vcpu_stats.read()
-        return emulation({name: v for name, v in values.items() if isinstance(v, int)})
+        return emulation(self._vcpu_stats.read())
 
     # -- running -------------------------------------------------------------------------------
 
@@ -404,9 +403,7 @@ class LinuxMachine:
 
     def usage(self) -> list[RangeUse]:
         """What each range uses now.  OSError where KVM has no statistics."""
-        with self.vm.get_stats_fd() as stats:
-            values = stats.read()
-        mapped = mapped_bytes({name: v for name, v in values.items() if isinstance(v, int)})
+        mapped = mapped_bytes(self.vm.stats())
         return range_use(self.ranges, [resident(memory) for memory in self._backing], mapped)
 
     def cost(self) -> Cost:
