@@ -91,7 +91,7 @@ def test_usage(image: Path, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("kvm")
 def test_the_scripts(tmp_path: Path) -> None:
-    """The example scripts report bad usage, bad files and the end of the guest, each with a status."""
+    """The examples report bad usage, bad files and how the guest ended, each with a status."""
     ends = tmp_path / "ends"
     ends.write_bytes(kernel(bytes.fromhex("b02a e6f4")))  # mov $42, %al; out %al, $0xf4
     for script, arguments, status, words in (
