@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno as _errno
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from .cdefs import kvm as kvm_h
@@ -154,7 +154,7 @@ class Structs:
         self._pointer = pointer
         self._free: list[Struct] = []
         #: Return a struct to the pool; the caller does not use it any more.
-        self.give_back = self._free.append
+        self.give_back: Callable[[Struct], None] = self._free.append
 
     def take(self, values: tuple[object, ...]) -> Struct:
         """A struct with these fields.  ArgumentError as :func:`new_struct`."""

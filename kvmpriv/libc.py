@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+from collections.abc import Callable
 from ctypes import c_int, c_long, c_ulong, c_void_p
 
 from .errors import ArgumentError
@@ -37,12 +38,15 @@ __all__ = [
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
-last_errno, set_errno = ctypes.get_errno, ctypes.set_errno
+#: The errno of the calling thread's last call of C.
+last_errno: Callable[[], int] = ctypes.get_errno
+set_errno: Callable[[int], int] = ctypes.set_errno
 
 #: ``int ioctl(int fd, unsigned long request, unsigned long argument)``: a pointer goes as a number.
-ioctl = _libc.ioctl
-ioctl.argtypes = (c_int, c_ulong, c_ulong)
-ioctl.restype = c_int
+_ioctl = _libc.ioctl
+_ioctl.argtypes = (c_int, c_ulong, c_ulong)
+_ioctl.restype = c_int
+ioctl: Callable[[int, int, int], int] = _ioctl
 
 _syscall = _libc.syscall
 _syscall.argtypes = (c_long,) * 7
@@ -160,8 +164,8 @@ _ALL_SIGNALS = _SignalMask()
 _held.sigfillset(ctypes.byref(_ALL_SIGNALS))  # except those that the C library keeps for itself
 
 #: Run the Python handlers of signals that have come.  In the main thread only; they may raise.
-run_signal_handlers = ctypes.pythonapi.PyErr_CheckSignals
-run_signal_handlers.argtypes = ()
+run_signal_handlers: Callable[[], int] = ctypes.pythonapi.PyErr_CheckSignals
+ctypes.pythonapi.PyErr_CheckSignals.argtypes = ()
 
 
 def signal_mask() -> ctypes.Array[c_ulong]:

@@ -58,7 +58,7 @@ class HostMemory(HeldBySlots):
             raise ArgumentError(f"{size:#x} bytes at {offset:#x} of fd {fd}: {error}") from None
         self.size = size
         self._pointer = _ffi.from_buffer("char[]", self._mmap)
-        self.userspace_addr = int(_ffi.cast("uintptr_t", self._pointer))
+        self.userspace_addr: int = int(_ffi.cast("uintptr_t", self._pointer))
 
     @property
     def closed(self) -> bool:

@@ -90,7 +90,7 @@ class Lifeline:
         #: How this VM's exits report a memory fault; None if no ABI of private memory made it.
         self.fault_layout = fault_layout
         #: Re-entrant: a signal handler may interrupt the holder and use the VM itself.
-        self.lock = threading.RLock()
+        self.lock: threading.RLock = threading.RLock()
         #: slot number -> the slot, which holds what it uses
         self.slots: dict[int, Slot] = {}
         self._users = 1
@@ -142,9 +142,9 @@ class Slot:
         userspace_addr: int = 0,
     ) -> None:
         self.vm = vm
-        self.slot = -1 if slot is None else slot
+        self.slot: int = -1 if slot is None else slot
         #: Whether the VM is to choose the number; `slot` is -1 until then.
-        self.unnumbered = slot is None
+        self.unnumbered: bool = slot is None
         self.guest_phys_addr = guest_phys_addr
         self.memory_size = memory_size
         self.flags = flags

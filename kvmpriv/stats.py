@@ -67,7 +67,7 @@ class StatsFd(Fd):
     def _read_descriptors(self) -> None:
         header = _ffi.new("struct kvm_stats_header *")
         _ffi.buffer(header)[:] = self._pread(_ffi.sizeof("struct kvm_stats_header"), 0)
-        self.id = self._pread(header.name_size, header.id_offset).split(b"\0")[0].decode()
+        self.id: str = self._pread(header.name_size, header.id_offset).split(b"\0")[0].decode()
         each = _ffi.sizeof("struct kvm_stats_desc") + header.name_size
         raw = self._pread(each * header.num_desc, header.desc_offset)
         self._data_offset = header.data_offset

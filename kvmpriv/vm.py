@@ -18,6 +18,8 @@ from .vcpu import Vcpu
 from .wakeup import SignalsBlocked
 
 if TYPE_CHECKING:
+    from threading import RLock
+
     from .cdefs.cffi_types import Cdata
     from .cdefs.kvm_structs import kvm_clock_data
     from .faults import FaultLayout
@@ -57,9 +59,9 @@ class Vm(KvmFd):
         self._lifeline = Lifeline(fault_layout)
         self._slot_limit = 0  # slots an address space can have; asked when a number is chosen
         #: Held while slots are set; hold it to look at `slots` more than once.  Re-entrant.
-        self.slots_lock = self._lifeline.lock
+        self.slots_lock: RLock = self._lifeline.lock
         #: slot number -> the slot
-        self.slots = self._lifeline.slots
+        self.slots: dict[int, Slot] = self._lifeline.slots
         super().__init__(fd)
 
     def close(self) -> None:

@@ -22,6 +22,8 @@ from .image import Mode
 
 if TYPE_CHECKING:
     from ..kvm import Kvm
+    from ..vcpu import Vcpu
+    from ..vm import Vm
     from .image import Image
 
 __all__ = ["EXIT_PORT", "SERIAL_PORT", "GuestCrash", "GuestTimeout", "Machine"]
@@ -55,13 +57,13 @@ class Machine:
         self._image = image
         self._output = output
         with ExitStack() as stack:
-            self.vm = stack.enter_context(kvm.create_vm())
-            self.memory = stack.enter_context(HostMemory(memory_size))
+            self.vm: Vm = stack.enter_context(kvm.create_vm())
+            self.memory: HostMemory = stack.enter_context(HostMemory(memory_size))
             self.vm.map(self.memory, 0)
             if image.mode is Mode.REAL and memory_size <= 0xFFFBC000:
                 # Where Intel's KVM emulates real mode it needs three pages that the guest does not.
                 self.vm.set_tss_addr(0xFFFBD000)
-            self.vcpu = stack.enter_context(self.vm.create_vcpu())
+            self.vcpu: Vcpu = stack.enter_context(self.vm.create_vcpu())
             if image.mode is Mode.LONG:
                 self.vcpu.set_cpuid2(kvm.get_supported_cpuid())
             loader.load(image, self.memory, self.vcpu, arguments)

@@ -108,7 +108,7 @@ class Agent:
         self._home = home
         self._cell = cell = _CELLS + number * _CELL_SIZE
         #: Where in the home this vCPU has BUFFER_SIZE bytes for data.
-        self.buffer = cell + _BUFFER
+        self.buffer: int = cell + _BUFFER
         self._under_way: Steps[object] | None = None
         words = memory.view().cast("Q")
         self._mailbox = words[(cell + _MAILBOX) // 8 : (cell + _MAILBOX) // 8 + 16]

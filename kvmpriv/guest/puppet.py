@@ -63,6 +63,7 @@ from .x86 import LARGE_PAGE
 if TYPE_CHECKING:
     from ..cpuid import CpuidEntry
     from ..exits import Exit
+    from ..slots import Slot
     from ..vcpu import Vcpu
     from ..vm import Vm
 
@@ -353,18 +354,18 @@ class Puppet(PuppetCommands):
             raise ArgumentError(f"a puppet can have 1 to {CPUS_MAX} vCPUs, not {cpus}")
         self.home = home
         self.vm = vm
-        self.hypercall_instruction = hypercall_instruction or _hypercall_instruction()
+        self.hypercall_instruction: str = hypercall_instruction or _hypercall_instruction()
         private_vm = vm if serve_conversions and isinstance(vm, PrivateVm) else None
         #: Whether the guest's hypercalls for a conversion are served.
-        self.serves_conversions = private_vm is not None
+        self.serves_conversions: bool = private_vm is not None
         if self.serves_conversions and vm.check_extension(kvm_h.KVM_CAP_EXIT_HYPERCALL):
             vm.enable_cap(kvm_h.KVM_CAP_EXIT_HYPERCALL, 1 << kvm_h.KVM_HC_MAP_GPA_RANGE)
         if cpuid is None:
             with Kvm() as kvm:
                 cpuid = kvm.get_supported_cpuid()
         with ExitStack() as stack:
-            self.memory = stack.enter_context(HostMemory(HOME_SIZE))
-            self.slot = vm.map(self.memory, home, slot=slot)
+            self.memory: HostMemory = stack.enter_context(HostMemory(HOME_SIZE))
+            self.slot: Slot = vm.map(self.memory, home, slot=slot)
             stack.callback(lambda: None if vm.closed else self.slot.delete())
             write_agent(self.memory)
             #: Every vCPU.

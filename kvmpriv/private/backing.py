@@ -144,7 +144,9 @@ class PrivateSlot(Slot):
     def own(self, things: Iterable[PrivateFile | HostMemory]) -> None:
         """Close these, of the file and the memory, when the slot ends."""
         things = list(things)
-        self.held = tuple(_Owned(one) if one in things else one for one in self.held)
+        self.held: tuple[Held, ...] = tuple(
+            _Owned(one) if one in things else one for one in self.held
+        )
 
     def convert(
         self,

@@ -132,7 +132,7 @@ class GuestMemfdAbi(PrivateAbi):
     slot; OSError as :func:`set_user_memory_region2`.
     """
 
-    slot_flag = guest_memfd_h.KVM_MEM_GUEST_MEMFD
+    slot_flag: int = guest_memfd_h.KVM_MEM_GUEST_MEMFD
 
     def __init__(
         self,
@@ -144,7 +144,7 @@ class GuestMemfdAbi(PrivateAbi):
         self.name = name
         self.vm_type = vm_type
         self.file_flags = file_flags
-        self.traits = Traits(
+        self.traits: Traits = Traits(
             default_private=False,
             # Without hardware that tells the two apart, an access is of the kind that the page is
             # (arch/x86/kvm/mmu/mmu_internal.h, kvm_mmu_do_page_fault).
@@ -154,7 +154,7 @@ class GuestMemfdAbi(PrivateAbi):
             converts="vm",
         )
         #: KVM_RUN fails with EFAULT, or EHWPOISON for a poisoned page, and fills in kvm_run.
-        self.fault_layout = FaultLayout(
+        self.fault_layout: FaultLayout = FaultLayout(
             abi=name,
             reason=guest_memfd_h.KVM_EXIT_MEMORY_FAULT,
             struct="struct kvm_run_memory_fault",

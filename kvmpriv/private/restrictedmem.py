@@ -159,10 +159,12 @@ class RestrictedMemAbi(PrivateAbi):
     """
 
     name = "restrictedmem"
-    traits = Traits(default_private=True, access_follows_state=False, backings=2, converts="vm")
+    traits: Traits = Traits(
+        default_private=True, access_follows_state=False, backings=2, converts="vm"
+    )
     #: KVM_RUN returns 0.  v10 widened `flags` over the padding, which is 0 in v9, so that this
     #: layout reads both.
-    fault_layout = FaultLayout(
+    fault_layout: FaultLayout = FaultLayout(
         abi=name,
         reason=restrictedmem_h.KVM_EXIT_MEMORY_FAULT,
         struct="struct kvm_run_memory_fault",
@@ -170,7 +172,7 @@ class RestrictedMemAbi(PrivateAbi):
         private_flag=restrictedmem_h.KVM_MEMORY_EXIT_FLAG_PRIVATE,
         errnos=frozenset(),
     )
-    slot_flag = restrictedmem_h.KVM_MEM_PRIVATE
+    slot_flag: int = restrictedmem_h.KVM_MEM_PRIVATE
 
     def create_file(self, vm: PrivateVm, size: int) -> RestrictedMem:
         """A file with its size set; it may be used by any VM."""

@@ -47,7 +47,7 @@ class Block(VirtioDevice):
         self, path: str | os.PathLike[str], complain: Callable[[str], object] = lambda text: None
     ) -> None:
         self._complain = complain
-        self.path = os.fspath(path)
+        self.path: str = os.fspath(path)
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
             self.read_only = False
@@ -61,7 +61,7 @@ class Block(VirtioDevice):
             if not stat.S_ISREG(kind) and not stat.S_ISBLK(kind):
                 raise ArgumentError("a disk must be a file or a block device")
             #: In bytes.
-            self.size = os.lseek(self._fd, 0, os.SEEK_END)
+            self.size: int = os.lseek(self._fd, 0, os.SEEK_END)
             self._check_format()
             if self.size == 0 or self.size % _SECTOR:
                 raise ArgumentError(
@@ -77,7 +77,8 @@ class Block(VirtioDevice):
             os.close(self._fd)
             raise
         self.features = _F_SEG_MAX | _F_FLUSH | (_F_RO if self.read_only else 0)
-        self.config = struct.pack("<QII", self.size // _SECTOR, 0, _SEGMENTS_MAX).ljust(64, b"\0")
+        config = struct.pack("<QII", self.size // _SECTOR, 0, _SEGMENTS_MAX)
+        self.config: bytes = config.ljust(64, b"\0")
 
     def _check_format(self) -> None:
         start = os.pread(self._fd, max(map(len, _FORMATS)), 0)

@@ -57,7 +57,7 @@ class GuestThread(VcpuThread[Outcome]):
         self._ended = ended
         self._cpu = cpu
         #: CPU time that the thread has used in all, in seconds; 0 until it has ended.
-        self.seconds = 0.0
+        self.seconds: float = 0.0
 
     def run(self) -> None:
         if self._cpu is not None:

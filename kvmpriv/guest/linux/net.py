@@ -101,8 +101,8 @@ class Net(VirtioDevice):
         mac: bytes | None = None,
     ) -> None:
         #: The card's MAC address.
-        self.mac = _random_mac() if mac is None else _checked(mac)
-        self.config = self.mac.ljust(64, b"\0")
+        self.mac: bytes = _random_mac() if mac is None else _checked(mac)
+        self.config: bytes = self.mac.ljust(64, b"\0")
         self._cable = _Borrowed(cable) if isinstance(cable, int) else cable
         self._complain = complain
         self._gone = False

@@ -60,7 +60,7 @@ class Ending:
     def __init__(self) -> None:
         self.outcome: Outcome | None = None
         #: An eventfd.
-        self.wake = Fd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+        self.wake: Fd = Fd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
         # Re-entrant: a signal handler may end the guest while this thread is here.
         self._lock = threading.RLock()
 

@@ -43,7 +43,7 @@ class Periodic:
     def __init__(self, call: Callable[[], object], every: float) -> None:
         self.call = call
         self.every = every
-        self.due = 0.0
+        self.due: float = 0.0
 
 
 class Supervisor:

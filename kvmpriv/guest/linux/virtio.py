@@ -70,7 +70,7 @@ class Queue:
         self.size = 0
         self.ready = False
         #: Guest physical addresses of the descriptors, the available ring and the used ring.
-        self.addresses = [0, 0, 0]
+        self.addresses: list[int] = [0, 0, 0]
         self._taken = 0
         self._used_index = 0
 
@@ -213,7 +213,7 @@ class Transport:
         self._status = self._accepted = 0
         self._feature_select = self._driver_select = self._queue_select = 0
         self._interrupt_status = 0
-        self.queues = [Queue(self._memory) for _ in range(self.device.queue_count)]
+        self.queues: list[Queue] = [Queue(self._memory) for _ in range(self.device.queue_count)]
         self.device.reset()
 
     def serve(self, number: int) -> None:
