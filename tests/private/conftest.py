@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -186,7 +186,7 @@ def make_rig(request: pytest.FixtureRequest, kvm: Kvm) -> Iterator[MakeRig]:
                 vm = stack.enter_context(abi.create_vm(kvm))
             return kind(stack, vm, kvm, **how)
 
-        yield make
+        yield cast("MakeRig", make)
 
 
 @pytest.fixture

@@ -317,7 +317,8 @@ def test_punching_with_failing_allocations(rig: Rig) -> None:
 @pytest.mark.spoiled_by("notified-in-bytes", "pages-not-zeroed")
 def test_punching_without_memory(rig: Rig) -> None:
     """A hole in small pages takes no allocation: memory can be given back when there is none."""
-    slot, said = _filled(rig), []
+    slot = _filled(rig)
+    said: list[str] = []
 
     def punch() -> None:
         slot.punch_hole(GPA + 8 * PAGE, 8 * PAGE)

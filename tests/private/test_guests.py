@@ -7,14 +7,13 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 
 import pytest
 
 from kvmpriv import HostMemory, Kvm
 from kvmpriv.cdefs import kvm as k
-from kvmpriv.exits import MemoryFaultExit, MmioExit
+from kvmpriv.exits import Exit, ExitReason, HypercallExit, MemoryFaultExit, MmioExit
 from kvmpriv.guest.puppet import GuestExit
 from kvmpriv.private import restrictedmem
 
@@ -45,7 +44,7 @@ def v9_guest(make_v9: MakeGuest) -> OneSlotRig:
 @pytest.fixture
 def make(make_rig: MakeRig) -> MakeGuest:
     """Make guests with a private slot, by each ABI that the kernel has."""
-    return partial(make_rig, OneSlotRig)
+    return lambda **how: make_rig(OneSlotRig, **how)
 
 
 @pytest.fixture
@@ -113,9 +112,9 @@ def test_holes_beside_the_binding(private: OneSlotRig) -> None:
     """A hole of the same file before or behind what the slot uses takes nothing."""
     private.guest.fill(GPA, 0x5A, SIZE)
     for offset in (0, OFFSET - 2 * MIB, OFFSET - PAGE, OFFSET + SIZE, OFFSET + SIZE + MIB):
-        private.private_file.punch_hole(offset, PAGE)  # type: ignore[attr-defined]
+        private.private_file.punch_hole(offset, PAGE)
         assert private.guest.span(GPA, 0x5A, SIZE) == SIZE
-    private.private_file.punch_hole(OFFSET - MIB, MIB + PAGE)  # type: ignore[attr-defined]
+    private.private_file.punch_hole(OFFSET - MIB, MIB + PAGE)
     assert private.guest.span(GPA, 0, SIZE) == PAGE
     assert private.guest.span(GPA + PAGE, 0x5A, SIZE - PAGE) == SIZE - PAGE
 
@@ -131,7 +130,7 @@ def test_the_state_survives_the_slot(private: OneSlotRig) -> None:
     with pytest.raises(GuestExit) as stopped:
         private.guest.load(GPA, 4)
     if private.behaviour.mmio_without_slot:
-        assert stopped.value.exit == MmioExit(6, False, GPA, 4, b"")
+        assert stopped.value.exit == MmioExit(ExitReason.MMIO, False, GPA, 4, b"")
     else:
         assert private.fault_of(stopped.value) == (GPA, PAGE, True), "no slot: nothing private"
     private.guest.reset()
@@ -172,7 +171,7 @@ def test_two_slots_of_one_file(private: OneSlotRig) -> None:
         private.guest.write(second, b"second")
         assert private.guest.read(GPA, 5) == b"first"
         assert private.guest.read(second, 6) == b"second"
-        private.private_file.punch_hole(OFFSET + SIZE + MIB, PAGE)  # type: ignore[attr-defined]
+        private.private_file.punch_hole(OFFSET + SIZE + MIB, PAGE)
         assert private.guest.read(GPA, 5) == b"first"
         assert private.guest.read(second, 6) == bytes(6)
         slot.delete()
@@ -234,7 +233,9 @@ def test_a_guest_that_wants_the_other_kind_exits(v9_guest: OneSlotRig, wants: bo
     with pytest.raises(GuestExit) as stopped:
         v9_guest.guest.read(gpa + 3, 2)
     fault = stopped.value.exit
-    assert fault == MemoryFaultExit(38, gpa, PAGE, wants, int(wants), 0, "restrictedmem")
+    assert fault == MemoryFaultExit(
+        ExitReason.MEMORY_FAULT_V9, gpa, PAGE, wants, int(wants), 0, "restrictedmem"
+    )
     assert v9_guest.guest.vcpu.kvm_run.exit_reason == 38
     for _ in range(3):
         with pytest.raises(GuestExit) as again:
@@ -254,7 +255,8 @@ def test_a_guest_that_wants_the_other_kind_exits(v9_guest: OneSlotRig, wants: bo
 def test_implicit_conversion_by_a_server(v9_guest: OneSlotRig) -> None:
     """A guest that just accesses, and a host that converts at each exit."""
 
-    def serve(_: object, exit_: MemoryFaultExit) -> bool:
+    def serve(_: object, exit_: Exit) -> bool:
+        assert isinstance(exit_, MemoryFaultExit)
         v9_guest.convert(exit_.gpa, exit_.size, private=exit_.private)
         return True
 
@@ -264,7 +266,8 @@ def test_implicit_conversion_by_a_server(v9_guest: OneSlotRig) -> None:
     assert v9_guest.want(GPA, 2 * MIB, private=False) == 0
     assert v9_guest.guest.span(GPA, 0x44, 2 * MIB) == 2 * MIB
     assert len(v9_guest.guest.exits) == 512
-    assert {exit_.gpa for exit_ in v9_guest.guest.exits} == set(range(GPA, GPA + 2 * MIB, PAGE))
+    touched = {exit_.gpa for exit_ in v9_guest.guest.exits if isinstance(exit_, MemoryFaultExit)}
+    assert touched == set(range(GPA, GPA + 2 * MIB, PAGE))
     assert v9_guest.want(GPA, MIB, private=True) == 0
     assert v9_guest.guest.span(GPA, 0x33, 2 * MIB) == MIB
     assert len(v9_guest.guest.exits) == 512 + 256
@@ -285,6 +288,7 @@ def test_the_hypercalls_errors(v9_guest: OneSlotRig) -> None:
     with pytest.raises(GuestExit) as stopped:
         call(k.KVM_HC_MAP_GPA_RANGE, GPA, 2, k.KVM_MAP_GPA_RANGE_ENCRYPTED)
     exit_ = stopped.value.exit
+    assert isinstance(exit_, HypercallExit)
     assert (exit_.nr, exit_.args[:3], exit_.longmode) == (12, (GPA, 2, 16), True)
     v9_guest.guest.vcpu.kvm_run.hypercall.ret = 5
     assert v9_guest.guest.resume() == 5
@@ -440,7 +444,7 @@ def test_conversions_against_faults(make: MakeGuest) -> None:
     assert done[0] > 0
     stale = private.guest.exits
     assert len(stale) <= (100 if private.abi.traits.access_follows_state else 0)
-    assert {private.fault_of(GuestExit(private.guest, exit_))[:2] for exit_ in stale} <= {
+    assert {private.fault_of(GuestExit(private.guest.cpus[0], exit_))[:2] for exit_ in stale} <= {
         (GPA, PAGE)
     }
     private.guest.serve = None

@@ -10,6 +10,7 @@ import pytest
 from kvmpriv import Kvm
 from kvmpriv.exits import MemoryFaultExit, MmioExit
 from kvmpriv.guest.puppet import GuestExit
+from kvmpriv.private import PrivateSlot
 
 from .support.large_pages import huge_pages, need_large_pages
 from .support.rig import LARGE, MakeRig, Rig, only
@@ -188,7 +189,7 @@ def test_both_ends_of_the_address_space(rig: Rig, kvm: Kvm) -> None:
     guest, file, memory = rig.guest, rig.file(64 * PAGE), rig.memory(64 * PAGE)
     for gpa in (top + PAGE, top + size, (1 << 52) - PAGE):
         if bits < 52:
-            said = answer(lambda at=gpa: rig.bind(at, size, file, 0, memory=memory))  # type: ignore[misc]
+            said = answer(lambda at=gpa: rig.bind(at, size, file, 0, memory=memory))
             assert said == "EINVAL", hex(gpa)
     rig.bind(0, size, file, 3 * PAGE, memory=memory, memory_offset=PAGE)
     rig.bind(top, size, file, 9 * PAGE, memory=memory, memory_offset=20 * PAGE)
@@ -245,7 +246,7 @@ def test_ranges_across_slots(rig: Rig) -> None:
     else:
         with pytest.raises(GuestExit) as stopped:
             guest.read(ordinary, 3)
-        assert (stopped.value.exit.gpa, stopped.value.exit.private) == (ordinary, True)
+        assert rig.fault_of(stopped.value) == (ordinary, PAGE, True)
         rig.convert(ordinary, each, private=False)
         assert guest.resume() == b"oss"
     # A hole is its file's: the other one's slot at the same offset keeps its page.
@@ -300,7 +301,8 @@ def test_large_pages(rig: Rig) -> None:
 
         # A hole of one page of the third: the file's large page is split, for good.
         (slot,) = (one for one in rig.vm.slots.values() if one.guest_phys_addr == GPA)
-        slot.punch_hole(GPA + 2 * LARGE + 7 * PAGE, PAGE)  # type: ignore[attr-defined]
+        assert isinstance(slot, PrivateSlot)
+        slot.punch_hole(GPA + 2 * LARGE + 7 * PAGE, PAGE)
         assert rig.mapped()[1] == large + 2
         assert guest.span(GPA, 0x22, SIZE) == 2 * LARGE + 7 * PAGE
         assert guest.span(GPA + 2 * LARGE + 7 * PAGE, 0, LARGE) == PAGE
@@ -359,8 +361,9 @@ def test_guest_memfd_has_small_pages(make_rig: MakeRig) -> None:
     assert guest.load(GPA + LARGE + 5 * PAGE, 1) == 0x11
     rig.convert(GPA + LARGE + 5 * PAGE, PAGE, private=True)
     (slot,) = (one for one in rig.vm.slots.values() if one.guest_phys_addr == GPA)
+    assert isinstance(slot, PrivateSlot)
     assert guest.span(GPA, 0x22, SIZE) == SIZE
-    slot.punch_hole(GPA + 2 * LARGE + 7 * PAGE, PAGE)  # type: ignore[attr-defined]
+    slot.punch_hole(GPA + 2 * LARGE + 7 * PAGE, PAGE)
     assert rig.mapped() == (small + SIZE // PAGE - 1, large)
     assert guest.span(GPA, 0x22, SIZE) == 2 * LARGE + 7 * PAGE
     assert guest.span(GPA + 2 * LARGE + 7 * PAGE, 0, LARGE) == PAGE

@@ -23,7 +23,7 @@ from kvmpriv import HostMemory, Kvm, Vcpu, Vm, private
 from kvmpriv.cdefs import guest_memfd as gm
 from kvmpriv.cdefs import kvm as k
 from kvmpriv.guest.puppet import GuestExit, Puppet
-from kvmpriv.private import PrivateAbi, PrivateFile
+from kvmpriv.private import PrivateAbi, PrivateFile, PrivateVm
 from kvmpriv.private.guest_memfd import GuestMemfd
 
 from .support.accounting import BIG, Unevictable, vms_alive
@@ -51,6 +51,7 @@ class Kind:
     def file(self, vm: Vm) -> PrivateFile:
         if self.name == "guest_memfd, shared":
             return GuestMemfd(vm, BIG, gm.GUEST_MEMFD_FLAG_MMAP | gm.GUEST_MEMFD_FLAG_INIT_SHARED)
+        assert isinstance(vm, PrivateVm)
         return private.ABIS[self.name].create_file(vm, BIG)
 
     def slots(self, vm: Vm, fd: int) -> Slots:
@@ -186,9 +187,9 @@ def test_file_closed_under_a_running_guest(rig: Rig) -> None:
         else:
             assert eventually(lambda: runner.stopped is not None, 20)
             assert isinstance(runner.stopped, GuestExit)
-            fault = runner.stopped.exit
-            assert (fault.gpa & -PAGE, fault.private) == (fault.gpa, True)
-            assert GPA <= fault.gpa < GPA + 16 * PAGE
+            gpa, size, kind = rig.fault_of(runner.stopped)
+            assert (size, kind) == (PAGE, True)
+            assert GPA <= gpa < GPA + 16 * PAGE
             rig.guest.reset()
         assert slots.delete() == "ok"
         assert memory.is_about(0)

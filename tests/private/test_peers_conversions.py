@@ -17,7 +17,7 @@ from kvmpriv.private import PrivateFile, serve_conversion
 
 from .support.accounting import BIG, SLACK, Unevictable
 from .support.races import eventually
-from .support.rig import LARGE, MakeRig, Rig
+from .support.rig import LARGE, Guest, MakeRig, Rig
 from .support.rules import rule
 from .support.syscalls import GIB, MIB, PAGE
 
@@ -100,13 +100,13 @@ class Ground:
             raise errors[0]
 
 
-def ask(cpu: PuppetCpu, gpa: int, size: int, *, private: bool) -> None:
+def ask(cpu: Guest, gpa: int, size: int, *, private: bool) -> None:
     """Have the guest ask for a conversion, as guests do."""
     kind = k.KVM_MAP_GPA_RANGE_ENCRYPTED if private else k.KVM_MAP_GPA_RANGE_DECRYPTED
     assert cpu.hypercall(k.KVM_HC_MAP_GPA_RANGE, gpa, size // PAGE, kind) == 0
 
 
-def finds(cpu: PuppetCpu, gpa: int, byte: int, size: int) -> bool:
+def finds(cpu: Guest, gpa: int, byte: int, size: int) -> bool:
     """Whether the guest finds nothing but `byte` there."""
     return cpu.span(gpa, byte, size) == size
 
@@ -400,7 +400,7 @@ def test_a_slot_that_comes_and_goes_under_a_private_page(rig: Rig) -> None:
             with pytest.raises(GuestExit) as stopped:
                 guest.load(GPA, 8)
             assert isinstance(stopped.value.exit, MmioExit)
-            guest.vcpu.kvm_run.mmio.data = bytes(8)
+            guest.vcpu.reply(bytes(8))
             assert guest.resume() == 0
         rig.convert(GPA, BIG, private=True)
         slot = rig.bind(GPA, BIG, file)

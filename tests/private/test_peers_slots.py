@@ -15,14 +15,14 @@ import pytest
 import kvmpriv
 from kvmpriv import HostMemory, Kvm, Vm, private
 from kvmpriv.cdefs import kvm as k
-from kvmpriv.exits import MemoryFaultExit, MmioExit
+from kvmpriv.exits import ExitReason, InternalErrorExit, MemoryFaultExit, MmioExit
 from kvmpriv.guest.crash import GuestCrash
 from kvmpriv.guest.puppet import Puppet, PuppetCpu
 from kvmpriv.private.restrictedmem import RestrictedMem
 
 from .support.races import eventually
 from .support.requirements import missing
-from .support.rig import Rig
+from .support.rig import Guest, Rig
 from .support.rules import rule
 from .support.slot_requests import RestrictedSlots, Slots
 from .support.syscalls import GIB, PAGE, address_of, answer, errno_of
@@ -62,7 +62,9 @@ def test_no_slot_at_all(rig: Rig, kvm: Kvm) -> None:
             vm.ioctl(abi.KVM_SET_NR_MMU_PAGES, 64)
             with vm.create_vcpu(number) as vcpu:
                 assert vcpu.run() == k.KVM_EXIT_INTERNAL_ERROR
-                assert vcpu.exit().suberror == k.KVM_INTERNAL_ERROR_EMULATION
+                exit_ = vcpu.exit()
+                assert isinstance(exit_, InternalErrorExit)
+                assert exit_.suberror == k.KVM_INTERNAL_ERROR_EMULATION
             rans += 1
     assert rans == 2
 
@@ -119,7 +121,7 @@ def test_as_many_slots_as_there_can_be(rig: Rig) -> None:
 class Watch:
     """A guest that reads one word again and again, and all that it finds, each change once."""
 
-    def __init__(self, cpu: PuppetCpu, gpa: int) -> None:
+    def __init__(self, cpu: Guest, gpa: int) -> None:
         self.cpu, self.gpa = cpu, gpa
         self.seen: list[int] = []
         self.error: BaseException | None = None
@@ -156,7 +158,7 @@ class Watch:
 
 
 @contextmanager
-def watching(cpu: PuppetCpu, gpa: int) -> Iterator[Watch]:
+def watching(cpu: Guest, gpa: int) -> Iterator[Watch]:
     watch = Watch(cpu, gpa)
     watch._thread.start()
     try:
@@ -175,7 +177,7 @@ def plain_slot(vm: Vm, memory: HostMemory, gpa: int) -> None:
 
 
 @pytest.fixture(params=["private-capable", "default", "default, no zap of all"])
-def inhabited(request: pytest.FixtureRequest, rig: Rig, kvm: Kvm) -> Iterator[tuple[Vm, PuppetCpu]]:
+def inhabited(request: pytest.FixtureRequest, rig: Rig, kvm: Kvm) -> Iterator[tuple[Vm, Guest]]:
     """A VM of each kind that treats slots differently, and a guest in it."""
     if request.param == "private-capable":
         yield rig.vm, rig.guest
@@ -192,7 +194,7 @@ def inhabited(request: pytest.FixtureRequest, rig: Rig, kvm: Kvm) -> Iterator[tu
 
 
 @rule("slots.moved-in-use")
-def test_a_slot_moved_in_use(inhabited: tuple[Vm, PuppetCpu]) -> None:
+def test_a_slot_moved_in_use(inhabited: tuple[Vm, Guest]) -> None:
     """A guest that reads while its slot is moved finds what is there now, or nobody; no more."""
     vm, guest = inhabited
     rounds = 10
@@ -221,7 +223,7 @@ def test_a_slot_moved_in_use(inhabited: tuple[Vm, PuppetCpu]) -> None:
 
 
 @rule("slots.deleted-in-use", "slots.code-deleted-in-use")
-def test_a_slot_deleted_in_use(inhabited: tuple[Vm, PuppetCpu]) -> None:
+def test_a_slot_deleted_in_use(inhabited: tuple[Vm, Guest]) -> None:
     """The guest finds nobody until the slot is back; without its code's slot it ends."""
     vm, guest = inhabited
     gone = k.ffi.new("struct kvm_userspace_memory_region *", {"slot": 10})
@@ -242,7 +244,8 @@ def test_a_slot_deleted_in_use(inhabited: tuple[Vm, PuppetCpu]) -> None:
             assert watch.error is None
             assert watch.seen == [1, NOBODY] * 5 + [1]
             exits = list(guest.exits)
-            guest.slot.delete()  # type: ignore[attr-defined]
+            assert isinstance(guest, Puppet)
+            guest.slot.delete()
             assert eventually(lambda: watch.error is not None, 30)
         assert isinstance(watch.error, GuestCrash)
         assert {type(exit_) for exit_ in exits} == {MmioExit}
@@ -251,7 +254,7 @@ def test_a_slot_deleted_in_use(inhabited: tuple[Vm, PuppetCpu]) -> None:
         vm.ioctl(k.KVM_SET_USER_MEMORY_REGION, gone)
 
 
-def more_exits(guest: PuppetCpu) -> bool:
+def more_exits(guest: Guest) -> bool:
     """Whether the guest goes on to exit."""
     before = guest.exit_count
     return eventually(lambda: guest.exit_count > before + 1, 30)
@@ -286,11 +289,9 @@ def test_a_private_slot_deleted_in_use(rig: Rig) -> None:
         assert watch.sees(1)
         assert watch.error is None
     if mmio:
-        found = {(one.reason, one.phys_addr, one.size, one.is_write) for one in rig.guest.exits}
-        assert found == {(k.KVM_EXIT_MMIO, GPA, 8, False)}
+        assert set(rig.guest.exits) == {MmioExit(ExitReason.MMIO, False, GPA, 8, b"")}
     else:
-        found = {(one.reason, one.gpa, one.size, one.private) for one in rig.guest.exits}
-        assert found == {(rig.abi.fault_layout.reason, GPA, PAGE, True)}
+        assert set(rig.guest.exits) == {rig.fault_at(GPA, private=True)}
         assert watch.seen == [1], "never the shared page"
     bound.delete()
 

@@ -88,8 +88,8 @@ def test_successors(kvm: Kvm, either: RestrictedSlots) -> None:
 def test_refused(refused_slots: RestrictedSlots) -> None:
     """Where the hook says no, KVM_MEM_PRIVATE is EINVAL, alone and beside other flags."""
     for beside in (0, LOG, READONLY, LOG | READONLY):
-        refused_slots.refuses("EINVAL", flags=PRIVATE | beside, twin={"flags": beside})
-    refused_slots.refuses("EINVAL", restricted_fd=0xFFFFFFFF, twin={"flags": 0})
+        refused_slots.refuses("EINVAL", {"flags": beside}, flags=PRIVATE | beside)
+    refused_slots.refuses("EINVAL", {"flags": 0}, restricted_fd=0xFFFFFFFF)
 
 
 # -- 1: what is copied ---------------------------------------------------------------------------
@@ -268,7 +268,7 @@ def test_offset_alignment(slots: RestrictedSlots) -> None:
     for off in BITS:
         assert slots.set(restricted_offset=off) == "EINVAL", off
     assert slots.asked == 13
-    slots.refuses("EINVAL", restricted_offset=1, twin={"restricted_offset": 0})
+    slots.refuses("EINVAL", {"restricted_offset": 0}, restricted_offset=1)
     slots.accepts(restricted_offset=1, flags=0)
 
 
@@ -319,7 +319,7 @@ def test_guest_range_that_wraps(slots: RestrictedSlots) -> None:
     """guest_phys_addr + memory_size does not wrap, else EINVAL."""
     for address in (TOP - PAGE, TOP - 16 * PAGE, TOP - 8 * PAGE):
         assert slots.set(guest_phys_addr=address) == "EINVAL", hex(address)
-    slots.refuses("EINVAL", guest_phys_addr=TOP - PAGE, twin={"guest_phys_addr": 1 << 34})
+    slots.refuses("EINVAL", {"guest_phys_addr": 1 << 34}, guest_phys_addr=TOP - PAGE)
 
 
 @rule("v9.slot.pages")

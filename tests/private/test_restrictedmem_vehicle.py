@@ -9,7 +9,7 @@ import pytest
 
 from kvmpriv.cdefs import kvm as k
 from kvmpriv.cdefs import restrictedmem as rm
-from kvmpriv.exits import MemoryFaultExit, MmioExit
+from kvmpriv.exits import ExitReason, HypercallExit, MemoryFaultExit, MmioExit
 from kvmpriv.guest.puppet import GuestExit
 from kvmpriv.private.restrictedmem import RestrictedMem
 
@@ -68,7 +68,7 @@ def test_wishes_where_there_is_no_choice(rig: Rig) -> None:
         assert memory.read(PAGE, 4) == b"wish"
         with pytest.raises(GuestExit) as stopped:
             rig.guest.load(GPA + MIB, 4)
-        assert stopped.value.exit == MmioExit(6, False, GPA + MIB, 4, b"")
+        assert stopped.value.exit == MmioExit(ExitReason.MMIO, False, GPA + MIB, 4, b"")
         rig.guest.reset()
 
 
@@ -78,7 +78,7 @@ def test_the_exits_padding(rig: Rig) -> None:
     """Each field of the exit is written each time, padding with 0, whatever was there."""
     rig.bind(GPA, MIB, rig.file(MIB), memory=rig.memory(MIB))
     assert rig.guest.hypercall(CALL, GPA, 1, WANT_SHARED) == 0
-    expected = MemoryFaultExit(38, GPA, PAGE, False, 0, 0, "restrictedmem")
+    expected = MemoryFaultExit(ExitReason.MEMORY_FAULT_V9, GPA, PAGE, False, 0, 0, "restrictedmem")
     with pytest.raises(GuestExit) as stopped:
         rig.guest.load(GPA + 8, 8)
     assert stopped.value.exit == expected
@@ -105,8 +105,7 @@ def test_a_read_only_slot_keeps_the_secret(rig: Rig) -> None:
     for touched in (False, True):
         with pytest.raises(GuestExit) as stopped:
             rig.guest.store(at, 8, secret)
-        fault = stopped.value.exit
-        assert (fault.reason, fault.gpa, fault.size, fault.private) == (38, at & -PAGE, PAGE, True)
+        assert stopped.value.exit == rig.fault_at(at, private=True)
         assert secret.to_bytes(8, "little") not in bytes(k.ffi.buffer(rig.guest.vcpu.kvm_run)), (
             touched
         )
@@ -115,7 +114,9 @@ def test_a_read_only_slot_keeps_the_secret(rig: Rig) -> None:
     rig.convert(GPA, MIB, private=False)
     with pytest.raises(GuestExit) as stopped:
         rig.guest.store(at, 8, secret)
-    assert stopped.value.exit == MmioExit(6, True, at, 8, secret.to_bytes(8, "little"))
+    assert stopped.value.exit == MmioExit(
+        ExitReason.MMIO, True, at, 8, secret.to_bytes(8, "little")
+    )
     rig.guest.reset()
 
 
@@ -132,6 +133,8 @@ def test_the_errors_of_an_enabled_hypercall(rig: Rig) -> None:
     for gpa, pages in ((GPA, 1), (TOP - PAGE, 2), (0, TOP - 1)):
         with pytest.raises(GuestExit) as stopped:
             rig.guest.hypercall(CALL, gpa, pages, encrypted)
-        assert stopped.value.exit.args[:3] == (gpa, pages, encrypted)
+        asked = stopped.value.exit
+        assert isinstance(asked, HypercallExit)
+        assert asked.args[:3] == (gpa, pages, encrypted)
         rig.guest.vcpu.kvm_run.hypercall.ret = 0
         assert rig.guest.resume() == 0

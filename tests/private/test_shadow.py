@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from kvmpriv.cdefs import kvm as k
-from kvmpriv.exits import IoExit, MmioExit
+from kvmpriv.exits import Exit, ExitReason, IoExit, MmioExit
 from kvmpriv.guest.crash import GuestCrash
 
 from .support.requirements import missing
@@ -98,15 +98,19 @@ def program(instruction: bytes) -> bytes:
 STORE = relative(CODE + 10, b"\x89\x0d", MMIO)
 #: name -> (what the host puts there, what then comes out, what the guest has in ecx)
 CHOICES: dict[str, tuple[bytes, list[Any], int]] = {
-    "the same": (STORE, [MmioExit(6, True, MMIO, 4, struct.pack("<I", PUBLIC))], PUBLIC),
+    "the same": (
+        STORE,
+        [MmioExit(ExitReason.MMIO, True, MMIO, 4, struct.pack("<I", PUBLIC))],
+        PUBLIC,
+    ),
     "another register": (
         relative(CODE + 10, b"\x89\x05", MMIO),  # mov %eax, MMIO
-        [MmioExit(6, True, MMIO, 4, struct.pack("<I", SECRET))],
+        [MmioExit(ExitReason.MMIO, True, MMIO, 4, struct.pack("<I", SECRET))],
         PUBLIC,
     ),
     "a port": (
         b"\x3e\x3e\x3e\x3e\xe7" + bytes([PORT]),  # out %eax, $PORT
-        [IoExit(2, True, PORT, 4, 1, struct.pack("<I", SECRET))],
+        [IoExit(ExitReason.IO, True, PORT, 4, 1, struct.pack("<I", SECRET))],
         PUBLIC,
     ),
     "a value": (b"\x3e\xb9" + struct.pack("<I", CHOSEN), [], CHOSEN),  # mov $CHOSEN, %ecx
@@ -165,12 +169,14 @@ def test_emulated_reads(shadowed: Shadowed) -> None:
     shadowed.guest.write(DATA, b"mine")
     shadowed.host_writes(DATA, b"host")
     _, exits = shadowed.runs(CODE)
-    assert exits == [IoExit(2, True, PORT, 4, 1, b"host")]
+    assert exits == [IoExit(ExitReason.IO, True, PORT, 4, 1, b"host")]
     assert shadowed.guest.read(DATA, 4) == b"mine", "which is not what it reads"
     shadowed.rig.convert(DATA, PAGE, private=False)
     shadowed.guest.write(DATA, b"both")
     _, exits = shadowed.runs(CODE)
-    assert exits == [IoExit(2, True, PORT, 4, 1, b"both")], "the control, in shared memory"
+    assert exits == [IoExit(ExitReason.IO, True, PORT, 4, 1, b"both")], (
+        "the control, in shared memory"
+    )
 
 
 @rule("private.shadow.emulation.write")
@@ -180,7 +186,8 @@ def test_emulated_writes(shadowed: Shadowed) -> None:
     shadowed.guest.write(DATA, b"mine")
     shadowed.host_writes(DATA, b"host")
 
-    def serve(_: object, exit_: IoExit) -> bool:
+    def serve(_: object, exit_: Exit) -> bool:
+        assert isinstance(exit_, IoExit)
         assert (exit_.is_write, exit_.port, exit_.size) == (False, PORT, 4)
         page = shadowed.guest.vcpu.kvm_run
         start = k.ffi.cast("char *", page) + page.io.data_offset
@@ -307,7 +314,7 @@ def test_page_tables(shadowed: Shadowed) -> None:
         shadowed.host_writes(gpa, data)
     assert (translate(0), translate(VIRTUAL + 5)) == (guest.home, TARGET + LARGE + 5)
     _, exits = shadowed.runs(TARGET + out, VIRTUAL)
-    assert exits == [IoExit(2, True, PORT, 4, 1, b"the ")]
+    assert exits == [IoExit(ExitReason.IO, True, PORT, 4, 1, b"the ")]
     assert guest.run(TARGET + load, VIRTUAL).to_bytes(8, "little") == b"guests'!"
     # Each of them notes down in its own tables that a page was accessed.
     assert struct.unpack("<Q", shadowed.host_reads(pd, 8)) == (TARGET + LARGE | 0xA3,)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from kvmpriv.cdefs import kvm as k
-from kvmpriv.exits import IoExit, MemoryFaultExit, MmioExit
+from kvmpriv.exits import ExitReason, IoExit, MemoryFaultExit, MmioExit
 from kvmpriv.guest.puppet import GuestExit
 
 from .support.large_pages import huge_pages
@@ -70,7 +70,7 @@ def test_a_private_write_to_a_read_only_slot(flagged: Flagged, first: str) -> No
     if first == "read":  # so that there is a mapping
         assert guest.read(at, 6) == b"before"
     value = b"\xde\xc0\xad\xde\xef\xbe\xaf\x1d"
-    expected = MemoryFaultExit(38, at, PAGE, True, 1, 0, "restrictedmem")
+    expected = MemoryFaultExit(ExitReason.MEMORY_FAULT_V9, at, PAGE, True, 1, 0, "restrictedmem")
     with pytest.raises(GuestExit) as stopped:
         guest.store(at + 8, 8, int.from_bytes(value, "little"))
     for again in (False, True):
@@ -99,7 +99,7 @@ def test_a_shared_write_to_a_read_only_slot(flagged: Flagged) -> None:
     assert guest.read(at, 6) == b"before"
     with pytest.raises(GuestExit) as stopped:
         guest.store(at, 4, 0x12345678)
-    assert stopped.value.exit == MmioExit(6, True, at, 4, b"\x78\x56\x34\x12")
+    assert stopped.value.exit == MmioExit(ExitReason.MMIO, True, at, 4, b"\x78\x56\x34\x12")
     guest.resume()
     assert guest.read(at, 6) == b"before"
     assert flagged.memory.read(MEMORY_OFFSET + 7 * PAGE, 6) == b"before"
@@ -114,7 +114,7 @@ def test_a_shared_write_where_there_is_no_memory(flagged: Flagged) -> None:
     rig.convert(at, PAGE, private=False)
     with pytest.raises(GuestExit) as stopped:
         guest.store(at, 4, 0x12345678)
-    assert stopped.value.exit == MmioExit(6, True, at, 4, b"\x78\x56\x34\x12")
+    assert stopped.value.exit == MmioExit(ExitReason.MMIO, True, at, 4, b"\x78\x56\x34\x12")
     guest.resume()
     with pytest.raises(OSError, match="KVM_RUN") as failed:
         guest.load(at, 4)
@@ -353,7 +353,7 @@ def test_slots_of_two_address_spaces(rig: Rig) -> None:
     one = rig.bind(WHERE, PAGE, file, 0, slot=5)
     other = rig.bind(WHERE, PAGE, file, 0, slot=SECOND | 5)
     for number in (6, SECOND | 6):
-        assert answer(lambda slot=number: rig.bind(WHERE, PAGE, file, 0, slot=slot)) == "EEXIST"  # type: ignore[misc]
+        assert answer(lambda slot=number: rig.bind(WHERE, PAGE, file, 0, slot=slot)) == "EEXIST"
     assert answer(lambda: rig.bind(WHERE, PAGE, file, 0, slot=2 * SECOND | 6)) == "EINVAL"
     rig.guest.write(WHERE, b"works")
     other.delete()
@@ -362,7 +362,7 @@ def test_slots_of_two_address_spaces(rig: Rig) -> None:
     one.delete()
     with pytest.raises(GuestExit) as stopped:
         rig.guest.load(WHERE, 4)
-    assert stopped.value.exit == MmioExit(6, False, WHERE, 4, b"")
+    assert stopped.value.exit == MmioExit(ExitReason.MMIO, False, WHERE, 4, b"")
 
 
 @rule("gm.address-space")

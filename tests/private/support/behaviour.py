@@ -16,7 +16,8 @@ from .requirements import missing
 from .slot_requests import GuestMemfdSlots, RestrictedSlots, Slots
 
 if TYPE_CHECKING:
-    from kvmpriv import Kvm
+    from kvmpriv import Kvm, Vm
+    from kvmpriv.fd import Fd
     from kvmpriv.private import PrivateAbi
 
 __all__ = ["Behaviour", "behaviour_of"]
@@ -27,7 +28,7 @@ class Behaviour:
     """What one ABI does where the others do something else."""
 
     #: Sets slots by the ABI's request.
-    slots: type[Slots]
+    slots: Callable[[Vm, Fd, int], Slots]
     #: Skips the test if this kernel does not have the ABI.
     require: Callable[[Kvm], None]
     #: A slot holds a reference to its file, so that closing the descriptor frees nothing.

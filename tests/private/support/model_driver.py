@@ -72,7 +72,7 @@ class Driver:
             for number, cpu in enumerate(self.guest.cpus):
                 cpu.serve = self._server(number, cpu.serve)
             self.files: list[private.PrivateFile] = []
-            stack.callback(lambda: [file.close() for file in self.files])
+            stack.callback(self._close_files)
             for _ in range(2):
                 self.files.append(self.abi.create_file(self.vm, FILE_SIZE))
             #: The vCPUs that are in the middle of a step: its name, and whether MMIO stopped it.
@@ -84,7 +84,12 @@ class Driver:
             self._stack = stack.pop_all()
 
     def close(self) -> None:
+        """Close the VM and all that is in it."""
         self._stack.close()
+
+    def _close_files(self) -> None:
+        for file in self.files:
+            file.close()
 
     def _server(
         self, number: int, known: Callable[[PuppetCpu, Any], bool] | None
@@ -307,7 +312,7 @@ class Driver:
         if cpu not in self.stopped:
             return "nothing to resume"
         chosen = self.guest.cpus[cpu]
-        chosen.vcpu.kvm_run.mmio.data = bytes(8)  # the answer, should it be asked for one
+        chosen.vcpu.kvm_run.mmio.data = bytes(8)  # type: ignore[assignment]  # the answer to a read
         outcome = chosen.resume()
         name, _ = self.stopped.pop(cpu)
         return None if name in ("store", "write", "fill") else outcome

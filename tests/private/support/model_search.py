@@ -550,7 +550,7 @@ def _round(
         if enough and not whole and time.monotonic() > ends:
             return
         if machine is not None and whole:
-            machine, used = None, machine
+            used, machine = machine, None
             used.close()
         if machine is None:
             machine = Machine(abi, model_class)
@@ -570,7 +570,7 @@ def _round(
             known.add(repr(some))
             failed[:] = machine.done[first:]
             whole = whole or machine.done
-            machine, broken = None, machine
+            broken, machine = machine, None
             broken.close()
             raise
 

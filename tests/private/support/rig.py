@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
 
 import pytest
 
 from kvmpriv import HostMemory, Kvm
 from kvmpriv.cdefs import kvm as k
 from kvmpriv.cdefs import restrictedmem as rm
-from kvmpriv.exits import MemoryFaultExit
+from kvmpriv.exits import ExitReason, MemoryFaultExit
 from kvmpriv.guest.puppet import GuestExit, Puppet
 
 from .behaviour import behaviour_of
@@ -20,6 +21,9 @@ from .syscalls import GIB, MIB, PAGE
 
 if TYPE_CHECKING:
     from kvmpriv.guest.puppet import PuppetCpu
+
+    #: A puppet stands for its first vCPU.
+    Guest = Puppet | PuppetCpu
     from kvmpriv.private import PrivateAbi, PrivateFile, PrivateSlot, PrivateVm
 
 #: A large page.
@@ -109,6 +113,15 @@ class Rig:
         }[private]
         return self.guest.hypercall(k.KVM_HC_MAP_GPA_RANGE, gpa, size // PAGE, bits)
 
+    def fault_at(self, gpa: int, *, private: bool) -> MemoryFaultExit:
+        """The fault exit of the ABI for an access to a page."""
+        layout = self.abi.fault_layout
+        error = errno.EFAULT if errno.EFAULT in layout.errnos else 0
+        flags = layout.private_flag if private else 0
+        return MemoryFaultExit(
+            ExitReason(layout.reason), gpa & -PAGE, PAGE, private, flags, error, self.abi.name
+        )
+
     def fault_of(self, stopped: GuestExit) -> tuple[int, int, bool]:
         """(gpa, size, private) of a fault exit, which must be of the ABI's own kind."""
         fault = stopped.exit
@@ -151,6 +164,9 @@ class OneSlotRig(Rig):
         self.private_file.allocate(OFFSET + gpa - GPA, size)
 
 
+AnyRig = TypeVar("AnyRig", bound=Rig)
+
+
 class Marker:
     """Random bytes that are in the guest's memory, and not in this process's until `value`.
 
@@ -162,12 +178,12 @@ class Marker:
     def __init__(self) -> None:
         self._halves = os.urandom(self.size), os.urandom(self.size)
 
-    def write(self, guest: PuppetCpu, gpa: int) -> None:
+    def write(self, guest: Guest, gpa: int) -> None:
         """Have the guest write the marker, a byte at a time."""
         for number, (one, other) in enumerate(zip(*self._halves, strict=True)):
             guest.store(gpa + number, 1, one ^ other)
 
-    def is_at(self, guest: PuppetCpu, gpa: int) -> bool:
+    def is_at(self, guest: Guest, gpa: int) -> bool:
         """Whether the guest finds the marker there; compared byte by byte, never assembled here."""
         pairs = enumerate(zip(*self._halves, strict=True))
         return all(guest.load(gpa + number, 1) == one ^ other for number, (one, other) in pairs)
@@ -177,7 +193,13 @@ class Marker:
         return bytes(one ^ other for one, other in zip(*self._halves, strict=True))
 
 
-MakeRig = Callable[..., Any]
+class MakeRig(Protocol):
+    """Makes a rig of a kind, with `cpus=` and `irqchip=`; see the fixture make_rig."""
+
+    @overload
+    def __call__(self, **how: Any) -> Rig: ...
+    @overload
+    def __call__(self, kind: type[AnyRig], **how: Any) -> AnyRig: ...
 
 
 def only(name: str) -> pytest.MarkDecorator:

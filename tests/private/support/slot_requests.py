@@ -46,7 +46,7 @@ class Slots:
     def delete(self, **changes: int) -> str:
         return self.set(**{"memory_size": 0, **changes})
 
-    def refuses(self, expected: str, *, twin: dict[str, int] | None = None, **changes: int) -> None:
+    def refuses(self, expected: str, twin: dict[str, int] | None = None, /, **changes: int) -> None:
         """The good slot with `changes` is refused; the twin, without them, is made and deleted."""
         assert self.set(**changes) == expected, changes
         self.accepts(**(twin or {}))

@@ -63,7 +63,7 @@ def errno_of(number: int) -> str:
     return _errno.errorcode.get(number, str(number)) if number else "ok"
 
 
-def answer(call: Callable[[], Any]) -> str:
+def answer(call: Callable[..., Any]) -> str:
     """What the kernel says: "ok", or the name of the errno."""
     try:
         call()
