@@ -148,7 +148,7 @@ class Slot:
         self.guest_phys_addr = guest_phys_addr
         self.memory_size = memory_size
         self.flags = flags
-        self.held = held
+        self.held: tuple[Held, ...] = held
         self.userspace_addr = userspace_addr
 
     @property

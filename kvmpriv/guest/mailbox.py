@@ -103,7 +103,7 @@ class Agent:
         #: The last exits, but those that end a command, in order: at least the last 8192.
         self.exits: list[Exit] = []
         #: How many such exits there have been in all.
-        self.exit_count = 0
+        self.exit_count: int = 0
         self._memory = memory
         self._home = home
         self._cell = cell = _CELLS + number * _CELL_SIZE

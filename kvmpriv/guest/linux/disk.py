@@ -50,7 +50,7 @@ class Block(VirtioDevice):
         self.path: str = os.fspath(path)
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-            self.read_only = False
+            self.read_only: bool = False
         except OSError as error:
             if error.errno not in (_errno.EACCES, _errno.EROFS, _errno.EPERM):
                 raise

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ...trace import Recorder
 
 if TYPE_CHECKING:
+    from .dispatch import Record
     from .machine import LinuxMachine
     from .outcome import Outcome
 
@@ -46,7 +47,7 @@ class RunRecorder:
             },
         )
         #: Records an event, from any thread.
-        self.event = self._recorder.event
+        self.event: Record = self._recorder.event
 
     def sample(self) -> None:
         """Record the memory and the CPU time in use; nothing where KVM has no statistics."""

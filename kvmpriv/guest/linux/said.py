@@ -16,7 +16,7 @@ class Said:
 
     def __init__(self) -> None:
         self.lines: list[str] = []
-        self.status = 0
+        self.status: int = 0
         self._line = bytearray()
 
     def put(self, value: int) -> None:

@@ -100,6 +100,9 @@ class Tap:
     such bridge).
     """
 
+    #: The name of the network interface.
+    name: str
+
     def __init__(self, bridge: str | None = None) -> None:
         self.bridge = bridge
         self.namespace: str | None = None

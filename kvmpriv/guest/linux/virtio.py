@@ -68,7 +68,7 @@ class Queue:
     def __init__(self, memory: GuestMemory) -> None:
         self._memory = memory
         self.size = 0
-        self.ready = False
+        self.ready: bool = False
         #: Guest physical addresses of the descriptors, the available ring and the used ring.
         self.addresses: list[int] = [0, 0, 0]
         self._taken = 0
