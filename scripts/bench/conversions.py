@@ -24,17 +24,20 @@ GPA = 4 << 30
 SHMEM_HUGE = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 
 
-def request_of(abi: private.PrivateAbi, size: int, *, to_private: bool) -> tuple[int, Any]:
-    """The ABI's request for C, which uses the same struct."""
-    if abi.name == "restrictedmem":
-        argument = k.ffi.new("struct kvm_enc_region *", (GPA, size))
-        return (
-            k.KVM_MEMORY_ENCRYPT_REG_REGION if to_private else k.KVM_MEMORY_ENCRYPT_UNREG_REGION,
-            argument,
-        )
+def _v9_request(size: int, *, to_private: bool) -> tuple[int, Any]:
+    argument = k.ffi.new("struct kvm_enc_region *", (GPA, size))
+    request = k.KVM_MEMORY_ENCRYPT_REG_REGION if to_private else k.KVM_MEMORY_ENCRYPT_UNREG_REGION
+    return request, argument
+
+
+def _guest_memfd_request(size: int, *, to_private: bool) -> tuple[int, Any]:
     attributes = gm.KVM_MEMORY_ATTRIBUTE_PRIVATE if to_private else 0
     fields = (GPA, size, attributes, 0)
     return gm.KVM_SET_MEMORY_ATTRIBUTES, gm.ffi.new("struct kvm_memory_attributes *", fields)
+
+
+#: ABI -> the ioctl and struct of a conversion, which C gets too.
+REQUESTS = {"restrictedmem": _v9_request, "guest_memfd": _guest_memfd_request}
 
 
 class Setting:
@@ -61,7 +64,7 @@ def convert_1gib(abi: private.PrivateAbi, kvm: Kvm, calls: Any, pairs: int) -> d
     stride = 128 << 10
     with ExitStack() as stack:
         it = Setting(abi, kvm, GIB, stack)
-        request, argument = request_of(abi, GIB, to_private=False)
+        request, argument = REQUESTS[abi.name](GIB, to_private=False)
         address = int(k.ffi.cast("uintptr_t", argument))
 
         def prepared() -> None:

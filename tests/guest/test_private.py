@@ -59,7 +59,7 @@ def memory() -> Iterator[HostMemory]:
 
 @pytest.fixture
 def slot(abi: PrivateAbi, vm: PrivateVm, file: PrivateFile, memory: HostMemory) -> PrivateSlot:
-    """All of it private at first."""
+    """A slot whose pages are all private."""
     made = abi.bind(vm, GPA, SIZE, file, OFFSET, memory=memory, memory_offset=MIB)
     abi.convert(vm, GPA, SIZE, private=True)
     return made
@@ -72,7 +72,7 @@ def guest(abi: PrivateAbi, vm: PrivateVm, slot: PrivateSlot) -> Iterator[Puppet]
 
 
 def resident(memory: HostMemory) -> int:
-    """Bytes of the mapping that are in memory, by /proc/self/pagemap's topmost bit of each page."""
+    """How many bytes of the mapping are populated: bit 63 of each entry of /proc/self/pagemap."""
     with Path("/proc/self/pagemap").open("rb") as pagemap:
         pagemap.seek(memory.userspace_addr // PAGE * 8)
         entries = pagemap.read(memory.size // PAGE * 8)
@@ -128,7 +128,7 @@ def test_choose_an_unknown_abi(kvm: Kvm) -> None:
 
 
 def test_choose_where_there_is_none(kvm: Kvm) -> None:
-    """The message says what each ABI was refused."""
+    """The message has the reason of each ABI."""
     try:
         abi = private.choose(kvm)
     except OSError as error:
@@ -234,7 +234,7 @@ def test_ranges_outside_a_slot(slot: PrivateSlot, gpa: int, size: int) -> None:
 
 
 @pytest.mark.parametrize("by_guest", [True, False], ids=["guest asks", "host does"])
-def test_conversion_frees_the_other_side(
+def test_a_conversion_frees_the_other_backing(
     abi: PrivateAbi, vm: PrivateVm, guest: Puppet, memory: HostMemory, by_guest: bool
 ) -> None:
     def convert(gpa: int, size: int, *, private: bool) -> None:
@@ -365,7 +365,7 @@ def test_what_another_vm_uses_is_not_freed(
 def test_what_can_not_be_freed(
     abi: PrivateAbi, vm: PrivateVm, file: PrivateFile, memory: HostMemory, guest: Puppet
 ) -> None:
-    """It is said, and the rest is freed; the guest is answered that its memory was converted."""
+    """The error names the range, the rest is freed, and the guest's hypercall returns 0."""
     libc = ctypes.CDLL(None, use_errno=True)
     at, page = ctypes.c_void_p(memory.userspace_addr + MIB), ctypes.c_size_t(PAGE)
 
@@ -449,7 +449,7 @@ def test_a_puppet_that_serves_no_conversions(
 def test_implicit_conversion(
     abi: PrivateAbi, vm: PrivateVm, slot: PrivateSlot, implicit: bool
 ) -> None:
-    """v9's test vehicle lets a guest want the other kind; mainline's guests follow the state."""
+    """With v9's test vehicle a guest can choose to access a page as the other kind."""
     if abi.traits.access_follows_state:
         missing("implicit-conversion", f"accesses of guests follow the state ({abi.name})")
     want_shared = uapi.restrictedmem.KVM_MAP_GPA_RANGE_WANT_SHARED
@@ -471,7 +471,7 @@ def test_implicit_conversion(
 def test_a_fault_that_no_conversion_helps(
     abi: PrivateAbi, vm: PrivateVm, file: PrivateFile
 ) -> None:
-    """A write to private memory of a read-only slot: refused for good, not served for ever."""
+    """A write to private memory of a read-only slot ends as an exit; it is not served for ever."""
     try:
         abi.bind(vm, GPA, SIZE, file, OFFSET, flags=uapi.kvm.KVM_MEM_READONLY)
     except OSError as error:
@@ -519,7 +519,7 @@ def test_a_fault_that_comes_back(
 
 
 def test_memory_where_there_was_none(abi: PrivateAbi, vm: PrivateVm, file: PrivateFile) -> None:
-    """KVM remembers that there was none; that must not keep a guest from what has come there."""
+    """KVM caches that a gfn has no slot; a guest must be able to use a slot that is made later."""
     with Puppet(vm) as guest:
         with pytest.raises(GuestExit) as stopped:
             guest.load(GPA, 1)
@@ -551,7 +551,7 @@ def test_populate(abi: PrivateAbi, guest: Puppet) -> None:
 def test_two_vcpus_convert_the_same_range(
     abi: PrivateAbi, guest: Puppet, memory: HostMemory
 ) -> None:
-    """Each does it in turn; what is left afterwards is one side or the other, and usable."""
+    """In turn: afterwards each page is in one backing only, and usable."""
     rounds = 30
 
     def drive(number: int) -> None:

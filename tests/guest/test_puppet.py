@@ -1,4 +1,4 @@
-"""The puppet, in ordinary memory: what it is told it does, and what it does the host sees."""
+"""The puppet in ordinary memory: it executes each command, and the host sees what it does."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_two_cpus_at_once(guest: Puppet, memory: HostMemory) -> None:
     assert int.from_bytes(memory.read(0, 8), "little") == 40_000
 
 
-def test_exits_on_the_way(guest: Puppet) -> None:
+def test_exits_during_a_command(guest: Puppet) -> None:
     nowhere = GPA + SIZE
     with pytest.raises(GuestExit) as stopped:
         guest.load(nowhere + 8, 4)
@@ -110,7 +110,7 @@ def test_exits_on_the_way(guest: Puppet) -> None:
         IoExit(ExitReason.IO, True, 0x80, 2, 1, b"\xef\xbe"),
         SimpleExit(ExitReason.HLT),
     ]
-    assert guest.read(GPA, 4) == bytes(4), "and it goes on"
+    assert guest.read(GPA, 4) == bytes(4), "the next command works"
 
 
 def test_a_server_settles_exits(guest: Puppet) -> None:
@@ -129,7 +129,7 @@ def test_a_server_settles_exits(guest: Puppet) -> None:
 
 
 def test_the_oldest_exits_are_forgotten(guest: Puppet, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else a long run would keep every one of them."""
+    """A long run would keep every exit otherwise."""
     monkeypatch.setattr(mailbox, "_EXITS_KEPT", 4)
     guest.serve = lambda _cpu, _exit: True
     for port in range(0x80, 0x80 + 30):
@@ -154,7 +154,7 @@ def test_commands_go_to_the_first_vcpu(guest: Puppet) -> None:
     guest.cpus[1].resume()
 
 
-def test_reset_in_the_middle(guest: Puppet) -> None:
+def test_reset_during_a_command(guest: Puppet) -> None:
     for _ in range(3):
         with pytest.raises(GuestExit):
             guest.read(GPA + SIZE, 100)
@@ -174,7 +174,7 @@ def test_code_cpuid_msrs_time(kvm: Kvm, guest: Puppet) -> None:
     assert guest.rdmsr(star) == 0x23000800000000
 
 
-def test_a_crash_is_told(guest: Puppet) -> None:
+def test_a_crash_is_reported(guest: Puppet) -> None:
     guest.write(GPA, b"\x0f\x0b")
     with pytest.raises(GuestCrash, match=r"exception 6 \(#UD invalid opcode\)") as crash:
         guest.run(GPA)
@@ -186,8 +186,8 @@ def test_a_crash_is_told(guest: Puppet) -> None:
 
 
 @pytest.mark.parametrize("home", [0, 2 << 20, 1 << 38])
-def test_anywhere(kvm: Kvm, vm: Vm, memory: HostMemory, home: int) -> None:
-    """The home goes to any multiple of 2 MiB, and memory to any page."""
+def test_home_and_memory_anywhere(kvm: Kvm, vm: Vm, memory: HostMemory, home: int) -> None:
+    """The home may be at any multiple of 2 MiB, and memory at any page."""
     at = 64 << 20
     vm.map(memory, at)
     with Puppet(vm, home=home, cpuid=kvm.get_supported_cpuid()) as guest:
@@ -218,8 +218,8 @@ def test_bad_arguments(vm: Vm) -> None:
 
 
 @pytest.mark.parametrize("gpa", [-4096, 1 << 52, (1 << 52) - 7, (1 << 60) + GPA, 1 << 64])
-def test_nothing_is_done_out_of_reach(guest: Puppet, memory: HostMemory, gpa: int) -> None:
-    """An address that no page table can have is not another one, and the puppet goes on."""
+def test_addresses_out_of_range(guest: Puppet, memory: HostMemory, gpa: int) -> None:
+    """An address beyond 2^52 is refused, not cut to another one; the next command works."""
     commands = (
         lambda at: guest.load(at, 8),
         lambda at: guest.store(at, 8, 0x4242424242424242),
@@ -244,7 +244,7 @@ def test_nothing_is_done_out_of_reach(guest: Puppet, memory: HostMemory, gpa: in
     assert memory.read(4096, 8) == b"\x42" * 8
 
 
-def test_numbers_that_mean_nothing(guest: Puppet, memory: HostMemory) -> None:
+def test_numbers_out_of_range(guest: Puppet, memory: HostMemory) -> None:
     for byte in (-1, 256):
         for command in (
             lambda byte=byte: guest.fill(GPA, byte, 1),
@@ -275,7 +275,7 @@ def test_after_close(vm: Vm) -> None:
 
 
 def test_what_resume_returns(guest: Puppet, memory: HostMemory) -> None:
-    """What the command would have, had nothing come between."""
+    """resume() returns what the command itself would have returned without the exit."""
     far = GPA + SIZE
     for command, expected in (
         (lambda: guest.store(far, 8, 0x1234), None),

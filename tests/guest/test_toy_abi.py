@@ -1,4 +1,4 @@
-"""An ABI that is registered from outside, on a real /dev/kvm, gets all that the others get."""
+"""An ABI registered from outside, on a real /dev/kvm, with all that the package has for ABIs."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_conversions_reach_the_file(vm: PrivateVm, slot: PrivateSlot) -> None:
 
 
 def test_a_conversion_that_stops_part_way(vm: PrivateVm, slot: PrivateSlot) -> None:
-    """Across two slots, the second of which begins elsewhere in its file."""
+    """A range of two slots, of which the second begins at another offset of its file."""
     with vm.abi.create_file(vm, 4 * SIZE) as file:
         second = vm.add_private_memory(GPA + SIZE, SIZE, file=file, offset=2 * SIZE)
     other = file_of(second)
@@ -110,7 +110,7 @@ def test_a_range_without_slots(vm: PrivateVm, slot: PrivateSlot) -> None:
 
 
 def test_the_guest_asks(vm: PrivateVm, slot: PrivateSlot) -> None:
-    """By hypercall and by fault; the exits are made up, as default VMs have no private memory."""
+    """By hypercall and by fault.  The test makes the exits up: default VMs have no private memory."""
     file = file_of(slot)
     with vm.create_vcpu() as vcpu:
 
@@ -137,7 +137,7 @@ def test_the_guest_asks(vm: PrivateVm, slot: PrivateSlot) -> None:
 
 
 def test_exits_are_decoded_by_the_vms_own_abi(kvm: Kvm, vm: PrivateVm) -> None:
-    """Two ABIs and a VM of none, with the exit reason in common."""
+    """VMs of two ABIs and one without any share an exit reason."""
     other = private.GuestMemfdAbi("other", vm_type=0)
     with other.create_vm(kvm) as beside, kvm.create_vm() as plain:
         for one, name in ((vm, "toy"), (beside, "other"), (plain, "guest_memfd")):

@@ -1,4 +1,4 @@
-"""What all ABIs have, by ABIs without a kernel: the calls are noted, and slots are only entered."""
+"""The base class of the ABIs, tested without a kernel: an ABI that records its calls."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class NotedFile(PrivateFile):
 
 
 class NotedAbi(private.PrivateAbi):
-    """Notes what it would ask of a kernel."""
+    """Records what it would ask of a kernel; its slots exist in Python only."""
 
     slot_flag = 4
 
@@ -105,7 +105,7 @@ def test_files_are_converted_slot_by_slot(by_file: PrivateVm) -> None:
 
 
 def test_how_far_a_conversion_came(by_file: PrivateVm) -> None:
-    """The slots before, and what the ABI says of the file in which it stopped."""
+    """The slots before, and the part that the ABI reports for the file in which it stopped."""
     bind(by_file, BASE, 2, 0), bind(by_file, BASE + 2 * PAGE, 4, 1, 8 * PAGE)
     assert isinstance(by_file.abi, NotedAbi)
     by_file.abi.stops_at = 9 * PAGE
