@@ -13,17 +13,6 @@ from pathlib import Path
 from kvmpriv import Kvm, private
 from kvmpriv.guest.linux import LinuxMachine, load_linux, plan
 from kvmpriv.guest.linux.net import Net
-from kvmpriv.guest.linux.tap import Tap
-
-
-class Passed(Tap):
-    """A tap that somebody else has made."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-
-    def close(self) -> None:
-        pass
 
 
 def output(data: bytes) -> None:
@@ -41,7 +30,7 @@ def main(kernel: str, root: str, words: str, kind: str, tap: str, memory: str) -
             initrd=Path(root).read_bytes(),
             cmdline=f"quiet {words}",
             abi=abi,
-            devices=[Net(Passed(int(tap)))] if int(tap) >= 0 else [],
+            devices=[Net(int(tap))] if int(tap) >= 0 else [],
             output=output,
         ) as machine:
             output(b"created %f\n" % created)

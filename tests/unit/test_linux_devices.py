@@ -177,7 +177,7 @@ def test_bus() -> None:
     bus.write(0x102, 2, 7)
     bus.write(0x104, 2, 7)
     assert device.calls == [(0, 1), (3, 1), (2, 2, 7)]
-    with pytest.raises(ValueError, match="two devices want address 0x103"):
+    with pytest.raises(ValueError, match="address 0x103 already belongs to another device"):
         bus.add(Log(), 0x102 + 1, 8)
     assert bus.read(0x105, 1) == 0xFF  # nothing of the one that was refused is there
 

@@ -1,4 +1,4 @@
-"""The ACPI tables that a Linux guest is told its machine by: processors, power, virtio devices.
+"""The ACPI tables that describe a Linux guest's machine: processors, power, virtio devices.
 
 ACPI Specification 6.4: chapter 5 (tables), 19 and 20 (the machine language of the DSDT).
 """
@@ -47,15 +47,15 @@ def _table(signature: bytes, revision: int, body: bytes) -> bytes:
 
 
 def _summed(table: bytes, at: int) -> bytes:
-    """The same with the byte `at` such that the sum of all is 0."""
+    """The same with the byte `at` set so that the sum of all bytes is 0 (mod 256)."""
     return table[:at] + bytes((-sum(table) & 0xFF,)) + table[at + 1 :]
 
 
 def tables(address: int, cpus: int, devices: Sequence[tuple[int, int, int]] = ()) -> bytes:
-    """All the tables, to be put at `address`, where the root pointer (RSDP) is.
+    """All tables, for the guest physical address `address`; the root pointer (RSDP) is first.
 
-    `cpus` processors with APIC ids from 0 on; `devices` are virtio-mmio devices: (address of the
-    registers, their size, interrupt).
+    `cpus` is the number of processors, whose APIC ids count from 0.  `devices` are virtio-mmio
+    devices: (address of the registers, their size, interrupt).
     """
     at = address + 64
     placed: list[bytes] = []
@@ -110,7 +110,7 @@ def _madt(cpus: int) -> bytes:
 
 
 def _package(opcode: bytes, content: bytes) -> bytes:
-    """An opcode with the length of what follows (20.2.4)."""
+    """An opcode, the length of what follows (20.2.4), and the content."""
     size = len(content) + 1
     if size < 0x40:
         return opcode + bytes((size,)) + content

@@ -1,4 +1,4 @@
-"""Linux's 64-bit boot protocol: what a kernel finds in memory and registers when it starts.
+"""Linux's 64-bit boot protocol: what memory and registers contain when a kernel starts.
 
 Documentation/arch/x86/boot.rst ("64-bit Boot Protocol") and zero-page.rst of the kernel.
 """
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 __all__ = ["TABLES", "TABLES_END", "enter", "load"]
 
-# The first megabyte.  The kernel's own trampoline takes what the map of memory leaves it.
+# Addresses in the first megabyte.  The kernel's trampoline uses any other RAM there.
 _GDT, _ZERO_PAGE, _PAGE_TABLES = 0x6000, 0x7000, 0x9000
 _CMDLINE, _CMDLINE_END = 0x20000, 0x30000
-#: Firmware's tables: where a kernel looks for ACPI's root pointer if nobody tells it.
+#: The firmware's tables: a kernel searches this range for ACPI's root pointer.
 TABLES, TABLES_END = 0xE0000, 0x100000
-_RAM, _RESERVED = 1, 2  # types of memory in the e820 map
+_RAM, _RESERVED = 1, 2  # e820 types
 _HEADER = 0x1F1
 _BOOT_CS, _BOOT_DS = 0x10, 0x18
 _CODE, _DATA = 0x00AF9B000000FFFF, 0x00CF93000000FFFF
@@ -42,22 +42,22 @@ def load(
     *,
     rsdp: int = 0,
 ) -> None:
-    """Put kernel, initrd, command line and zero page into `memory`.
+    """Write the kernel, the initrd, the command line and the zero page into `memory`.
 
-    `ranges` are all of the guest's RAM, the first of them from address 0; `rsdp` is where ACPI's
-    root pointer is, 0 for none.  ImageError names what does not fit.
+    `ranges` are the guest's RAM; the first begins at address 0.  `rsdp` is the address of ACPI's
+    root pointer, 0 for none.  ImageError names what does not fit.
     """
     low = ranges[0]
     if len(cmdline) > min(image.cmdline_max, _CMDLINE_END - _CMDLINE - 1):
         raise ImageError(
-            f"the command line has {len(cmdline)} bytes; this kernel takes {image.cmdline_max}"
+            f"the command line has {len(cmdline)} bytes; this kernel accepts {image.cmdline_max}"
         )
     if 0 in cmdline:
-        raise ImageError("the command line holds a zero byte")
+        raise ImageError("the command line contains a zero byte")
     if image.end > low.end:
         raise ImageError(
-            f"too little memory: the kernel takes {image.start:#x}…{image.end:#x}, and memory that"
-            f" it can start in ends at {low.end:#x}"
+            f"too little memory: the kernel needs {image.start:#x}…{image.end:#x}, and the memory"
+            f" that it can start in ends at {low.end:#x}"
         )
     initrd_at = _place_initrd(image, low.end, len(initrd)) if initrd else 0
     for segment in image.segments:
@@ -70,13 +70,13 @@ def load(
 
 
 def _place_initrd(image: LinuxImage, low_end: int, size: int) -> int:
-    """As high as it may be, so that the kernel has what is below in one piece."""
+    """The highest address for the initrd, so that the memory below stays in one piece."""
     end = min(low_end, image.initrd_max + 1)
     at = (end - size) & ~(PAGE_SIZE - 1)
     if at < image.end:
         raise ImageError(
-            f"the initrd does not fit: it has {size:#x} bytes, and between the kernel's end"
-            f" ({image.end:#x}) and {end:#x} there are {max(0, end - image.end):#x}"
+            f"the initrd does not fit: it has {size:#x} bytes, and there are"
+            f" {max(0, end - image.end):#x} between the kernel's end ({image.end:#x}) and {end:#x}"
         )
     return at
 
@@ -86,7 +86,7 @@ def _zero_page(
 ) -> bytes:
     page = bytearray(PAGE_SIZE)
     page[_HEADER : _HEADER + len(image.header)] = image.header
-    page[0x210] = 0xFF  # type_of_loader: one without a number
+    page[0x210] = 0xFF  # type_of_loader: not registered
     struct.pack_into("<II", page, 0x218, initrd, initrd_size)
     struct.pack_into("<I", page, 0x228, _CMDLINE)
     struct.pack_into("<Q", page, 0x250, 0)  # setup_data: none
@@ -99,7 +99,7 @@ def _zero_page(
 
 
 def e820(ranges: Sequence[Range]) -> list[tuple[int, int, int]]:
-    """The map of memory that the kernel is given: address, size, type."""
+    """The memory map for the kernel: (address, size, type) of each entry."""
     first = ranges[0]
     return [
         (0, CONVENTIONAL_END, _RAM),
@@ -110,7 +110,7 @@ def e820(ranges: Sequence[Range]) -> list[tuple[int, int, int]]:
 
 
 def enter(image: LinuxImage, vcpu: Vcpu) -> None:
-    """Set the first vCPU's registers for the kernel's 64-bit entry."""
+    """Set the registers of the first vCPU for the kernel's 64-bit entry point."""
     sregs = vcpu.get_sregs()
     x86.enable_long_mode(sregs, cr3=_PAGE_TABLES, code_selector=_BOOT_CS, data_selector=_BOOT_DS)
     sregs.gdt.base, sregs.gdt.limit = _GDT, 0x1F

@@ -1,38 +1,49 @@
-"""Where an access to a port or to device memory goes: addresses to devices."""
+"""Buses: which device an access to a port or to device memory goes to."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
+from ...errors import ArgumentError
+
 __all__ = ["Bus", "Device"]
 
 
 class Device(Protocol):
-    """What sits on a bus.  `offset` counts from where the device begins, `size` is 1 to 8 bytes.
+    """A device on a bus.  Any vCPU's thread may call it at any time, also several at once.
 
-    Any vCPU's thread may call at any time.
+    `offset` counts from the device's first address; `size` is 1 to 8 bytes.  An exception that a
+    method raises ends the guest, and `LinuxMachine.run` raises it.
     """
 
-    def read(self, offset: int, size: int) -> int: ...
-    def write(self, offset: int, size: int, value: int) -> None: ...
+    def read(self, offset: int, size: int) -> int:
+        """The value that the guest reads; what exceeds `size` bytes is cut off."""
+        ...
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """The guest writes `value`."""
+        ...
 
 
 class Bus:
-    """Devices by address.  Where nothing is, reads give all ones and writes are lost."""
+    """Devices by address.  Where there is none, reads give all ones and writes have no effect."""
 
     def __init__(self) -> None:
         self._devices: dict[int, tuple[Device, int]] = {}
 
     def add(self, device: Device, start: int, size: int) -> None:
-        """Let `device` have `size` addresses from `start`.  ValueError where one is taken."""
+        """Give `device` the `size` addresses from `start` on.
+
+        ArgumentError if another device has one of them.
+        """
         for address in range(start, start + size):
             if address in self._devices:
-                raise ValueError(f"two devices want address {address:#x}")
+                raise ArgumentError(f"address {address:#x} already belongs to another device")
         for address in range(start, start + size):
             self._devices[address] = (device, address - start)
 
     def read(self, address: int, size: int) -> int:
-        """Ask the device at `address`."""
+        """Read `size` bytes from the device at `address`."""
         found = self._devices.get(address)
         if found is None:
             return (1 << 8 * size) - 1
@@ -40,7 +51,7 @@ class Bus:
         return device.read(offset, size)
 
     def write(self, address: int, size: int, value: int) -> None:
-        """Tell the device at `address`."""
+        """Write `size` bytes to the device at `address`."""
         found = self._devices.get(address)
         if found is not None:
             found[0].write(found[1], size, value)

@@ -1,4 +1,4 @@
-"""The user's side of a guest's console: a terminal in raw mode, or a pipe."""
+"""The console's input: standard input, which is a terminal in raw mode or a pipe."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["HELP", "Keyboard", "keyboard"]
 
 _ESCAPE, _QUIT = b"\x01", b"xX"
 _QUIT_OUTCOME = Outcome("signal", ExitStatus.SIGNALLED + signal.SIGINT, "Ctrl-A x")
-#: What a user has to know.
+#: For the user of a terminal.
 HELP = "Ctrl-A x ends the guest, Ctrl-A Ctrl-A is a Ctrl-A"
 
 
@@ -31,6 +31,7 @@ class Keyboard:
         self._escaped = False
 
     def fileno(self) -> int:
+        """The descriptor that `read` reads."""
         return self._fd
 
     def read(self) -> bytes | None:
@@ -39,7 +40,7 @@ class Keyboard:
             data = os.read(self._fd, 4096)
         except BlockingIOError:
             return b""
-        except OSError:  # a terminal that is gone
+        except OSError:  # the terminal was closed
             data = b""
         if not data:
             return None
@@ -63,7 +64,7 @@ class Keyboard:
 
 
 class _Raw:
-    """A terminal that passes every key on; as it was before when the block ends."""
+    """Puts a terminal into raw mode for a block, so that every key reaches the guest."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -72,7 +73,7 @@ class _Raw:
         self._before = termios.tcgetattr(self._fd)
         raw: list[Any] = termios.tcgetattr(self._fd)
         raw[0] &= ~(termios.BRKINT | termios.ICRNL | termios.INPCK | termios.ISTRIP | termios.IXON)
-        # Output is left as it is: what we say ourselves wants its carriage returns.
+        # Output processing stays on: messages of this process need carriage returns.
         raw[2] = raw[2] & ~(termios.CSIZE | termios.PARENB) | termios.CS8
         raw[3] &= ~(termios.ECHO | termios.ICANON | termios.IEXTEN | termios.ISIG)
         raw[6][termios.VMIN], raw[6][termios.VTIME] = 1, 0
@@ -84,15 +85,16 @@ class _Raw:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        with suppress(termios.error):  # hung up: there is no terminal left to restore
+        with suppress(termios.error):  # the terminal was closed
             termios.tcsetattr(self._fd, termios.TCSADRAIN, self._before)
 
 
 @contextmanager
 def keyboard() -> Iterator[Keyboard | None]:
-    """Standard input for a guest, raw as long as the block lasts if it is a terminal.
+    """Standard input as the console's input; a terminal is in raw mode until the block ends.
 
-    None where there is nothing to read: closed, or the terminal of a job in the background.
+    None if there is nothing to read: standard input is closed, or it is the terminal of a job in
+    the background.
     """
     if sys.stdin is None:
         yield None

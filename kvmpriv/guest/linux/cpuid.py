@@ -1,4 +1,4 @@
-"""What CPUID says in a Linux guest: what KVM supports, and who each vCPU is among how many."""
+"""CPUID for a Linux guest: the features that KVM supports, and the topology of the vCPUs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ if TYPE_CHECKING:
 
 __all__ = ["for_cpu"]
 
-# For these KVM writes into the guest's memory unasked, at addresses that may be private: there it
-# would write past what the guest reads.  (The clock is in the kernel's image, which is shared.)
+# With these features KVM writes to the guest's memory, at addresses that may be private: it would
+# write to the shared page, which the guest does not read.  (The page of kvmclock is in the kernel's
+# image, which is shared.)
 _UNASKED_WRITES = (
     1 << kvm_h.KVM_FEATURE_ASYNC_PF
     | 1 << kvm_h.KVM_FEATURE_ASYNC_PF_VMEXIT
@@ -27,10 +28,10 @@ _TSC_DEADLINE, _HYPERVISOR, _HTT = 1 << 24, 1 << 31, 1 << 28
 def for_cpu(
     supported: Sequence[CpuidEntry], apic_id: int, cpus: int, *, tsc_deadline: bool
 ) -> list[CpuidEntry]:
-    """The leaves for vCPU `apic_id` of `cpus` single-threaded cores in one package.
+    """The leaves for the vCPU `apic_id` of `cpus` cores with one thread each, in one package.
 
-    `tsc_deadline` is what KVM_CAP_TSC_DEADLINE_TIMER says: KVM_GET_SUPPORTED_CPUID leaves it out
-    (api.rst), since it takes the irqchip in the kernel.
+    `supported` is from KVM_GET_SUPPORTED_CPUID, which leaves out the TSC deadline timer, as that
+    needs the irqchip in the kernel (api.rst); `tsc_deadline` is KVM_CAP_TSC_DEADLINE_TIMER.
     """
     shift = (cpus - 1).bit_length()
     leaves: list[CpuidEntry] = []

@@ -1,7 +1,7 @@
-"""Small initial root file systems, made of what a script has in memory.
+"""Small initial root file systems, made from files in memory.
 
-The format is "newc" cpio, as Documentation/driver-api/early-userspace/buffer-format.rst of the
-kernel has it.
+The format is "newc" cpio, described in the kernel's
+Documentation/driver-api/early-userspace/buffer-format.rst.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path
 
+from ...errors import ArgumentError
 from ..image import ImageError, is_static
 
 __all__ = ["busybox", "pack"]
 
-#: Where systems keep it that an ordinary user's PATH may lack.
+#: Where busybox may be that a user's PATH does not include.
 _ELSEWHERE = "/bin:/sbin:/usr/sbin"
 _BUSYBOX_INIT = """\
 #!/bin/busybox sh
@@ -29,16 +30,16 @@ mount -t devtmpfs devtmpfs /dev
 
 
 def pack(files: Mapping[str, bytes | str], *, executable: int = 0o111) -> bytes:
-    """An archive of `files`: path -> content, or the target of a symbolic link if it is a str.
+    """An archive of `files`: path -> content as bytes, or a symbolic link's target as a str.
 
-    Folders on the way are made; each file has the permissions 0644 with the bits of `executable`.
-    ValueError for a path that leaves the archive.
+    Directories are added as needed.  Each file has the mode 0644 and the bits of `executable`.
+    ArgumentError for a path with an empty part, ``.`` or ``..``.
     """
     entries: dict[str, tuple[int, bytes]] = {}
     for path, content in files.items():
         parts = path.strip("/").split("/")
         if "" in parts or ".." in parts or "." in parts:
-            raise ValueError(f"{path!r} is not a path in an archive")
+            raise ArgumentError(f"{path!r} has an empty part, . or .., which no archive can have")
         for depth in range(1, len(parts)):
             entries.setdefault("/".join(parts[:depth]), (stat.S_IFDIR | 0o755, b""))
         if isinstance(content, str):
@@ -59,14 +60,16 @@ def pack(files: Mapping[str, bytes | str], *, executable: int = 0o111) -> bytes:
 def busybox(
     script: str, files: Mapping[str, bytes | str] | None = None, *, program: bytes | None = None
 ) -> bytes:
-    """A root file system whose init runs `script`, lines for sh, with `files` beside it.
+    """A root file system with busybox and `files`, whose init runs the shell `script`.
 
-    `program` is a static busybox; this host's, unless it is given.  FileNotFoundError if this
-    host has none; ImageError for one that needs a library.
+    `program` is a statically linked busybox; by default that of this host.  FileNotFoundError if
+    this host has none; ImageError if it is linked dynamically.
     """
     program = _busybox() if program is None else program
     if not is_static(program):
-        raise ImageError("busybox is linked dynamically; Debian: install busybox-static")
+        raise ImageError(
+            "busybox must be linked statically; on Debian it is in the package busybox-static"
+        )
     folders = {f"{name}/.keep": b"" for name in ("proc", "sys", "dev", "tmp", "root")}
     init = _BUSYBOX_INIT.format(script=script).encode()
     return pack({**folders, "bin/busybox": program, "init": init, **(files or {})})
@@ -75,6 +78,6 @@ def busybox(
 def _busybox() -> bytes:
     path = shutil.which("busybox") or shutil.which("busybox", path=_ELSEWHERE)
     if path is None:
-        what = "there is no busybox here to make the guest's programs of; Debian: busybox-static"
+        what = "busybox is not installed; on Debian it is in the package busybox-static"
         raise FileNotFoundError(errno.ENOENT, what)
     return Path(path).read_bytes()

@@ -1,4 +1,4 @@
-"""The thread that serves the devices' queues, so that no vCPU has to stop for them."""
+"""The thread that serves the queues of virtio devices, while the vCPUs run on."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ __all__ = ["IoThread"]
 
 
 class IoThread(threading.Thread):
-    """Serves queues as their eventfds say, and devices as their descriptors of the host's do.
+    """Serves a queue when its eventfd is written to or its device's descriptor is readable.
 
-    `failed` is given what ends it before `stop` does.
+    `failed` is called with the exception if one ends the thread.
     """
 
     def __init__(self, failed: Callable[[BaseException], object]) -> None:
@@ -26,14 +26,14 @@ class IoThread(threading.Thread):
         self._stopping = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     def add(self, fd: int, transport: Transport, number: int) -> None:
-        """Serve queue `number` whenever the eventfd `fd` is written to."""
+        """Serve queue `number` when the eventfd `fd` is written to.  Call it before `start`."""
         self._queues[fd] = (transport, number)
 
     def run(self) -> None:
-        """What the thread does; `start` calls it."""
+        """Serve queues until `stop`; the thread that `start` starts calls it."""
         try:
             self._serve()
-        except BaseException as error:  # noqa: BLE001  # whoever waits for the guest raises it
+        except BaseException as error:  # noqa: BLE001  # the caller of LinuxMachine.run gets it
             self._failed(error)
 
     def _serve(self) -> None:
@@ -64,10 +64,11 @@ class IoThread(threading.Thread):
                     listening[fd].serve(0)
 
     def stop(self) -> None:
-        """End the thread and wait for it."""
+        """End the thread and wait for it; without effect if it never started."""
         os.eventfd_write(self._stopping, 1)
         if self.ident is not None:
             self.join()
 
     def close(self) -> None:
+        """Close the thread's own descriptor."""
         os.close(self._stopping)

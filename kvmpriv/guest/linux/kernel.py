@@ -1,4 +1,4 @@
-"""What Linux kernels look like: bzImage and vmlinux, taken apart and checked.
+"""Linux kernels in files: bzImage and vmlinux, parsed and checked.
 
 The header of a bzImage is described in Documentation/arch/x86/boot.rst of the kernel ("The
 Real-Mode Kernel Header"); offsets here are that document's.
@@ -16,33 +16,41 @@ __all__ = ["LinuxImage", "load_bzimage", "load_linux", "load_vmlinux"]
 
 _HEADER = 0x1F1  # where the setup header begins, in the file and in the zero page
 _MAGIC, _BOOT_FLAG = b"HdrS", 0xAA55
-_VERSION_64BIT = 0x20C  # the first protocol that says whether there is a 64-bit entry
+_VERSION_64BIT = 0x20C  # the first version of the protocol with a flag for the 64-bit entry
 _XLF_KERNEL_64 = 1 << 0
-_ENTRY_64 = 0x200  # behind where the protected-mode code is loaded
-_LOAD_HIGH = 0x100000  # where it goes when it can't be moved
+_ENTRY_64 = 0x200  # offset in the protected-mode code
+_LOAD_HIGH = 0x100000  # where a kernel that can't be relocated is loaded
 _SECTOR = 512
 _GIB = 1 << 30
 
 
 class LinuxImage(NamedTuple):
-    """A kernel, and what it says of how it wants to be loaded.
+    """A kernel, and how it has to be loaded.
 
     Addresses are guest physical, sizes in bytes.
     """
 
-    kind: str  # "bzImage" or "vmlinux"
-    version: str  # as the kernel calls itself, "" when it does not
-    header: bytes  # the setup header, from offset 0x1f1
+    #: "bzImage" or "vmlinux".
+    kind: str
+    #: The kernel's release, such as "6.1.0-56-amd64"; "" if the file does not contain it.
+    version: str
+    #: The setup header, from offset 0x1f1 on.
+    header: bytes
     segments: tuple[Segment, ...]
-    entry: int  # 64-bit code
-    start: int  # from here …
-    end: int  # … to here is memory that it takes before it looks at any map
-    initrd_max: int  # the last address that an initrd may have
-    cmdline_max: int  # without the final zero
+    #: The address of the 64-bit entry point.
+    entry: int
+    #: The first address of the memory that it uses before it reads the memory map.
+    start: int
+    #: The first address after that memory.
+    end: int
+    #: The last address that an initrd may occupy.
+    initrd_max: int
+    #: How long the command line may be, without the final zero.
+    cmdline_max: int
 
 
 def load_linux(data: bytes) -> LinuxImage:
-    """Take a kernel apart.  ImageError says what is wrong with what is none."""
+    """Parse a kernel.  ImageError says what `data` is instead, or what is wrong with it."""
     if data[:4] == b"\x7fELF":
         return load_vmlinux(data)
     if data[0x202:0x206] == _MAGIC:
@@ -51,7 +59,7 @@ def load_linux(data: bytes) -> LinuxImage:
 
 
 def _what_else(data: bytes) -> str:
-    """Name what was given instead of a kernel for x86-64."""
+    """Describe a file that is not a kernel for x86-64."""
     if not data:
         return "the file is empty"
     for offset, magic, name in (
@@ -65,14 +73,17 @@ def _what_else(data: bytes) -> str:
         if data[offset : offset + len(magic)] == magic:
             return name
     if data[:2] == b"MZ":
-        return "an EFI program without a Linux boot header (a unified image? take its kernel out)"
+        return "an EFI program without a Linux boot header (unified image? extract its kernel)"
     if len(data) < 0x206:
         return f"truncated: {len(data)} bytes do not hold a bzImage's header"
     return "neither a bzImage nor a vmlinux: no HdrS at 0x202, and not an ELF file"
 
 
 def load_bzimage(data: bytes) -> LinuxImage:
-    """A bzImage, the form in which kernels are installed (as vmlinuz)."""
+    """Parse a bzImage, the format in which kernels are installed (as vmlinuz).
+
+    ImageError says what is wrong with it.
+    """
     if len(data) < 0x268:
         raise ImageError(f"truncated: {len(data)} bytes do not hold a bzImage's header")
 
@@ -87,13 +98,13 @@ def load_bzimage(data: bytes) -> LinuxImage:
     version = u16(0x206)
     if version < _VERSION_64BIT:
         raise ImageError(
-            f"its boot protocol is {version >> 8}.{version & 0xFF:02}; a 64-bit entry takes 2.12"
-            " (Linux 3.8)"
+            f"its boot protocol is {version >> 8}.{version & 0xFF:02}; a 64-bit entry point needs"
+            " 2.12 (Linux 3.8)"
         )
     if not u16(0x236) & _XLF_KERNEL_64:
-        raise ImageError("a 32-bit kernel: it has no 64-bit entry (XLF_KERNEL_64)")
+        raise ImageError("a 32-bit kernel: it has no 64-bit entry point (XLF_KERNEL_64)")
     if not data[0x211] & 1:
-        raise ImageError("a zImage (not LOADED_HIGH), which has no 64-bit entry")
+        raise ImageError("a zImage (not LOADED_HIGH), which has no 64-bit entry point")
     header_end = 0x202 + data[0x201]
     if header_end < 0x268 or header_end > len(data):
         raise ImageError(f"damaged: the setup header ends at {header_end:#x}")
@@ -101,17 +112,19 @@ def load_bzimage(data: bytes) -> LinuxImage:
     setup_size = ((data[0x1F1] or 4) + 1) * _SECTOR
     code_size = u32(0x1F4) * 16
     if code_size <= _ENTRY_64:
-        raise ImageError(f"damaged: {code_size} bytes of protected-mode code hold no 64-bit entry")
+        raise ImageError(
+            f"damaged: {code_size} bytes of protected-mode code are too few for an entry point"
+        )
     if len(data) < setup_size + code_size:
         raise ImageError(
-            f"truncated: the header promises {setup_size + code_size} bytes, the file has"
+            f"truncated: by its header it has {setup_size + code_size} bytes, the file has"
             f" {len(data)}"
         )
     preferred = int.from_bytes(data[0x258:0x260], "little")
     load = preferred if data[0x234] else _LOAD_HIGH
-    end = max(preferred + u32(0x260), load + code_size)  # it is unpacked to where it prefers to be
+    end = max(preferred + u32(0x260), load + code_size)  # it unpacks itself to `preferred`
     if preferred < _LOAD_HIGH or preferred % 0x1000 or end > 4 * _GIB:
-        raise ImageError(f"damaged: it wants to run at {preferred:#x}…{end:#x}")
+        raise ImageError(f"damaged: it is made to run at {preferred:#x}…{end:#x}")
 
     code = data[setup_size : setup_size + code_size]
     return LinuxImage(
@@ -136,7 +149,10 @@ def _bzimage_version(data: bytes, pointer: int, setup_size: int) -> str:
 
 
 def load_vmlinux(data: bytes) -> LinuxImage:
-    """A vmlinux, the ELF file that a bzImage is made from: nothing to unpack in the guest."""
+    """Parse a vmlinux, the ELF file that a bzImage is made from and that needs no unpacking.
+
+    ImageError says what is wrong with it.
+    """
     entry = int.from_bytes(data[24:32], "little")
     image = load_elf(data, entry=entry)
     found = re.search(rb"Linux version ([!-~]{1,100}) ", data)
@@ -147,8 +163,8 @@ def load_vmlinux(data: bytes) -> LinuxImage:
     start = min(segment.address for segment in image.segments)
     end = max(segment.address + segment.memory_size for segment in image.segments)
     if start < _LOAD_HIGH or end > 4 * _GIB:
-        raise ImageError(f"damaged: it wants to be loaded to {start:#x}…{end:#x}")
-    # What a boot loader tells a kernel that brings no header of its own.
+        raise ImageError(f"damaged: it is made to be loaded to {start:#x}…{end:#x}")
+    # A setup header with what the kernel needs, as the file has none.
     header = bytearray(0x268 - _HEADER)
     struct.pack_into("<H", header, 0x1FE - _HEADER, _BOOT_FLAG)
     struct.pack_into("<4sH", header, 0x202 - _HEADER, _MAGIC, _VERSION_64BIT)

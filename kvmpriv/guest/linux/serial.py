@@ -1,7 +1,7 @@
 """A 16550A serial port, with FIFOs and interrupts.
 
-Registers as in the data sheet of National Semiconductor's PC16550D.  Bytes go out as fast as the
-guest writes them; what goes in waits here until the guest has read it.
+The registers are those of the data sheet of National Semiconductor's PC16550D.  Output has no baud
+rate: it is as fast as the guest writes it.  Input waits here until the guest has read it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 __all__ = ["SIZE", "Serial"]
 
-#: How many ports it takes.
+#: How many port addresses it has.
 SIZE = 8
 
 _DATA, _ENABLE, _IDENTIFY, _LINE, _MODEM, _LINE_STATUS, _MODEM_STATUS, _SCRATCH = range(8)
@@ -28,16 +28,17 @@ _CONNECTED = 0xB0  # carrier, data set ready, clear to send
 
 
 class Serial:
-    """One port.  `output` is given each byte that the guest sends, `irq` the line's level.
+    """A serial port.
 
-    `receive` may be called by any thread.
+    `output` is called with each byte that the guest sends, `irq` with the new level (0 or 1) of the
+    interrupt line.  Any thread may call.
     """
 
     def __init__(self, output: Callable[[int], object], irq: Callable[[int], object]) -> None:
         self._output = output
         self._irq = irq
         self._lock = threading.Lock()
-        self._waiting: deque[int] = deque()  # outside, until the guest listens
+        self._waiting: deque[int] = deque()  # not in the FIFO yet
         self._received: deque[int] = deque()
         self._enable = self._line = self._modem = self._scratch = self._fifo = 0
         self._divisor = 1
@@ -45,22 +46,22 @@ class Serial:
         self._level = 0
 
     def receive(self, data: bytes) -> None:
-        """Bytes for the guest.
+        """Let the guest receive `data`.
 
-        They wait until it asks for interrupts when there are any, with OUT2 set: what comes earlier
-        a driver throws away, be it as it starts or as it finds out what kind of port this is.
+        The bytes wait until its driver enables the interrupt for received data and sets OUT2: a
+        driver that starts, or that finds out which kind of port this is, discards what it receives.
         """
         with self._lock:
             self._waiting.extend(data)
             self._update()
 
     def pending(self) -> int:
-        """How many bytes the guest has still to read."""
+        """How many bytes the guest has not read yet."""
         return len(self._waiting) + len(self._received)
 
     def read(self, offset: int, size: int) -> int:
-        """A register; each of them is a byte."""
-        if offset == _LINE_STATUS:  # most of all reads, and nothing but this changes nothing
+        """Read the register at `offset`, one byte."""
+        if offset == _LINE_STATUS:  # most reads, and the only one that needs no lock
             return _EMPTY | (_READY if self._received else 0)
         with self._lock:
             return self._read(offset)
@@ -79,18 +80,18 @@ class Serial:
             if self._enable & _ENABLE_RECEIVED and self._received:
                 return fifos | _ID_RECEIVED
             if self._enable & _ENABLE_EMPTY and self._empty_pending:
-                self._empty_pending = False  # to be told is enough
+                self._empty_pending = False  # reading it clears it
                 self._update()
                 return fifos | _ID_EMPTY
             return fifos | _NO_INTERRUPT
         if offset == _MODEM_STATUS and self._modem & _LOOPBACK:
-            # What is set on one side is seen on the other.
+            # In loopback mode the outputs are connected to the inputs.
             set_ = self._modem
             return (set_ & 0x0C) << 4 | (set_ & 0x02) << 3 | (set_ & 0x01) << 5
         return (self._line, self._modem, 0, _CONNECTED, self._scratch)[offset - _LINE]
 
     def write(self, offset: int, size: int, value: int) -> None:
-        """A register; each of them is a byte."""
+        """Write the register at `offset`, one byte."""
         value &= 0xFF
         if offset == _DATA and not self._line & _DIVISOR_ACCESS:
             if self._modem & _LOOPBACK:
@@ -99,7 +100,7 @@ class Serial:
                         self._received.append(value)
                 return
             self._output(value)
-            # What is pending will be seen after this byte: it need not be made so once more.
+            # An interrupt that is already pending does not have to be raised again.
             if self._enable & _ENABLE_EMPTY and not self._empty_pending:
                 with self._lock:
                     self._empty_pending = True

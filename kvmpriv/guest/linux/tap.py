@@ -1,6 +1,6 @@
-"""A tap for a guest's network card, in a network of its own or on a bridge.
+"""A tap device for a guest's network card, in a network namespace of its own or on a bridge.
 
-Documentation/networking/tuntap.rst of the kernel; user_namespaces(7).
+Documentation/networking/tuntap.rst of the kernel; network_namespaces(7), user_namespaces(7).
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
-from ... import libc
+from ...libc import last_errno, unshare
 
-__all__ = ["GUEST_ADDRESS", "HEADER_SIZE", "HOST_ADDRESS", "PREFIX_LENGTH", "Tap"]
+__all__ = ["GUEST_ADDRESS", "HEADER_SIZE", "HOST_ADDRESS", "PREFIX_LENGTH", "Tap", "remove_stale"]
 
-#: The two ends of a network of its own.
+#: The host's address in a namespace of its own, the one that a guest may take, and their prefix.
 HOST_ADDRESS, GUEST_ADDRESS, PREFIX_LENGTH = "10.88.0.1", "10.88.0.2", 24
-#: What each packet begins with: struct virtio_net_hdr with num_buffers.
+#: The size of struct virtio_net_hdr with num_buffers, with which each packet begins.
 HEADER_SIZE = 12
 _NAME = "kvmpriv-{pid}-{started}"
 _NAMESPACES = Path("/run/netns")
@@ -31,23 +31,24 @@ _TUN = "/dev/net/tun"
 _TUNSETIFF, _TUNSETVNETHDRSZ = 0x400454CA, 0x400454D8
 _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
 # <linux/sched.h>, <linux/capability.h>
+_CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000
 _CAP_NET_ADMIN, _CAP_SYS_ADMIN = 12, 21
 
 
 def _may_administer() -> bool:
-    """Whether this process may make networks as it is."""
+    """True if this process has the capabilities for networks and namespaces."""
     status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
     effective = int(status.partition("CapEff:")[2].split()[0], 16)
     return all(effective >> number & 1 for number in (_CAP_NET_ADMIN, _CAP_SYS_ADMIN))
 
 
 def _started(pid: int) -> str:
-    """When a process has started: with its number, one of a kind until the host starts anew."""
+    """When a process was started: with its PID this is unique until the host is rebooted."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
 
 
 def remove_stale() -> list[str]:
-    """Remove the namespaces of processes that were killed; returns their names."""
+    """Remove the network namespaces of processes that were killed; returns their names."""
     from pyroute2 import netns
 
     removed = []
@@ -64,7 +65,7 @@ def remove_stale() -> list[str]:
 
 
 def _open(bridge: str | None) -> tuple[int, str]:
-    """Make a tap where this thread is; returns its descriptor and its name."""
+    """Make a tap in this thread's network namespace; returns its descriptor and its name."""
     from pyroute2 import IPRoute
 
     fd = os.open(_TUN, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -91,13 +92,14 @@ def _open(bridge: str | None) -> tuple[int, str]:
 
 
 class Tap:
-    """A tap, gone when it is closed, or this process is.
+    """A tap device.  It exists until it is closed or this process ends.
 
-    Without `bridge` it is in a new network namespace with HOST_ADDRESS: one that is called
-    `namespace`, or, for who may not make such (CAP_NET_ADMIN, CAP_SYS_ADMIN), that of the process
-    `holder` in a user namespace of its own (``nsenter -t HOLDER -U -n``).  With `bridge` it is a
-    port of that.  PermissionError says what the process may not do; OSError otherwise (ENODEV: no
-    such bridge).
+    With `bridge`, the name of a bridge, it is a port of that bridge.  Without, it is in a new
+    network namespace, in which the host has HOST_ADDRESS.  The namespace is called `namespace`.  If
+    this process lacks CAP_NET_ADMIN or CAP_SYS_ADMIN, it is that of the process `holder`, which has
+    a user namespace of its own (``nsenter -t HOLDER -U -n`` enters it).
+
+    PermissionError says what this process lacks; OSError otherwise (ENODEV: no such bridge).
     """
 
     #: The name of the network interface.
@@ -105,16 +107,17 @@ class Tap:
 
     def __init__(self, bridge: str | None = None) -> None:
         self.bridge = bridge
+        #: The name of the network namespace, as `ip netns` lists it; None if there is none.
         self.namespace: str | None = None
         self._fd = -1
         self._holder: subprocess.Popen[bytes] | None = None
-        self._words: socket.socket | None = None
+        self._channel: socket.socket | None = None
         self._failure: BaseException | None = None
         try:
             if bridge is None and not _may_administer():
                 self._make_by_holder()
                 return
-            # A thread of its own: the namespace it enters is its own, too.
+            # In another thread, as this one has to stay in its network namespace.
             thread = threading.Thread(target=self._make, name="kvmpriv-tap")
             thread.start()
             thread.join()
@@ -131,7 +134,7 @@ class Tap:
             return PermissionError(number, f"a network needs {needed} (root has them)")
         if isinstance(error, OSError):
             return error
-        if isinstance(number, int) and number > 0:  # netlink's own kind of error
+        if isinstance(number, int) and number > 0:  # pyroute2's NetlinkError
             return OSError(number, f"the network: {os.strerror(number)}")
         return error
 
@@ -140,11 +143,11 @@ class Tap:
             if self.bridge is None:
                 self._enter()
             self._fd, self.name = _open(self.bridge)
-        except BaseException as error:  # noqa: BLE001  # raised by who waits for this thread
+        except BaseException as error:  # noqa: BLE001  # the thread that waits raises it
             self._failure = error
 
     def _enter(self) -> None:
-        """A namespace with a name, for this thread."""
+        """Make a network namespace with a name, and move this thread into it."""
         from pyroute2 import netns
 
         remove_stale()
@@ -160,25 +163,28 @@ class Tap:
         netns.setns(name)
 
     def _make_by_holder(self) -> None:
-        """A user namespace is for a process of one thread: it makes the tap, and gives it to us."""
-        self._words, theirs = socket.socketpair()
+        """Let another process make the tap in a user namespace, and receive its descriptor.
+
+        Only a process with a single thread can enter a new user namespace.
+        """
+        self._channel, theirs = socket.socketpair()
         with theirs:
             code = (
                 f"import sys; sys.path[:] = {sys.path!r}\n"
                 f"from kvmpriv.guest.linux.tap import hold; hold({theirs.fileno()})"
             )
-            self._holder = subprocess.Popen(  # noqa: S603  # ourselves
+            self._holder = subprocess.Popen(  # noqa: S603  # this interpreter
                 [sys.executable, "-c", code],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is not for it
+                start_new_session=True,  # Ctrl-C must not end it
             )
-        said, fds, _, _ = socket.recv_fds(self._words, 256, 1)
+        message, fds, _, _ = socket.recv_fds(self._channel, 256, 1)
         if fds:
-            self._fd, self.name = fds[0], said.decode()
+            self._fd, self.name = fds[0], message.decode()
             os.set_inheritable(self._fd, False)  # noqa: FBT003
             return
-        number, _, where = said.decode().partition(" ")
+        number, _, where = message.decode().partition(" ")
         raise PermissionError(
             int(number or _errno.EPERM),
             f"a network needs CAP_NET_ADMIN and CAP_SYS_ADMIN (root has them), or a user namespace,"
@@ -187,20 +193,21 @@ class Tap:
 
     @property
     def holder(self) -> int | None:
-        """The process whose network namespace the tap is in, if that has no name."""
+        """The PID of the process whose network namespace the tap is in, if that has no name."""
         return self._holder.pid if self._holder else None
 
     def fileno(self) -> int:
+        """The descriptor, which does not block; -1 after close."""
         return self._fd
 
     def close(self) -> None:
-        """Remove the tap, and its namespace."""
+        """Remove the tap and its network namespace."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
-        if self._words is not None:
-            self._words.close()  # the holder's sign to end
-            self._words = None
+        if self._channel is not None:
+            self._channel.close()  # the holder ends then
+            self._channel = None
         holder, self._holder = self._holder, None
         if holder is not None:
             holder.wait()
@@ -219,17 +226,18 @@ class Tap:
 
 
 def hold(fd: int) -> None:
-    """What the holder does: make the tap, send it to the other end of `fd`, be there until that
-    is closed.  Without a tap it sends an errno and what was refused.
+    """Be the holder's process: make the tap, send it over the socket `fd`, wait for its end.
+
+    If there is no tap, it sends an errno and what was refused.
     """
     import pyroute2  # noqa: F401  # while its files can be read
 
-    words = socket.socket(fileno=fd)
+    channel = socket.socket(fileno=fd)
     what = "unshare(CLONE_NEWUSER | CLONE_NEWNET)"
     try:
         user, group = os.geteuid(), os.getegid()
-        if libc.unshare(libc.CLONE_NEWUSER | libc.CLONE_NEWNET) != 0:
-            raise libc.os_error(libc.last_errno(), what)
+        if unshare(_CLONE_NEWUSER | _CLONE_NEWNET) != 0:
+            raise OSError(last_errno(), "")
         for name, content in (
             ("setgroups", "deny"),  # or gid_map could not be written
             ("uid_map", f"0 {user} 1"),
@@ -239,10 +247,10 @@ def hold(fd: int) -> None:
             Path(what).write_text(content)
         what = _TUN
         tap, name = _open(None)
-    except Exception as error:  # noqa: BLE001  # told to who waits
+    except Exception as error:  # noqa: BLE001  # the other process raises it
         number = getattr(error, "errno", None) or getattr(error, "code", None) or _errno.EPERM
-        words.send(f"{number} {what}: {os.strerror(number)}".encode())
+        channel.send(f"{number} {what}: {os.strerror(number)}".encode())
         return
-    socket.send_fds(words, [name.encode()], [tap])
+    socket.send_fds(channel, [name.encode()], [tap])
     os.close(tap)
-    words.recv(1)
+    channel.recv(1)
