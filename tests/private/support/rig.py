@@ -14,19 +14,17 @@ from kvmpriv import HostMemory, Kvm
 from kvmpriv.cdefs import kvm as k
 from kvmpriv.cdefs import restrictedmem as rm
 from kvmpriv.exits import ExitReason, MemoryFaultExit
-from kvmpriv.guest.puppet import GuestExit, Puppet
+from kvmpriv.guest.puppet import GuestExit, Puppet, PuppetCpu
 
 from .behaviour import behaviour_of
 from .syscalls import GIB, MIB, PAGE
 
 if TYPE_CHECKING:
-    from kvmpriv.guest.puppet import PuppetCpu
-
-    #: A puppet stands for its first vCPU.
-    Guest = Puppet | PuppetCpu
     from kvmpriv.private import PrivateAbi, PrivateFile, PrivateSlot, PrivateVm
 
-#: A large page.
+#: A vCPU of a puppet; the puppet itself stands for its first one.
+Guest = Puppet | PuppetCpu
+#: The size of a large page.
 LARGE = 2 * MIB
 
 
