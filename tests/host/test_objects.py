@@ -99,6 +99,23 @@ def test_vm_types(kvm: Kvm) -> None:
     kvm.create_vm(0).close()
 
 
+def test_a_vm_of_a_class_of_ones_own(kvm: Kvm) -> None:
+    """create_vm_as makes it; when that fails the descriptor is closed."""
+
+    class Named(Vm):
+        def __init__(self, fd: int, vcpu_mmap_size: int, name: str = "") -> None:
+            super().__init__(fd, vcpu_mmap_size)
+            self.name = name
+
+    with kvm.create_vm_as(lambda fd, size: Named(fd, size, "one")) as vm, vm.create_vcpu() as vcpu:
+        assert (type(vm), vm.name) == (Named, "one")
+        assert vcpu.get_regs().rip == 0xFFF0
+    with pytest.raises(ArgumentError, match="vm_type must be"):
+        kvm.create_vm_as(Named, -1)
+    error = refused(errno.EINVAL, lambda: kvm.create_vm_as(Named, 0xFFFF))
+    assert "KVM_CREATE_VM(0xffff)" in str(error)
+
+
 # -- memory and slots ----------------------------------------------------------------------------
 
 
@@ -137,6 +154,29 @@ def mapped(memory: HostMemory) -> bool:
         if low <= memory.userspace_addr < high:
             return True
     return False
+
+
+def test_pages_are_given_back() -> None:
+    """By the owner until it closes the memory, by a slot that holds it afterwards, too."""
+    memory = HostMemory(0x3000)
+    memory.write(0, b"x" * 0x3000)
+    memory.discard(0x1000, 0x1000)
+    assert memory.find(b"\0") == 0x1000
+    assert memory.find(b"x", 0x1000) == 0x2000
+    memory.hold()
+    view = memory.view()
+    memory.close()
+    with pytest.raises(ClosedError, match="host memory is closed"):
+        memory.discard(0, 0x1000)
+    memory.discard_held(0, 0x1000)
+    assert view[0] == 0
+    with pytest.raises(ArgumentError, match="not inside host memory"):
+        memory.discard_held(0x3000, 0x1000)
+    view.release()
+    memory.release()
+    assert not mapped(memory)
+    with pytest.raises(ClosedError, match="host memory is closed"):
+        memory.discard_held(0, 0x1000)
 
 
 def test_a_view_keeps_the_mapping() -> None:
@@ -300,6 +340,7 @@ def test_a_deleted_slot_changes_no_file(kvm: Kvm) -> None:
         with pytest.raises(ValueError, match="guest_memfd file is closed"):
             file.__enter__()
         other.punch_hole(0, 4096)
+        file.fallocate_held(3, 0, 4096)  # a hole, as the slot punches it
 
 
 @pytest.mark.parametrize("wrong", [-1, 1 << 64, -(1 << 64), (1 << 64) + 4096])

@@ -178,6 +178,20 @@ def test_a_change_that_is_refused_leaves_all_as_it_was(vm: Vm) -> None:
     assert not mapped(memory)
 
 
+def test_a_slot_of_another_vm_is_not_deleted(kvm: Kvm, vm: Vm) -> None:
+    """Nor one that only looks like it."""
+    with kvm.create_vm() as other, HostMemory(PAGE) as memory:
+        slot, theirs = vm.map(memory, 0), other.map(memory, 0)
+        assert slot.slot == theirs.slot
+        vm.delete_slot(theirs)
+        vm.delete_slot(Slot(vm, slot.slot, 0, PAGE))
+        assert not slot.deleted
+        assert not theirs.deleted
+        vm.delete_slot(slot)
+        assert slot.deleted
+        assert not theirs.deleted
+
+
 def test_a_moved_slot_holds_what_it_uses(vm: Vm) -> None:
     """KVM_SET_USER_MEMORY_REGION with the same number moves a slot; the old object is deleted."""
     memory = HostMemory(PAGE)

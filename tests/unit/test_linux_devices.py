@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmpriv import CpuidEntry
+from kvmpriv import ArgumentError, CpuidEntry
 from kvmpriv.cdefs import kvm as k
 from kvmpriv.guest.linux import Interrupted, acpi, cpuid
 from kvmpriv.guest.linux.bus import Bus
 from kvmpriv.guest.linux.console import Keyboard, _Raw
+from kvmpriv.guest.linux.net import parse_mac
 from kvmpriv.guest.linux.serial import Serial
 
 DATA, ENABLE, IDENTIFY, FIFO, LINE, MODEM, LINE_STATUS, MODEM_STATUS, SCRATCH = (
@@ -305,3 +306,13 @@ def test_the_terminal_is_restored_whatever_happens() -> None:
     with _Raw(theirs):
         os.close(ours)
     os.close(theirs)
+
+
+def test_the_text_of_a_mac_address() -> None:
+    assert parse_mac("52:54:00:12:34:aB") == bytes.fromhex("5254001234ab")
+    for text in ("", "52:54:00:12:34", "52:54:00:12:34:5", "5254:00:12:34:56", "52:54:00:12:34:xx"):
+        with pytest.raises(ArgumentError, match=f"^{text!r} is not the MAC address of a card"):
+            parse_mac(text)
+    for text in ("01:00:00:00:00:01", "00:00:00:00:00:00"):
+        with pytest.raises(ArgumentError, match="the first of them even, not all of them 0"):
+            parse_mac(text)

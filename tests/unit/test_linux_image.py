@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 
 from kvmpriv import HostMemory
 from kvmpriv.guest import ImageError
-from kvmpriv.guest.linux import boot_protocol, initrd, load_linux, plan, private_cmdline
+from kvmpriv.guest.linux import (
+    boot_protocol,
+    initrd,
+    load_bzimage,
+    load_linux,
+    load_vmlinux,
+    plan,
+    private_cmdline,
+)
 from kvmpriv.guest.linux.layout import GuestAddressError, GuestMemory, Range
 
 MIB = 1 << 20
@@ -321,3 +329,13 @@ def test_a_busybox_is_static(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             initrd.busybox("", program=content)
     program.write_bytes(elf + load)
     assert initrd.busybox("") == initrd.busybox("", program=elf + load)
+
+
+def test_each_form_by_its_own_function() -> None:
+    """load_linux chooses by the content; each function refuses the other's form."""
+    assert load_bzimage(bzimage()) == load_linux(bzimage())
+    assert load_vmlinux(vmlinux()) == load_linux(vmlinux())
+    with pytest.raises(ImageError, match=r"."):
+        load_bzimage(vmlinux())
+    with pytest.raises(ImageError, match=r"."):
+        load_vmlinux(bzimage())

@@ -95,6 +95,15 @@ def test_the_vm_is_converted_with_or_without_slots(by_vm: PrivateVm) -> None:
     assert by_vm.conversions == 4
 
 
+def test_memory_for_the_shared_pages(by_vm: PrivateVm, by_file: PrivateVm) -> None:
+    """Anonymous where a page has two backings, else the file's own pages."""
+    for vm, byte in ((by_vm, b"\0"), (by_file, b"x")):
+        with vm.abi.create_file(vm, 2 * PAGE) as file:
+            os.pwrite(file.fileno(), b"x" * 2 * PAGE, 0)
+            with vm.abi.create_memory(file, PAGE, PAGE) as memory:
+                assert (memory.size, memory.read(0, 1)) == (PAGE, byte)
+
+
 def test_files_are_converted_slot_by_slot(by_file: PrivateVm) -> None:
     first, second = bind(by_file, BASE, 2, 0), bind(by_file, BASE + 2 * PAGE, 2, 1, 8 * PAGE)
     by_file.abi.convert(by_file, BASE + PAGE, 2 * PAGE, private=True)
