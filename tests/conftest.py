@@ -1,4 +1,4 @@
-"""What every test may use: the suite's own means, and the checkout and its wheel."""
+"""Fixtures for every test: the suite's own, the checkout and its wheel."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from what is in the tree."""
+    """The wheel, built from the tree."""
     folder = tmp_path_factory.mktemp("wheel")
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", ROOT],
@@ -38,7 +38,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment with the wheel, whose dependencies are those of this one."""
+    """An environment with the wheel and the dependencies of this one."""
     place = tmp_path_factory.mktemp("installed") / "env"
     venv.create(place, with_pip=False)
     (packages,) = place.glob("lib/python*/site-packages")

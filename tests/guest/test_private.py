@@ -1,4 +1,4 @@
-"""Private memory by whichever ABI the kernel has: its common interface, and a guest that uses it.
+"""Private memory by the ABI that the kernel supports: the common interface, and a guest's view.
 
 What the kernel itself promises is tested in tests/private.
 """
@@ -80,7 +80,7 @@ def resident(memory: HostMemory) -> int:
 
 
 def bound_again(vm: PrivateVm, gpa: int, file: PrivateFile, offset: int) -> bool:
-    """Make another slot of a page of the file, or another VM's; False if the ABI refuses that."""
+    """Bind a page of the file a second time, here or in another VM; False if the ABI refuses."""
     try:
         vm.abi.bind(vm, gpa, PAGE, file, offset)
     except OSError as error:
@@ -303,7 +303,7 @@ def test_conversion_across_slots_and_gaps(
 def test_what_another_slot_uses_is_not_freed(
     abi: PrivateAbi, vm: PrivateVm, file: PrivateFile, memory: HostMemory, guest: Puppet
 ) -> None:
-    """Two slots of the same memory, one of them plain; where allowed, also of the same pages."""
+    """Two slots use the same memory, one without a file; if allowed, also the same pages."""
     vm.map(memory, 0, slot=8)
     memory.write(MIB, b"\x33" * 2 * PAGE)
     abi.convert(vm, GPA, PAGE, private=True)
@@ -321,7 +321,7 @@ def test_what_another_slot_uses_is_not_freed(
 def test_what_no_other_slot_uses_is_freed(
     abi: PrivateAbi, vm: PrivateVm, file: PrivateFile, memory: HostMemory, guest: Puppet
 ) -> None:
-    """Slots beside it in the same memory; where allowed, one of the same pages, converted too."""
+    """Other slots use other parts of the memory; if allowed, one the same pages, converted too."""
     vm.map(memory, 0, size=MIB, slot=8)
     vm.map(memory, MIB, offset=MIB + 2 * PAGE, slot=9)
     memory.write(0, b"\x33" * memory.size)
@@ -339,7 +339,7 @@ def test_what_no_other_slot_uses_is_freed(
 def test_what_another_vm_uses_is_not_freed(
     kvm: Kvm, abi: PrivateAbi, vm: PrivateVm, file: PrivateFile, memory: HostMemory, guest: Puppet
 ) -> None:
-    """One memory in two VMs, and where allowed one file, until the other VM's vCPUs are closed."""
+    """Two VMs use one memory, and if allowed one file, until the other VM's vCPUs are closed."""
     guest.fill(GPA, 0x44, PAGE)
     memory.write(MIB + PAGE, b"\x33" * PAGE)
     other = abi.create_vm(kvm)
@@ -500,7 +500,7 @@ def test_faults_outside_the_slots_are_not_served(abi: PrivateAbi, vm: PrivateVm)
 def test_a_fault_that_comes_back(
     abi: PrivateAbi, vm: PrivateVm, guest: Puppet, slot: PrivateSlot
 ) -> None:
-    """The file is closed without the slot's knowledge: its pages can't be mapped any more."""
+    """The file's descriptor is closed by its number: its pages can't be mapped any more."""
     guest.write(GPA, b"here")
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     os.dup2(null, slot.file.fileno(), inheritable=False)

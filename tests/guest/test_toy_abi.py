@@ -110,7 +110,7 @@ def test_a_range_without_slots(vm: PrivateVm, slot: PrivateSlot) -> None:
 
 
 def test_the_guest_asks(vm: PrivateVm, slot: PrivateSlot) -> None:
-    """By hypercall and by fault.  The test makes the exits up: default VMs have no private memory."""
+    """By hypercall and by fault; the exits are simulated: default VMs have no private memory."""
     file = file_of(slot)
     with vm.create_vcpu() as vcpu:
 

@@ -1,4 +1,4 @@
-"""``python -m kvmpriv boot`` where it can't work: what it says, and that nothing is left behind."""
+"""``kvmpriv boot`` where it can't work: its messages, and that it leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_the_scripts(tmp_path: Path) -> None:
 
 
 def refusals(kvm: Kvm) -> dict[str, str]:
-    """The ABIs that this machine has not, and why."""
+    """The ABIs that this machine does not support, and why."""
     found = {}
     for name in private.ABIS:
         try:
@@ -140,7 +140,7 @@ def test_the_console_and_a_time_limit(image: Path) -> None:
 
 @pytest.mark.usefixtures("kvm")
 def test_a_recorded_run(image: Path, tmp_path: Path) -> None:
-    """Each byte that the guest prints is an exit, and all of them are there."""
+    """Each byte that the guest prints is an exit, and the recording has all of them."""
     path = tmp_path / "run.trace"
     options = ("--memory", "32M", "--timeout", "2.5", "--trace", path, "--watch")
     done = boot("--kernel", image, *options, "--pin", CPU)
@@ -168,7 +168,7 @@ def test_a_recorded_run(image: Path, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("kvm")
 def test_words_of_ours_begin_a_line(tmp_path: Path) -> None:
-    """Where the console goes to the same place, and has not ended its line."""
+    """A message begins a new line if the console prints to the same place, in mid-line."""
     path = tmp_path / "prompt"
     path.write_bytes(kernel(bytes.fromhex("66baf803 b03e ee f4 ebfd")))
     done = boot("--kernel", path, "--memory", "32M", "--timeout", "2.5", "--watch", "--json")
@@ -186,14 +186,14 @@ def test_words_of_ours_begin_a_line(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("kvm")
 def test_a_recording_on_a_full_disk(image: Path) -> None:
-    """The guest goes on all the same, and the user is told."""
+    """The guest runs on, and a message reports the error."""
     done = boot("--kernel", image, "--memory", "32M", "--timeout", "1", "--trace", "/dev/full")
     assert (done.returncode, done.stdout) == (124, "up\n")
     assert "/dev/full: No space left on device; the recording is incomplete\n" in done.stderr
 
 
 def test_what_a_guest_costs(kvm: Kvm) -> None:
-    """The vCPU that works is the one that costs; each runs where it was put."""
+    """Only the vCPU that works uses CPU time, and each vCPU runs on its pinned CPU."""
     seen: list[tuple[Cost, set[int]]] = []
     image = load_linux(kernel(bytes.fromhex("66baed00 ee ebfd")))  # OUT to a port, for ever
     with LinuxMachine(kvm, image, plan(32 << 20), cpus=2, pin=[CPU, CPU]) as machine:
@@ -352,7 +352,7 @@ input()
 
 
 def as_a_user(folder: Path) -> list[str]:
-    """A command's beginning: a user who may read everything, and use /dev/net/tun as on Debian."""
+    """The start of a command: run as a user who can read everything and open /dev/net/tun."""
     node = folder / "tun"
     script = f'mknod -m 666 {node} c 10 200 && mount --bind {node} /dev/net/tun && exec "$@"'
     rights = "=-all,+dac_read_search"
@@ -362,7 +362,7 @@ def as_a_user(folder: Path) -> list[str]:
 
 
 def test_a_tap_for_who_may_not_make_networks(tmp_path: Path) -> None:
-    """In a user namespace, for as long as the tap is: with the host's address, and a way in."""
+    """Without CAP_NET_ADMIN the tap is in a user namespace, with the host's address."""
     tap_or_skip().close()
     child = subprocess.Popen(
         [*as_a_user(tmp_path), sys.executable, "-c", OWN],
@@ -395,7 +395,7 @@ def test_a_tap_for_who_may_not_make_networks(tmp_path: Path) -> None:
 
 
 def test_the_network_of_a_killed_process_goes_with_it(tmp_path: Path) -> None:
-    """Of one that had it in a user namespace: nothing has a name that could stay."""
+    """A network in a user namespace ends with its process: it has no name that could remain."""
     tap_or_skip().close()
     command = [*as_a_user(tmp_path), sys.executable, "-c", OWN]
     with subprocess.Popen(
@@ -412,7 +412,7 @@ def test_the_network_of_a_killed_process_goes_with_it(tmp_path: Path) -> None:
 
 
 def test_no_network_without_user_namespaces_either() -> None:
-    """Who has none to give away is told what is missing; twin: the test before."""
+    """Without user namespaces the error names what is missing; the twin is the test before."""
     tap_or_skip().close()
     code = (
         "from kvmpriv.guest.linux.tap import Tap\n"
@@ -449,7 +449,7 @@ def test_what_the_host_sees_of_a_guest(kvm: Kvm) -> None:
 
 
 class Closed(Entropy):
-    """A device that tells whether it was closed."""
+    """A device that records whether it was closed."""
 
     closed = False
 
@@ -458,7 +458,7 @@ class Closed(Entropy):
 
 
 def test_devices_are_closed_when_there_is_no_machine(kvm: Kvm, no_leak: object) -> None:
-    """Whatever is wrong: they belong to the machine from the call on."""
+    """The machine owns its devices from the call on, and closes them whatever argument is wrong."""
     image = load_linux(kernel(UP))
     for options, words in (
         ({"cpus": 0}, "1 to 254 vCPUs, not 0"),
@@ -488,7 +488,7 @@ def test_a_mistake_does_not_truncate_a_recording(
 
 
 def test_a_kernel_that_never_comes(tmp_path: Path) -> None:
-    """The time limit covers a pipe that nobody opens for writing."""
+    """The time limit covers a pipe that no process opens for writing."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     done = boot("--kernel", pipe, "--timeout", "0.5")
@@ -507,7 +507,7 @@ def test_little_memory(image: Path) -> None:
 
 
 def test_a_recording_by_script(kvm: Kvm, tmp_path: Path) -> None:
-    """From beginning to end, also when `look` raises; and the file is closed."""
+    """The recording is complete and its file closed, also when `look` raises."""
     path = tmp_path / "run.trace"
     with LinuxMachine(kvm, load_linux(kernel(UP)), plan(32 << 20)) as machine:
         assert machine.run(timeout=0.6, trace=path).how == "timeout"
@@ -553,7 +553,7 @@ def test_end_after_close_has_no_effect(kvm: Kvm) -> None:
 
 
 def test_a_device_of_ones_own(kvm: Kvm) -> None:
-    """It answers on a port and in memory, in a vCPU's thread."""
+    """A device answers accesses to its port and its memory, in a vCPU's thread."""
 
     class Doubles:
         value = 0

@@ -1,4 +1,4 @@
-"""/dev/kvm, VMs, vCPUs, memory, slots: what they give, what they refuse, what they leave behind."""
+"""/dev/kvm, VMs, vCPUs, memory, slots: results, refusals, and that they leave nothing behind."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_host_memory() -> None:
 
 
 def mapped(memory: HostMemory) -> bool:
-    """Whether the mapping is there, as the kernel sees it."""
+    """Whether the kernel lists the mapping."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         low, high = (int(number, 16) for number in line.split()[0].split("-"))
         if low <= memory.userspace_addr < high:
@@ -280,7 +280,7 @@ def test_memory_lives_until_the_last_vcpu_is_closed(make_guest: MakeGuest) -> No
 
 
 def test_slots_of_all_three_shapes(vm: Vm) -> None:
-    """REGION for all; REGION2 where guest_memfd is; v9's where memfd_restricted is."""
+    """REGION everywhere, REGION2 with guest_memfd, v9's longer struct with memfd_restricted."""
     with HostMemory(4 * MIB) as memory:
         vm.map(memory, 0, size=MIB)
         if vm.check_extension(gm.KVM_CAP_USER_MEMORY2):
@@ -320,7 +320,7 @@ def test_guest_memfd_slot_keeps_its_file(vm: Vm) -> None:
 
 
 def test_a_deleted_slot_changes_no_file(kvm: Kvm) -> None:
-    """The part of the file that it had may be another slot's."""
+    """Another slot may use the same part of the file by then."""
     abi = guest_memfd.GuestMemfdAbi(vm_type=0)
     with abi.create_vm(kvm) as vm:
         if not vm.check_extension(gm.KVM_CAP_GUEST_MEMFD):
@@ -345,7 +345,7 @@ def test_a_deleted_slot_changes_no_file(kvm: Kvm) -> None:
 
 @pytest.mark.parametrize("wrong", [-1, 1 << 64, -(1 << 64), (1 << 64) + 4096])
 def test_numbers_that_no_field_can_have(vm: Vm, wrong: int) -> None:
-    """They are named, and not taken for their lowest bits; the next call is as it should be."""
+    """The error names them, they are not cut to their lowest bits, and the next call works."""
     with HostMemory(4096) as memory:
         for name, call in (
             ("guest_phys_addr", lambda: vm.map(memory, wrong)),
@@ -428,7 +428,7 @@ def test_registers(make_guest: MakeGuest) -> None:
 
 
 def test_each_other_set_of_registers_is_set(kvm: Kvm, make_guest: MakeGuest) -> None:
-    """A field that is written is read back; the twin was not set before."""
+    """A field that was written is read back; before, it had another value."""
     _, vcpu, _ = make_guest(b"\xf4")
     fpu = vcpu.get_fpu()
     assert (fpu.xmm[3][0], fpu.fcw) != (0x5A, 0x27F)
@@ -455,7 +455,7 @@ def test_each_other_set_of_registers_is_set(kvm: Kvm, make_guest: MakeGuest) -> 
 
 
 def test_registers_get_modify_set(make_guest: MakeGuest) -> None:
-    """Only when the block ends well."""
+    """The registers are set only if the block does not raise."""
     _, vcpu, _ = make_guest(b"\xf4")
     with vcpu.regs() as regs, vcpu.sregs() as sregs:
         regs.rbx, sregs.cr2 = 0x1234, 0x5000
@@ -500,7 +500,7 @@ def test_mp_state(kvm: Kvm, make_guest: MakeGuest) -> None:
 
 
 def test_tsc_khz(kvm: Kvm, vm: Vm) -> None:
-    """The host's own frequency always; half of it where the hardware scales."""
+    """The host's frequency always works; half of it only if the hardware can scale it."""
     with vm.create_vcpu() as vcpu:
         khz = vcpu.get_tsc_khz()
         assert khz > 0
@@ -540,7 +540,7 @@ def test_an_interrupt_with_an_irqchip_in_the_kernel(vm: Vm) -> None:
 
 
 def test_guest_debug(make_guest: MakeGuest) -> None:
-    """Single steps are exits; without the flags the guest runs to its end."""
+    """Each single step is an exit; without the flags the guest runs to its end."""
     _, vcpu, _ = make_guest(b"\x90\x90\x90\xf4")
     vcpu.set_guest_debug(k.KVM_GUESTDBG_ENABLE | k.KVM_GUESTDBG_SINGLESTEP)
     for pc in (0x1001, 0x1002):
@@ -553,7 +553,7 @@ def test_guest_debug(make_guest: MakeGuest) -> None:
 
 
 def test_kvmclock_ctrl(make_guest: MakeGuest) -> None:
-    """A guest that uses kvmclock finds in its clock that it was stopped; others are refused."""
+    """A guest's kvmclock shows that it was stopped; a guest without kvmclock is refused."""
     _, vcpu, memory = make_guest(b"\xf4")
     refused(errno.EINVAL, vcpu.kvmclock_ctrl)
     system_time_new, flags = 0x4B564D01, 0x2000 + 29  # struct pvclock_vcpu_time_info
@@ -567,7 +567,7 @@ def test_kvmclock_ctrl(make_guest: MakeGuest) -> None:
 
 
 def test_emulated_cpuid(kvm: Kvm) -> None:
-    """What KVM emulates: MOVBE, for one; not what the processor has by itself."""
+    """KVM lists what it emulates, such as MOVBE, and not what the processor supports."""
     leaves = {(entry.function, entry.index): entry for entry in kvm.get_emulated_cpuid()}
     assert set(leaves) >= {(0, 0), (1, 0)}
     assert leaves[1, 0].ecx & 1 << 22, "MOVBE"
@@ -722,7 +722,7 @@ def test_clock(vm: Vm) -> None:
 
 
 def test_reply(make_guest: MakeGuest) -> None:
-    """What the guest reads from a port or from memory without a slot is what it was given."""
+    """A guest reads the bytes of `reply`, from a port and from memory without a slot."""
     _, vcpu, memory = make_guest(
         bytes.fromhex(
             "e5 43  a3 0020"  # in $0x43, %ax; mov %ax, 0x2000
@@ -786,7 +786,7 @@ def test_enable_cap(vm: Vm) -> None:
 
 
 def test_stats(make_guest: MakeGuest) -> None:
-    """The counters count what happens, each of its type; a histogram is a list, and no counter."""
+    """The counters are ints and count what happens; histograms are lists, and separate."""
     vm, vcpu, _ = make_guest(b"\xe4\x10\xe4\x10\xf4")
     if not vm.check_extension(k.KVM_CAP_BINARY_STATS_FD):
         missing("stats", "KVM_CAP_BINARY_STATS_FD is 0")
@@ -897,7 +897,7 @@ def test_no_fd_is_inherited(vm: Vm) -> None:
 
 
 def test_a_constructor_failing_half_way(vm: Vm, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every step of every constructor that comes after the fd fails once; no fd is left."""
+    """Each step of a constructor after it has an fd fails once; no fd is left open."""
 
     def fail(*_: object, **__: object) -> None:
         raise MemoryError
@@ -926,7 +926,7 @@ def test_a_constructor_failing_half_way(vm: Vm, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_descriptors_used_up(kvm: Kvm) -> None:
-    """EMFILE at each descriptor that a VM with a vCPU takes, and nothing left afterwards."""
+    """Each descriptor that a VM with a vCPU needs fails once with EMFILE; nothing is left open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     before = open_fds()
     failures = 0
@@ -982,7 +982,7 @@ def test_the_raw_layer(vm: Vm) -> None:
 
 
 def test_fork_while_a_thread_runs_a_vcpu(make_guest: MakeGuest) -> None:
-    """The child can close what it has by fork, and the parent's guest does not notice."""
+    """The child can close its copies, without effect on the parent's guest."""
     _, vcpu, _ = make_guest(SPIN)
     interrupted = []
     with VcpuThread(vcpu, lambda *_: True) as thread:
@@ -1006,7 +1006,7 @@ def test_fork_while_a_thread_runs_a_vcpu(make_guest: MakeGuest) -> None:
 # Python can only report what a handler raises inside a __del__.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_ctrl_c_anywhere_leaves_no_fd_and_no_slot(kvm: Kvm) -> None:
-    """A signal handler that raises, at any moment of making VMs, vCPUs and slots."""
+    """A signal handler raises at any moment while VMs, vCPUs and slots are made."""
 
     class Interrupt(Exception):  # noqa: N818
         pass
@@ -1040,7 +1040,7 @@ def test_ctrl_c_anywhere_leaves_no_fd_and_no_slot(kvm: Kvm) -> None:
 
 
 def test_slots_set_amid_the_setting_of_another(kvm: Kvm) -> None:
-    """By a signal handler, by a thread for its own VM: each slot is where it was asked for."""
+    """A signal handler, or a thread with its own VM, sets slots meanwhile; each is right."""
     turns = [0, 0, 0]
 
     def turn(vm: Vm, number: int) -> None:
@@ -1078,7 +1078,7 @@ def test_slots_set_amid_the_setting_of_another(kvm: Kvm) -> None:
 
 
 def test_fork_while_a_vm_is_open(make_guest: MakeGuest) -> None:
-    """The child may not use the parent's VM and is told so; the parent's goes on."""
+    """The child gets an error for the parent's VM; the parent can use it on."""
     vm, vcpu, _ = make_guest(b"\xe4\x10\xf4")
     assert vcpu.run() == k.KVM_EXIT_IO
     read, write = os.pipe()
@@ -1110,7 +1110,7 @@ def test_fork_while_a_vm_is_open(make_guest: MakeGuest) -> None:
 
 
 def test_private_modules_can_be_imported_first() -> None:
-    """Importing a room by itself does not depend on what was imported before."""
+    """Each module can be imported first."""
     for name in ("exits", "vm", "private.guest_memfd", "guest.bare", "wakeup", "cdecl"):
         command = [sys.executable, "-c", f"import kvmpriv.{name}"]
         done = subprocess.run(command, capture_output=True, text=True)

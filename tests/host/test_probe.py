@@ -116,7 +116,7 @@ def test_usage() -> None:
 
 
 def test_findings_agree_with_kvm(kvm: kvmpriv.Kvm) -> None:
-    """What was tried holds against the same calls made here, one by one."""
+    """Each finding agrees with the same call made here."""
     found = probe()
     status = status_of(found)
     with kvm.create_vm() as vm:
@@ -231,7 +231,7 @@ def test_device_that_is_a_folder(tmp_path: Path) -> None:
 
 
 def test_not_permitted() -> None:
-    """As a user who is not in the node's group, where the node asks for one."""
+    """A user who is not in the node's group gets the right hint."""
     node = Path("/dev/kvm")
     open_to_us = os.geteuid() != 0 and os.access(node, os.R_OK | os.W_OK)
     if open_to_us or not node.exists() or node.stat().st_mode & stat.S_IWOTH:
@@ -294,7 +294,7 @@ def seccomp(number: int, action: int, argument: int | None = None) -> Callable[[
     ],
 )
 def test_filter_that_hides_the_system_call(kvm: kvmpriv.Kvm, action: int, answer: str) -> None:
-    """Undecided, not absent; and the probe survives a filter that kills."""
+    """The system call is undecided, not absent; the probe survives a filter that kills."""
     found = of_json(run("--json", preexec_fn=seccomp(451, action)))
     assert found.host["seccomp"] == 2
     check = next(check for check in found.checks if check.name == "v9/syscall")
@@ -305,7 +305,7 @@ def test_filter_that_hides_the_system_call(kvm: kvmpriv.Kvm, action: int, answer
 
 
 def test_filter_that_lets_the_system_call_pass(kvm: kvmpriv.Kvm) -> None:
-    """The twin: asked in a child, the answer is the kernel's; ENOSYS may be a filter's."""
+    """The twin: without a filter the child gets the kernel's answer."""
     found = of_json(run("--json", preexec_fn=seccomp(452, _KILL_PROCESS)))
     assert found.host["seccomp"] == 2
     answer = result_of(probe(), "v9/syscall")
@@ -333,7 +333,7 @@ def test_filter_that_refuses_an_ioctl(kvm: kvmpriv.Kvm, request_: int, name: str
 
 
 def test_ignored_sigchld(kvm: kvmpriv.Kvm) -> None:
-    """Whoever started us may ignore SIGCHLD: the child's answer is lost, nothing else is."""
+    """If the parent process ignores SIGCHLD, only the child's answer is lost."""
 
     def prepare() -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -355,7 +355,7 @@ def test_nothing_is_left_open(kvm: kvmpriv.Kvm, no_leak: Callable[[], None]) -> 
 
 
 def test_descriptors_that_run_out(kvm: kvmpriv.Kvm, no_leak: Callable[[], None]) -> None:
-    """Each step fails once for want of a descriptor: no exception, nothing left open."""
+    """Each step lacks a descriptor once: no exception, and nothing is left open."""
     probe()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     first = os.dup(0)  # the lowest that is free

@@ -1,4 +1,4 @@
-"""``kvmpriv run``: the guest's output and status are ours; every mistake has its message."""
+"""``kvmpriv run`` passes on the guest's output and exit status; every mistake has a message."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_hlt_ends_it_with_status_0(tmp_path: Path) -> None:
 
 
 def test_output_is_passed_on_as_it_is(tmp_path: Path) -> None:
-    """All 256 bytes, by rep outsb, unchanged; the line status register says ready."""
+    """All 256 bytes arrive unchanged by rep outsb; the line status register reads as ready."""
     every = bytes(range(256))
     code = bytes.fromhex(
         "66ba fd03  ec  24 20  74 fb"  # 1: in $0x3fd, %al; and $0x20, %al; jz 1b
@@ -252,7 +252,7 @@ def test_unreadable_image(tmp_path: Path) -> None:
 
 
 def test_an_image_that_never_comes(tmp_path: Path) -> None:
-    """The time limit covers a pipe that nobody opens for writing."""
+    """The time limit covers a pipe that no process opens for writing."""
     image = tmp_path / "image"
     os.mkfifo(image)
     started = time.monotonic()
@@ -331,7 +331,7 @@ def test_a_machine_that_can_not_be_made_leaves_nothing(kvm: Kvm, no_leak: object
 
 
 def test_memory_above_4_gib(kvm: Kvm) -> None:
-    """Boot structures and page tables work for a large guest, which costs only what it touches."""
+    """Boot structures and page tables work for a large guest; only touched memory is used."""
     # mov $0x120000000, %rax; movb $9, (%rax); mov (%rax), %al; out %al, $0xf4
     image = load_flat(bytes.fromhex("48b80000002001000000 c60009 8a00 e6f4"))
     try:

@@ -1,4 +1,4 @@
-"""``kvmpriv selftest`` in earnest: tests that end in any way, signals, and the suite itself."""
+"""``kvmpriv selftest`` with real processes: every way for a test to end, signals, and the suite."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ EXPECTED = {
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A suite: a conftest, and test_it.py still to come."""
+    """A suite of a conftest; the test adds test_it.py."""
     made_folder = tmp_path / "suite"
     made_folder.mkdir()
     (made_folder / "conftest.py").write_text(CONFTEST)
@@ -163,7 +163,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def command(folder: Path, *arguments: str, grace: float = 20, between: float = 90) -> list[str]:
-    """``kvmpriv selftest`` with another suite, and less patience with what hangs."""
+    """``kvmpriv selftest`` with the suite in `folder`, and shorter time limits for what hangs."""
     code = (
         "import sys; from pathlib import Path; from kvmpriv.cli import main;"
         "from kvmpriv.selftest import runner;"
@@ -194,7 +194,7 @@ def alive(pid: int) -> bool:
 
 
 def test_every_way_to_end(folder: Path, tmp_path: Path) -> None:
-    """Each test has its result, and those after it run; nothing is left running, or behind."""
+    """Each test has a result, and the tests after it run; no process and no file is left."""
     (folder / "test_it.py").write_text(TESTS)
     pids = tmp_path / "pids"
     done = selftest(folder, "--json", grace=2, PIDS=str(pids))
@@ -259,7 +259,7 @@ HUNG = "it did not end in time and was killed"
 def test_death_after_a_test(
     folder: Path, select: str, after: str, death: str, how: str, ends: dict[str, str]
 ) -> None:
-    """It is charged to the test that ended last; the others, before and after, keep their own."""
+    """The test that ended last fails for it; all others keep their results."""
     (folder / "conftest.py").write_text(
         f"{CONFTEST}import os, time\n"
         "@pytest.hookimpl(trylast=True)\n"
@@ -383,7 +383,7 @@ def test_a_suite_that_can_not_run(folder: Path) -> None:
 
 
 def test_ktap_begins_at_once(folder: Path) -> None:
-    """The version line is there before pytest has found the tests."""
+    """The version line is printed before pytest has found the tests."""
     (folder / "test_it.py").write_text(PASSING)
     (folder / "conftest.py").write_text("import time; time.sleep(600)")
     with subprocess.Popen(command(folder, "--ktap"), stdout=subprocess.PIPE, text=True) as process:
@@ -437,7 +437,7 @@ def test_without_what_runs_it(lacking: list[str], expected: str) -> None:
 
 
 def test_nobodys_settings_matter(folder: Path, tmp_path: Path) -> None:
-    """Neither the environment's, nor those of the folder that one happens to be in."""
+    """Settings of the environment and of the current directory are ignored."""
     (folder / "test_it.py").write_text(PASSING)
     (folder.parent / "pytest.ini").write_text("[pytest]\naddopts = --nonesuch\n")
     (folder.parent / "conftest.py").write_text("raise RuntimeError('not ours')")
@@ -471,7 +471,7 @@ def test_three(): pass
     ],
 )
 def test_interrupted(folder: Path, tmp_path: Path, number: int, status: int, form: str) -> None:
-    """What has been found is told, and the test that runs puts back what it changed."""
+    """The results so far are reported, and the running test's fixtures clean up."""
     (folder / "test_it.py").write_text(SLOW)
     back, out = tmp_path / "back", tmp_path / "out"
     with out.open("w") as stream:
@@ -520,7 +520,7 @@ def _in(pid: int, calls: tuple[str, ...]) -> bool:
 
 
 def test_the_parent_dies(folder: Path, tmp_path: Path) -> None:
-    """Killed with SIGKILL it can't stop its tests; they stop at the next word they have for it."""
+    """A parent killed by SIGKILL can't stop its tests; they stop at their next report."""
     ran = tmp_path / "ran"
     (folder / "test_it.py").write_text(
         "import os, time, pytest\n"
@@ -578,7 +578,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_list_is_the_suite() -> None:
-    """The real suite, as the running kernel has it."""
+    """--list prints the real suite."""
     done = run("--list")
     assert (done.returncode, done.stderr) == (0, "")
     rows = [line.split("\t") for line in done.stdout.splitlines()]
@@ -615,7 +615,7 @@ def test_what_can_not_be_required(form: str) -> None:
 
 
 def in_wheel(place: Path, *arguments: str, prefix: tuple[str, ...] = ()) -> tuple[int, str, str]:
-    """Exit status, output, error output of the installed command, out of sight of the checkout."""
+    """Exit status, output and error output of the installed command, run outside the checkout."""
     command = [*prefix, str(place / "bin" / "kvmpriv"), "selftest", *arguments]
     environment = {n: v for n, v in os.environ.items() if not n.startswith(("KVMPRIV_", "PYTHON"))}
     done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
@@ -627,7 +627,7 @@ def files(folder: Path) -> set[Path]:
 
 
 def test_the_wheel_has_the_suite(installed: Path) -> None:
-    """The same tests as the checkout, and nothing is written beside them."""
+    """The wheel has the same tests as the checkout, and writes nothing beside them."""
     (suite,) = installed.glob("lib/python*/site-packages/kvmpriv/_suite")
     before = files(suite)
     ours = ROOT / "tests" / "private"
@@ -638,7 +638,7 @@ def test_the_wheel_has_the_suite(installed: Path) -> None:
 
 
 def test_the_wheel_on_this_kernel(installed: Path, vm: kvmpriv.Vm) -> None:
-    """0 where the kernel has the ABI, 4 where it has not, 2 for a rule that nobody has."""
+    """0 with the ABI, 4 without it, 2 for a rule that does not exist."""
     has = {
         "v9.syscall.flags": errno.errorcode[ask_memfd_restricted()] == "EINVAL",
         "gm.create.size": vm.check_extension(gm.KVM_CAP_GUEST_MEMFD) > 0,
@@ -658,7 +658,7 @@ def test_the_wheel_on_this_kernel(installed: Path, vm: kvmpriv.Vm) -> None:
 
 
 def test_the_wheel_without_kvm(installed: Path) -> None:
-    """All that needs it is skipped, and says so."""
+    """Every test that needs KVM is skipped, with the reason."""
     unshare = ("unshare", "-m", "sh", "-c", 'mount --bind /dev/null /dev/kvm && exec "$@"', "sh")
     if subprocess.run([*unshare, "true"], capture_output=True).returncode:
         missing("root", "/dev/kvm can't be hidden in a mount namespace")
@@ -672,7 +672,7 @@ def test_the_wheel_without_kvm(installed: Path) -> None:
 
 
 def test_the_wheel_with_tests_that_fail(installed: Path) -> None:
-    """Another file among the tests: its rules are rules, its failures failures."""
+    """A file that is added to the suite counts: its rules, and its failures."""
     (suite,) = installed.glob("lib/python*/site-packages/kvmpriv/_suite")
     broken = suite / "test_broken.py"
     broken.write_text(

@@ -104,7 +104,7 @@ def test_delete_of_a_slot_whose_number_is_used_again(vm: Vm) -> None:
 
 
 def test_threads_delete_each_others_slots(kvm: Kvm) -> None:
-    """Nothing is leaked: when all is deleted and closed, each mapping is gone."""
+    """No slot leaks: when all are deleted and closed, no mapping is left."""
     shared: list[Slot] = []
     memories: list[HostMemory] = []
     errors: list[int] = []
@@ -144,7 +144,7 @@ def test_threads_delete_each_others_slots(kvm: Kvm) -> None:
 
 
 def test_a_signal_handler_maps_while_a_slot_is_deleted(vm: Vm) -> None:
-    """The handler's new slot stays, whatever number it got."""
+    """The handler's new slot stays, whatever its number is."""
     with Interrupted(PAGE) as memory, HostMemory(PAGE) as other:
         slot = vm.map(memory, 0)
         inner: list[Slot] = []
@@ -163,7 +163,7 @@ def test_a_signal_handler_maps_while_a_slot_is_deleted(vm: Vm) -> None:
 
 
 def test_a_change_that_is_refused_leaves_all_as_it_was(vm: Vm) -> None:
-    """The old slot stays the VM's and goes on holding its memory; the new memory is not held."""
+    """The VM keeps the old slot and its memory; it does not hold the new memory."""
     memory, other = HostMemory(2 * PAGE), HostMemory(2 * PAGE)
     slot = vm.map(memory, 0)
     with pytest.raises(OSError, match="KVM_SET_USER_MEMORY_REGION") as caught:

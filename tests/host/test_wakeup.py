@@ -41,7 +41,7 @@ def alarm_handler() -> Iterator[list[int]]:
 
 
 def test_no_kick_is_lost(make_guest: MakeGuest) -> None:
-    """10,000 kicks at random moments against a guest that spins: each is answered."""
+    """10,000 kicks at random moments against a guest that spins: each one ends a run."""
     _, vcpu, _ = make_guest(SPIN)
     answered = threading.Semaphore(0)
     stop = False
@@ -200,7 +200,7 @@ def test_ctrl_c_in_the_main_thread(make_guest: MakeGuest) -> None:
 def test_ctrl_c_while_the_watch_begins(
     make_guest: MakeGuest, monkeypatch: pytest.MonkeyPatch, begun: bool
 ) -> None:
-    """The pipe is closed once, by whoever is last, and the next run has a watch."""
+    """The pipe is closed exactly once, and the next run has a watch."""
     _, vcpu, _ = make_guest(SPIN)
     start_thread, before, interrupted = threading.Thread.start, open_fds(), 0
 
@@ -229,7 +229,7 @@ def test_ctrl_c_while_the_watch_begins(
 
 
 def test_a_handler_that_raises_never_leaves_it_running(make_guest: MakeGuest) -> None:
-    """Wherever in run() the signal comes, the vCPU is free again, and can be closed."""
+    """Wherever in run() the signal comes, the vCPU can be run and closed afterwards."""
     _, vcpu, _ = make_guest(OUT_LOOP)
 
     def handler(*_: object) -> None:
@@ -303,7 +303,7 @@ def test_signal_handlers_that_run_the_vcpu(make_guest: MakeGuest) -> None:
 
 
 def test_one_thread_after_another(make_guest: MakeGuest) -> None:
-    """The system gives a thread the number of one that has ended; each can be called back."""
+    """A new thread gets the id of one that has ended; each can be kicked."""
     _, vcpu, _ = make_guest(SPIN)
     for _ in range(20):
         with VcpuThread(vcpu, lambda *_: True) as thread:
@@ -347,7 +347,7 @@ def test_a_kick_from_a_signal_handler(make_guest: MakeGuest) -> None:
 
 
 def test_eintr_storm(make_guest: MakeGuest, alarm_handler: list[int]) -> None:
-    """Signals every 100 µs hit every call there is; each call works or says EINTR, no more."""
+    """Signals every 100 µs interrupt every call; each call works or fails with EINTR."""
     vm, vcpu, _ = make_guest(OUT_LOOP)
     signal.signal(signal.SIGALRM, lambda *_: None)
     signal.setitimer(signal.ITIMER_REAL, 0.0001, 0.0001)
@@ -394,7 +394,7 @@ def test_two_threads_on_one_vcpu(make_guest: MakeGuest) -> None:
 
 
 def test_two_threads_at_the_same_moment(make_guest: MakeGuest) -> None:
-    """Whoever comes second is refused, every time, and the first is not disturbed."""
+    """The second thread is refused every time, without effect on the first."""
     _, vcpu, _ = make_guest(OUT_LOOP)
     results: list[list[Any]] = [[], []]
     gate = threading.Barrier(2)
@@ -430,7 +430,7 @@ def test_close_calls_a_running_vcpu_back(make_guest: MakeGuest) -> None:
 
 
 def test_kick_against_close(kvm: Kvm) -> None:
-    """A kick at the moment of close is answered by a ValueError, never by a fault."""
+    """A kick at the moment of close raises ValueError and never crashes."""
     for _ in range(100):
         with kvm.create_vm() as vm:
             vcpu = vm.create_vcpu()
@@ -510,7 +510,7 @@ def test_two_vcpus_run_at_once(make_guest: MakeGuest) -> None:
 
 
 def test_the_wakeup_fd_of_others(make_guest: MakeGuest, alarm_handler: list[int]) -> None:
-    """Whoever had the wake-up fd gets each byte while we have it, and has it back afterwards."""
+    """An earlier wake-up fd gets each byte while kvmpriv has its own, and is restored."""
     read, write = os.pipe()
     os.set_blocking(write, False)
     theirs = signal.set_wakeup_fd(write)

@@ -1,4 +1,4 @@
-"""Helpers that ask others what the kernel's ABI is: a C compiler, the running kernel's BTF."""
+"""Helpers that ask a C compiler and the running kernel's BTF what the kernel's ABI is."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def layouts(ffi: Any) -> dict[str, Layout]:
 
 
 def compile_and_run(source: str, folder: Path, *options: str) -> str:
-    """What a C program prints."""
+    """Compile a C program and run it; returns what it prints."""
     code, program = folder / "ask.c", folder / "ask"
     code.write_text(source)
     subprocess.run(["cc", "-Wall", "-Werror", *options, "-o", program, code], check=True)

@@ -1,4 +1,4 @@
-"""A reader of KTAP (Documentation/dev-tools/ktap.rst) that takes nothing else."""
+"""A strict reader of KTAP (Documentation/dev-tools/ktap.rst)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Ktap(NamedTuple):
-    """What a document says: name -> (ok, what follows the hash)."""
+    """The contents of a document: name -> (ok, what follows the hash)."""
 
     plan: int
     tests: dict[str, tuple[bool, str]]
@@ -16,7 +16,7 @@ class Ktap(NamedTuple):
 
 
 def parse(text: str) -> Ktap:
-    """KTAP of one level, in which every line must be one that the format knows."""
+    """Parse KTAP of one level; every line must be in the format."""
     version, plan, *lines = text.splitlines()
     assert text.endswith("\n")
     assert version == "KTAP version 1"

@@ -1,6 +1,6 @@
-"""Sizes and offsets, in bytes, that the ABI has on x86-64: literals, so that nobody moves a field.
+"""Sizes and offsets of the ABI on x86-64, in bytes: literals, so that a moved field is noticed.
 
-CORE is what <linux/kvm.h> and <asm/kvm.h> of Linux 6.1 say, by a compiler; the others are as their
+CORE is what a compiler makes of <linux/kvm.h> and <asm/kvm.h> of Linux 6.1; the others are as their
 series and releases were posted (see cdefs/).
 """
 

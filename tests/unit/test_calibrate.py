@@ -1,4 +1,4 @@
-"""How the C selftests' outcomes are read, and held against ours; no kernel, no compiler."""
+"""How the outcomes of the C selftests are read and compared; without a kernel or a compiler."""
 
 from __future__ import annotations
 

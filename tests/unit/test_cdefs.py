@@ -165,7 +165,7 @@ def test_the_generated_modules_are_current() -> None:
 
 
 def test_declare_reads_our_own_headers_alike(name: str) -> None:
-    """What declare() makes of a whole header, the core declared anew, is what was generated."""
+    """declare() of a whole header gives what was generated from it."""
     text = (ROOT / "cdefs" / f"{name}.h").read_text()
     declared = declare(text)
     namespace, literal = NAMESPACES[name]

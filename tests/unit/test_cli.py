@@ -1,4 +1,4 @@
-"""The command line: help, errors, output, and that starting it takes nothing from others."""
+"""The command line: help, errors, output, and that importing it has no side effects."""
 
 from __future__ import annotations
 

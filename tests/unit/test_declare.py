@@ -147,7 +147,7 @@ def expression(dice: random.Random, depth: int = 3) -> str:
 
 
 def test_a_compiler_agrees_with_every_expression(tmp_path: Path) -> None:
-    """The integers are C's: widths, signs, promotions, as the compiler has them."""
+    """Widths, signs and promotions of integers are those of the C compiler."""
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")  # shown when the test fails
     dice = random.Random(seed)

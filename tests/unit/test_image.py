@@ -1,4 +1,4 @@
-"""Loaders: flat and ELF images, good ones, damaged ones, and whatever hypothesis makes."""
+"""Loaders: flat and ELF images, valid, damaged, and random ones."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_files(tmp_path: Path) -> None:
 
 
 def test_a_small_file_takes_little_memory_to_read(tmp_path: Path) -> None:
-    """The limit is how much a file may have, not how much is allocated for it."""
+    """The limit bounds the size of the file; it is not the size of the buffer."""
     path = tmp_path / "small"
     path.write_bytes(b"x" * 5000)
     code = (
@@ -147,7 +147,7 @@ def test_a_file_that_memory_does_not_hold(tmp_path: Path) -> None:
 
 
 def test_a_pipe(tmp_path: Path) -> None:
-    """It is read to its end, in whatever pieces it comes, and not beyond the limit."""
+    """A pipe is read to its end, in pieces of any size, and not beyond the limit."""
     path = tmp_path / "pipe"
     os.mkfifo(path)
 

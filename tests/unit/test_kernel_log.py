@@ -1,4 +1,4 @@
-"""The kernel's complaints, each test's own: read from a stand-in for /dev/kmsg."""
+"""The kernel's complaints are assigned to the test that caused them; a stand-in for /dev/kmsg."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Write = Callable[[str], object]
 
 @pytest.fixture
 def write(monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
-    """Writes a record; each read gets one, as of /dev/kmsg, which the suite's log is now."""
+    """Writes a record to the stand-in, which returns one record per read, as /dev/kmsg does."""
     theirs, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with theirs, ours:
         ours.setblocking(False)
@@ -40,7 +40,7 @@ def write(monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
 
 @contextmanager
 def a_test() -> Iterator[None]:
-    """A test's body, with what the suite has around each."""
+    """The body of a test, inside the suite's own fixtures."""
     around = conftest.untainted.__wrapped__()
     next(around)
     yield
@@ -59,7 +59,7 @@ def a_test() -> Iterator[None]:
     ],
 )
 def test_a_complaint_fails_the_test_it_came_in(write: Write, record: str, told: bool) -> None:
-    """On a kernel whose taint it would not change."""
+    """Also on a kernel that is tainted already, whose taint does not change."""
     write(record)
     with a_test():
         write("6,13,346,-;all is well\n")
@@ -74,7 +74,7 @@ def test_a_complaint_fails_the_test_it_came_in(write: Write, record: str, told: 
 
 
 def test_records_that_are_overwritten(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel says so once; those after them are read."""
+    """The kernel reports the loss once; later records are read."""
     read, errors = os.read, [BrokenPipeError()]
 
     def lose(fd: int, size: int) -> bytes:
@@ -88,7 +88,7 @@ def test_records_that_are_overwritten(write: Write, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_log_that_can_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is said where it matters: on a kernel with a taint already."""
+    """A warning is printed only on a kernel that is tainted already."""
     taint = tmp_path / "tainted"
     monkeypatch.setattr(kernel_log, "TAINT", taint)
     log = KernelLog(str(tmp_path / "none"))

@@ -1,4 +1,4 @@
-"""What a Linux guest's machine is made of, each part by itself."""
+"""The parts of a Linux guest's machine, one by one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DATA, ENABLE, IDENTIFY, FIFO, LINE, MODEM, LINE_STATUS, MODEM_STATUS, SCRATCH = 
 
 
 class Port:
-    """A serial port with a log of what it did."""
+    """A serial port that logs its output and its interrupt line."""
 
     def __init__(self) -> None:
         self.sent = bytearray()
@@ -42,7 +42,7 @@ class Port:
 
 @pytest.fixture
 def port() -> Port:
-    """One with its interrupt gate open, as a driver has it."""
+    """A port whose interrupt gate is open, as a driver sets it."""
     made = Port()
     made.write(FIFO, 0x07)
     made.write(MODEM, 0x0B)
@@ -58,7 +58,7 @@ def test_serial_output_is_always_ready(port: Port) -> None:
 
 
 def test_serial_is_a_16550a(port: Port) -> None:
-    """What a driver looks at to tell one kind from another."""
+    """The registers by which a driver recognises the kind of port."""
     assert port.read(IDENTIFY) == 0xC1
     port.write(FIFO, 0)
     assert port.read(IDENTIFY) == 0x01

@@ -1,4 +1,4 @@
-"""Linux kernels taken apart, and what is put into a guest's memory for them."""
+"""Linux kernel images: parsing, and what is loaded into a guest's memory for them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def bzimage(
     init_size: int = 2 * MIB,
     name: bytes = b"6.1.0-test (someone@somewhere) #1",
 ) -> bytes:
-    """A bzImage with one sector of setup code behind the first."""
+    """A bzImage with one sector of setup code after the first."""
     image = bytearray(1024)
     code += bytes(-len(code) % 16)
     image[0x1F1] = 1
@@ -302,7 +302,7 @@ def test_an_initrd_is_what_cpio_reads(tmp_path: Path) -> None:
 
 
 def test_a_busybox_is_static(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A guest's file system has no library: who has only another busybox hears it at once."""
+    """A dynamic busybox is refused at once: a guest's file system has no libraries."""
     held = initrd.busybox("echo hi", {"etc/more": b"more"})
     assert b"echo hi\n" in held
     assert b"etc/more" in held

@@ -1,4 +1,4 @@
-"""What a Linux guest's machine does that needs no KVM: layouts, accounting, reports, power."""
+"""The parts of a Linux guest's machine that need no KVM: layouts, accounting, reports, power."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_struct_kvm_run_is_laid_out_as_the_dispatcher_reads_it() -> None:
 
 
 def test_private_memory_is_counted_once() -> None:
-    """KVM tells how much is mapped in all: two private ranges must not both have all of it."""
+    """KVM reports how much is mapped in total: two private ranges must not both get all of it."""
     ranges = [
         Range(0, 128 * MIB, "shared", ""),
         Range(4 << 30, 64 * MIB, "private", ""),

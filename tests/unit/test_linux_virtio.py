@@ -1,4 +1,4 @@
-"""Virtio devices against a driver that is right, and against drivers that are not."""
+"""Virtio devices with a correct driver, and with drivers that break the rules."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ VERSION_1 = 1 << 32
 
 
 class Driver:
-    """A driver with queues of 8 entries, and the memory that it and the device see."""
+    """A driver with queues of 8 entries, and the memory that it shares with the device."""
 
     def __init__(self, device: VirtioDevice, *, access_platform: bool = False) -> None:
         self.host = HostMemory(SIZE)
@@ -107,7 +107,7 @@ class Driver:
         ]
 
     def request(self, *parts: tuple[bytes | int, int]) -> list[bytes]:
-        """One chain on queue 0: bytes to be read, sizes to be written; what was written."""
+        """Offer a chain on queue 0 (bytes to read, sizes to write); returns what was written."""
         at, places = BASE + 0x10000, []
         for n, (what, flags) in enumerate(parts):
             size = what if isinstance(what, int) else len(what)
@@ -276,7 +276,7 @@ def test_disk_that_the_host_can_not_write(driver: MakeDriver, disk: Path) -> Non
 
 
 def test_disk_whose_name_is_no_text(driver: MakeDriver, tmp_path: Path) -> None:
-    """The guest asks for the disk's serial number, which is its file's name, byte by byte."""
+    """The disk's serial number is its file's name, which may be any bytes."""
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/a\xff.img"))
     path.write_bytes(bytes(4096))
     one = driver(Block(path))
@@ -287,7 +287,7 @@ def test_disk_whose_name_is_no_text(driver: MakeDriver, tmp_path: Path) -> None:
     ("magic", "kind"), [(b"QFI\xfb", "qcow2"), (b"KDMV", "vmdk"), (b"vhdxfile", "vhdx")]
 )
 def test_disk_in_another_format(tmp_path: Path, magic: bytes, kind: str) -> None:
-    """It is not taken for a raw disk: the guest would find no partitions, and might write one."""
+    """It is refused: as a raw disk the guest would find no partitions, and might write some."""
     path = tmp_path / "disk.img"
     path.write_bytes(magic.ljust(4096, b"\0"))
     command = f"qemu-img convert -O raw {path} {path}.raw"
@@ -298,7 +298,7 @@ def test_disk_in_another_format(tmp_path: Path, magic: bytes, kind: str) -> None
 
 
 class Cable:
-    """A tap's place, taken by a socket that keeps packets apart."""
+    """A socket that keeps packet boundaries, in place of a tap."""
 
     def __init__(self) -> None:
         self.ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -471,7 +471,7 @@ def test_rings_outside_memory(address: int) -> None:
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(data=st.data())
 def test_whatever_a_guest_does(tmp_path: Path, data: st.DataObject) -> None:
-    """Any registers, any rings: nothing is raised, and the disk stays as large as it is."""
+    """Random registers and rings: nothing is raised, and the size of the disk does not change."""
     path = tmp_path / "disk"
     path.write_bytes(bytes(4096))
     kind = data.draw(st.sampled_from(("disk", "net", "rng")))
@@ -537,7 +537,7 @@ def misbehave(one: Driver, cable: Cable, data: st.DataObject) -> None:
 
 
 def test_only_one_holds_the_lock(disk: Path) -> None:
-    """A lock that a reader has shuts a writer out, and two readers get along."""
+    """A reader's lock excludes a writer; two readers can share the disk."""
     with disk.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_SH)
         with pytest.raises(OSError, match="in use"):
@@ -545,7 +545,7 @@ def test_only_one_holds_the_lock(disk: Path) -> None:
 
 
 def test_nobody_sees_an_index_that_is_none(tmp_path: Path) -> None:
-    """The driver looks at any moment: it finds the index from before, or the one from behind."""
+    """A driver that reads the index at any moment finds the old or the new value."""
     path = tmp_path / "memory"
     path.write_bytes(bytes(SIZE))
     with path.open("r+b") as file:

@@ -1,4 +1,4 @@
-"""The wheel: pure Python, and installed where there is no compiler."""
+"""The wheel: pure Python, and can be installed without a compiler."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def test_they_are_current() -> None:
 
 
 def test_the_check_finds_a_stale_page(tmp_path: Path) -> None:
-    """The check compares texts, not times."""
+    """The check compares contents, not times."""
     program = (
         "import runpy, sys, pathlib, kvmpriv;"
         f"kvmpriv.__file__ = {str(tmp_path / '__init__.py')!r};"

@@ -1,4 +1,4 @@
-"""The model of private memory, where it could be wrong by itself."""
+"""The model of private memory: its own logic."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_where_the_guest_stops(model: Model) -> None:
 
 
 def test_closing_the_file_of_a_slot(model: Model) -> None:
-    """A slot keeps it; one of the raw layer does so on v9 only."""
+    """A slot keeps its file open; a slot of the raw layer does so on v9 only."""
     model.write(0, GPA, b"private")
     model.close_file(0)
     assert model.read(0, GPA, 7) == b"private"

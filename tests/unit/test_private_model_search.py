@@ -1,4 +1,4 @@
-"""The search for a mismatch, on kernels that are a model with a fault."""
+"""The search for a mismatch, on simulated kernels with a known fault."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ STEPS: list[Step] = [
 
 
 class Kernel:
-    """What the model says, but for a step that comes after so many conversions in its life."""
+    """Behaves as the model, except for one step after a number of conversions."""
 
     name, after = "convert", 30
     fault: Any = "odd"
@@ -70,7 +70,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> type[Kernel]:
 
 
 def found(folder: Path, **options: Any) -> Report:
-    """The report of a failure, which comes again in a new VM; so does what its script says."""
+    """The report of a failure, which is reproduced in a new VM, and by its script."""
     report = search(ABI, seed=1, steps=5000, artifacts=folder, shrink_tries=40, **options)
     assert report.failure
     assert report.script is not None
@@ -90,7 +90,7 @@ def conversions(report: Report) -> int:
 def test_what_is_left_of_a_failure_fails_alone(
     kernel: type[Kernel], tmp_path: Path, name: str, after: int, shrink_seconds: float
 ) -> None:
-    """In a new VM nothing counts that was done in another, whatever was seen to fail there."""
+    """A failure counts only if it is reproduced in a new VM."""
     kernel.name, kernel.after = name, after
     report = found(tmp_path, shrink_seconds=shrink_seconds)
     assert conversions(report) == after + (name == "convert")
@@ -113,7 +113,7 @@ def test_what_the_driver_raises_leaves_a_script(
 def test_the_script_of_all_steps_is_there_before_it_is_shrunk(
     kernel: type[Kernel], tmp_path: Path
 ) -> None:
-    """And it is what is left if nothing can be left out, or there is no time for that."""
+    """It is also the result if no step can be left out, or the time is up."""
     told: list[str] = []
     seen: list[list[Path]] = []
 
@@ -130,7 +130,7 @@ def test_the_script_of_all_steps_is_there_before_it_is_shrunk(
 
 
 def test_the_seed_of_a_failure_is_that_of_its_round(kernel: type[Kernel], tmp_path: Path) -> None:
-    """Which alone does the same."""
+    """That seed alone reproduces it."""
     kernel.name, kernel.after = "poke", 50
     report = search(ABI, seed=1, steps=5000, artifacts=tmp_path, shrink_seconds=0, shrink_tries=0)
     again = search(
@@ -144,7 +144,7 @@ def test_the_seed_of_a_failure_is_that_of_its_round(kernel: type[Kernel], tmp_pa
 
 @pytest.fixture
 def machine(kernel: type[Kernel]) -> Machine:
-    """One with a slot of six pages, which does as it should but for what a test changes."""
+    """A machine with a slot of six pages, which is correct except for what a test changes."""
     kernel.name = "none"
     made = Machine(ABI, MODELS[ABI])
     made.take(*LAYOUTS[1][0])
@@ -152,13 +152,13 @@ def machine(kernel: type[Kernel]) -> Machine:
 
 
 def its(machine: Machine) -> Model:
-    """What its kernel is made of."""
+    """The state of its simulated kernel."""
     assert isinstance(machine.driver, Kernel)
     return machine.driver.model
 
 
 def test_a_file_that_should_be_empty_is_read_back(machine: Machine) -> None:
-    """A hole that freed nothing, where no slot is left and nothing else in the file."""
+    """A hole that freed nothing is found although no slot is left."""
     machine.do("write", cpu=0, gpa=SMALL + 5 * PAGE, data=b"private")
     machine.do("delete", slot=0)
     its(machine).punch = lambda file, offset, size: "ok"  # type: ignore[method-assign]
@@ -177,7 +177,7 @@ def test_where_the_guest_should_stop_both_ends_are_tried(machine: Machine) -> No
 
 @pytest.fixture
 def suite(request: pytest.FixtureRequest) -> ModuleType:
-    """The test of the suite, whose marks its own conftest makes known, no plugin here."""
+    """The suite's model test; the suite's conftest registers its marks."""
     for mark in ("dangerous", "rule"):
         request.config.addinivalue_line("markers", mark)
     return importlib.import_module("private.test_model")
@@ -194,7 +194,7 @@ def test_a_run_is_held_to_the_steps_that_were_wanted(
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Whatever ended it: a run that took fewer is none that found nothing."""
+    """A run with fewer steps than required fails, whatever ended it."""
     report = Report(seed=1, steps=taken if enough else taken - 1, examples=EXAMPLES_MIN)
     monkeypatch.setattr(capfd, "disabled", nullcontext)
     monkeypatch.setattr(suite, "search", lambda *_, **__: report)
@@ -209,7 +209,7 @@ def test_what_a_failure_says_repeats_it(
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """The seed of its round, and no time limit that may end the round before."""
+    """The command has the failing round's seed, and no time limit that could end it earlier."""
     report = Report(seed=23, failure="odd")
     monkeypatch.setenv("KVMPRIV_MODEL_SEED", "20")
     monkeypatch.setattr(capfd, "disabled", nullcontext)

@@ -1,7 +1,6 @@
-"""The probe against kernels that this host is not: what it dares to call, and what it concludes.
+"""The probe on simulated kernels: what it calls, and what it concludes.
 
-The binding's functions are replaced by ones that answer as such a kernel does, and write down what
-was asked of them.
+The binding's functions are replaced by ones that answer as such a kernel, and record the calls.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ FACTS = host.facts("/nonexistent") | {"seccomp": 0}
 
 
 class Kernel:
-    """A kernel, and what was called on it; stands for its /dev/kvm and for each VM as well."""
+    """A simulated kernel and the calls made on it; also stands for its /dev/kvm and for each VM."""
 
     def __init__(
         self,
@@ -188,7 +187,7 @@ def test_v10(probed: Any, capability: int) -> None:
 
 @pytest.mark.parametrize("answer", [errno.EBADF, errno.ENOSYS, 0])
 def test_nothing_of_v9_is_called_on_another_kernel(probed: Any, answer: int) -> None:
-    """Not even where the number of its capability says something."""
+    """Nothing of v9 is called, even if the number of its capability returns something."""
     kernel = Kernel(answer, {v9.KVM_CAP_PRIVATE_MEM: 1}, NO_MAINLINE)
     found = probed(kernel)
     assert "ask" in kernel.called()
@@ -199,7 +198,7 @@ def test_nothing_of_v9_is_called_on_another_kernel(probed: Any, answer: int) -> 
 
 
 def test_mainline_vm_types(probed: Any) -> None:
-    """Each type that is listed is made and tried; one that nobody knows yet as well."""
+    """Each listed VM type is made and tried, also one with an unknown number."""
     types = 1 << gmem.KVM_X86_SW_PROTECTED_VM | 1 << gmem.KVM_X86_SNP_VM | 1 << 9 | 1
     capabilities = {gmem.KVM_CAP_VM_TYPES: types, gmem.KVM_CAP_PRE_FAULT_MEMORY: 1}
     kernel = Kernel(errno.EBADF, capabilities)
@@ -234,7 +233,7 @@ def test_vm_type_that_can_not_be_made(probed: Any) -> None:
 
 
 def test_the_question_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """System call 451 gets flags that no kernel takes, and six arguments that are all set."""
+    """System call 451 gets flags that no kernel accepts, and all six arguments are set."""
     asked: list[tuple[int, ...]] = []
 
     def syscall(*arguments: int) -> int:

@@ -1,4 +1,4 @@
-"""The verdict, from records alone: recorded and made up, one by one and in every combination."""
+"""The verdict that follows from records: from real hosts, made up, and in every combination."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_every_verdict_is_recorded() -> None:
 
 
 def test_usable_needs_each_step() -> None:
-    """Of all 3^4 outcomes of v9's steps one is usable; no combination has no verdict."""
+    """Of all 3^4 outcomes of v9's steps exactly one is usable; every combination has a verdict."""
     steps = ("v9/capability", "v9/file", "v9/default/slot", "v9/default/conversion")
     usable = []
     for outcome in itertools.product((PASS, FAIL, SKIP), repeat=len(steps)):
@@ -177,7 +177,7 @@ def test_usable_needs_each_step() -> None:
 
 @pytest.fixture
 def recorded() -> Report:
-    """What mainline 6.18 without hardware for private memory looks like."""
+    """The report of mainline 6.18 without hardware for private memory."""
     return Report(
         (
             Check("kvm/device", PASS, (), "open /dev/kvm", "API version 12"),

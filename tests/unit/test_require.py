@@ -61,14 +61,14 @@ def test_what_can_be_required(text: str, unknown: str, monkeypatch: pytest.Monke
 
 
 def test_identifiers_can_be_typed() -> None:
-    """Lower case, without blanks; each says what is missing."""
+    """Names are lower case without blanks, and each has a description."""
     for name, what in requirements.REQUIREMENTS.items():
         assert re.fullmatch(r"[a-z0-9]+([-_][a-z0-9]+)*", name), name
         assert what
 
 
 def test_no_skip_is_quiet() -> None:
-    """Every test that skips names what is missing by `missing`."""
+    """Every skip goes through `missing`, which names what is missing."""
     for path in TESTS.rglob("*.py"):
         if path in (TESTS / "private/support/requirements.py", Path(__file__)):
             continue

@@ -1,4 +1,4 @@
-"""The table of the suite's rules: every rule has a test, and a test can name no other."""
+"""The table of the suite's rules: every rule has a test, and every id of a test is in the table."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from private.support.rules import RULES, rule
 
 
 def test_every_rule_is_whole() -> None:
-    """An id, a sentence, ABIs that there are, and a source."""
+    """Every rule has an id, a sentence, known ABIs and a source."""
     for one in RULES.values():
         assert re.fullmatch(r"[a-z0-9-]+(\.[a-z0-9_-]+)+", one.id), one
         assert re.fullmatch(r"\S.*[^.]\.", one.sentence), one

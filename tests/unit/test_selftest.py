@@ -1,4 +1,4 @@
-"""``kvmpriv selftest``: what follows from how tests ended, and how it is shown."""
+"""``kvmpriv selftest``: what follows from the results of tests, and how it is shown."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ SELECTION = {"rules": [], "expression": "", "dangerous": False, "timeout": 120.0
 
 
 def made(*ends: tuple[str, str], stopped: str = "", **changes: Any) -> Run:
-    """A run with a test for each (rules separated by blanks, result)."""
+    """A run with one test for each pair (rules separated by blanks, result)."""
     results = tuple(
         Result(
             f"test_it.py::test_{number}", tuple(rules.split()), "It holds.", result, f"why {number}"
@@ -62,7 +62,7 @@ def made(*ends: tuple[str, str], stopped: str = "", **changes: Any) -> Run:
 
 
 def document(run: Run) -> Any:
-    """Through JSON, and as the schema has it."""
+    """The document as JSON, validated by the schema."""
     found = json.loads(json.dumps(run.to_json()))
     jsonschema.validate(found, SCHEMA, cls=jsonschema.Draft202012Validator)
     return found
@@ -124,7 +124,7 @@ def test_documents_come_back() -> None:
 
 
 def test_the_schema_refuses() -> None:
-    """It could not if it said nothing."""
+    """The schema refuses wrong documents."""
     good = document(made(("a.b", PASSED)))
     for change in (
         lambda d: d.update(schema_version=1),
@@ -304,7 +304,7 @@ def test_compare_what_is_no_document(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Named by its file, whichever of the two it is; the twin that is one is read."""
+    """The error names the file that is not a document; the twin, a valid one, is read."""
     good, bad = tmp_path / "good.json", tmp_path / "bad.json"
     made_document = document(made(("a.b", PASSED)))
     good.write_text(json.dumps(made_document))

@@ -16,7 +16,7 @@ NAME = "restrictedmem"
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    """The arguments that scripts/vm is called with."""
+    """The arguments with which scripts/vm is called."""
     found: list[str] = []
 
     def main(arguments: list[str]) -> int:
@@ -33,7 +33,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
 
 def value(asked: list[str], option: str) -> str:
-    """The last value of an option, which is the one that counts."""
+    """The last value of an option; the last one counts."""
     return asked[len(asked) - asked[::-1].index(option)]
 
 
@@ -48,7 +48,7 @@ def value(asked: list[str], option: str) -> str:
     ],
 )
 def test_the_kernel_is_named(asked: list[str], main: Main, options: str, kernel: str) -> None:
-    """The suite excuses the known defects of v9 as posted in that kernel, and in no other."""
+    """The suite expects the known defects of v9 as posted in that kernel, and in no other."""
     assert main([NAME, *options.split()]) == 7
     assert f"KVMPRIV_KERNEL={NAME}{kernel}" in asked
     assert f"KVMPRIV_REQUIRE=host,{NAME}" in asked
@@ -129,7 +129,7 @@ def test_usage(
 
 
 def test_hours_that_are_no_number(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A usage error, too."""
+    """Hours that are not a number are a usage error."""
     monkeypatch.setenv("HOURS", "long")
     assert soak.main([NAME]) == 2
     assert asked == []

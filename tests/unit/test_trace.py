@@ -94,7 +94,7 @@ process: at most 114 MiB resident; CPU seconds of each vCPU: 0.50, 0.25
 
 
 def drawings(page: str) -> list[ElementTree.Element]:
-    """The page's pictures, each of them well-formed."""
+    """The pictures of the page; each must be well-formed."""
     found = [part[: part.index("</svg>") + 6] for part in page.split("<svg")[1:]]
     return [ElementTree.fromstring("<svg" + part) for part in found]
 
@@ -132,7 +132,7 @@ def test_a_page_that_cannot_be_written_loses_nothing(path: Path, tmp_path: Path)
 
 
 def test_a_page_over_one_that_is_there(path: Path, tmp_path: Path) -> None:
-    """Its mode stays, and nothing is left beside it."""
+    """The file keeps its mode, and nothing is left beside it."""
     out = tmp_path / "page.html"
     out.write_text("the old one")
     out.chmod(0o640)
@@ -169,7 +169,7 @@ def test_a_page_to_a_pipe(path: Path, tmp_path: Path) -> None:
 
 
 def test_a_page_to_a_device(path: Path, tmp_path: Path) -> None:
-    """The node stays a node.  Of a node of the test's own: as root this replaced /dev/null."""
+    """A device node is not replaced; the test makes its own, as root could replace /dev/null."""
     node = tmp_path / "null"
     try:
         os.mknod(node, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
@@ -214,7 +214,7 @@ def test_a_page_over_its_own_recording(path: Path, tmp_path: Path) -> None:
 
 
 def test_a_page_in_a_folder_that_can_not_be_written_to(path: Path, tmp_path: Path) -> None:
-    """A file that is there can be written all the same."""
+    """An existing file is written in place."""
     if os.geteuid() == 0 and not shutil.which("setpriv"):
         missing("setpriv", "root may write everywhere")
     folder = tmp_path / "folder"
@@ -307,7 +307,7 @@ def test_json_that_is_none(path: Path, line: bytes) -> None:
 
 
 def test_escape_sequences_do_not_reach_the_terminal(path: Path, tmp_path: Path) -> None:
-    """Nor bytes that no encoding has: a recording's words come from a guest, or from anybody."""
+    """Escape sequences and undecodable bytes of a recording are escaped: they come from a guest."""
     evil = "\x1b[5m\x9b2J\ud800\u202e"
     about = {
         **ABOUT,

@@ -1,4 +1,4 @@
-"""Runs in a VM: brings Linux up as the jobs in a file say, and writes down what came of each."""
+"""Runs in a VM: boots Linux for each job in a file, and writes the results to another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs in a VM: a Linux guest with a network of its own, and TCP both ways, byte by byte."""
+"""Runs in a VM: a Linux guest with a network, and TCP in both directions, compared byte by byte."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ SIZE = 4 << 20
 
 
 def received() -> tuple[int, int]:
-    """What the tap of this network namespace has had from the guest: bytes, packets."""
+    """What the tap of this network namespace has received from the guest: bytes, packets."""
     cards = Path("/proc/thread-self/net/dev").read_text()
     (counts,) = (line.split() for line in cards.splitlines() if "kvmpriv" in line)
     return int(counts[1]), int(counts[2])
 
 
 def serve(namespace: str, data: bytes, result: dict[str, object]) -> None:
-    """Send `data` to who comes first, and take what the second one sends."""
+    """Send `data` over the first connection; return what the second connection sends."""
     netns.setns(namespace)  # of this thread
     with socket.create_server((HOST_ADDRESS, 7000)) as server:
         peer, _ = server.accept()

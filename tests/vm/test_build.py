@@ -1,4 +1,4 @@
-"""scripts/kernel/build on a tree that only looks like Linux, so that every path takes seconds."""
+"""scripts/kernel/build on a small imitation of a kernel tree, so that every path takes seconds."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ PATCH = """\
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """Something with a Kbuild and a Makefile that has the targets a build calls."""
+    """A tree with a Kbuild and a Makefile that has the targets which a build calls."""
     tree = tmp_path / "tree"
     tree.mkdir()
     (tree / "Kbuild").touch()

@@ -62,7 +62,7 @@ def test_the_probes_verdict(name: str, options: tuple[str, ...], verdict: str, s
 @pytest.mark.timeout(500)
 @pytest.mark.parametrize("name", ["restrictedmem", "guest_memfd"])
 def test_guests_with_private_memory(name: str) -> None:
-    """tests/guest, in a kernel that has private memory: nothing may be skipped for its lack."""
+    """tests/guest in a kernel with private memory: no test may be skipped for lack of it."""
     pytest_ = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/guest")
     pytest_ += ("tests/host/test_readme.py::test_private_memory",)
     needs = ("--env", "KVMPRIV_REQUIRE=host,private memory")
@@ -73,7 +73,7 @@ def test_guests_with_private_memory(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["restrictedmem", "guest_memfd"])
 def test_the_examples(name: str) -> None:
-    """Each of the worked examples judges itself by what guest and host saw."""
+    """Each example checks what guest and host saw, and exits with 0."""
     examples = ("private_page", "conversions", "conversion_race")
     script = " && ".join(f"{sys.executable} scripts/examples/{example}.py" for example in examples)
     done = vm(name, "sh", "-c", script)
@@ -89,7 +89,7 @@ def test_the_examples(name: str) -> None:
 
 
 def test_two_witnesses_see_the_same(tmp_path: Path) -> None:
-    """A C program, built against the patched tree's headers alone, and the binding."""
+    """A C program, built with the patched tree's headers only, and the binding print the same."""
     headers = image("restrictedmem").parent / "headers" / "include"
     witness = tmp_path / "witness"
     source = SCRIPTS / "kernel" / "restrictedmem" / "witness.c"

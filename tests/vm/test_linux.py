@@ -1,4 +1,4 @@
-"""Linux brought up by `kvmpriv boot` in the kernels of scripts/kernel: each boots itself."""
+"""`kvmpriv boot` in the kernels of scripts/kernel: each boots itself."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ DISKS = {"disk": ["--cpus", "2"], "private-disk": ["--private"]}
 
 @dataclass
 class Boot:
-    """What came of one."""
+    """The result of one boot."""
 
     status: int
     stdout: str
@@ -57,7 +57,7 @@ class Boot:
 
 
 class Jobs:
-    """Guests to be brought up, all in one VM."""
+    """Guests to boot, all in one VM."""
 
     def __init__(self, folder: Path, kernel: Path) -> None:
         self._folder = folder
@@ -156,7 +156,7 @@ def test_two_vcpus_a_console_and_a_status(boots: dict[str, Boot]) -> None:
 
 
 def test_a_recording(boots: dict[str, Boot], folder: Path) -> None:
-    """Every exit of both vCPUs is in it, and memory as it grows."""
+    """The recording has every exit of both vCPUs, and samples of growing memory."""
     recording = trace.read(folder / "two.trace")
     assert not recording.cut_off
     found = trace.summarize(recording)
@@ -203,7 +203,7 @@ def test_a_vmlinux_that_resets(boots: dict[str, Boot]) -> None:
 
 
 def test_a_guest_that_converts(boots: dict[str, Boot], folder: Path) -> None:
-    """Private memory becomes shared at its word; what never was private is refused it."""
+    """The guest can convert its private memory; a conversion outside private slots is refused."""
     boot = boots["asks"]
     assert boot.status == -errno.EINVAL & 0xFF, boot.stderr
     recording = trace.read(folder / "asks.trace")
@@ -260,7 +260,7 @@ def in_vm(name: str, folder: Path, *command: object) -> subprocess.CompletedProc
 
 @pytest.mark.parametrize("name", ["restrictedmem", "guest_memfd"])
 def test_a_marker_in_private_memory(name: str, tmp_path: Path) -> None:
-    """Found nowhere by the host, while a program has filled the movable RAM with it."""
+    """A program fills the movable RAM with a marker, and the host finds it nowhere."""
     done = in_vm(name, tmp_path, SCRIPTS / "examples/linux_private.py", image(name), name)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
@@ -303,7 +303,7 @@ poweroff -f"""
     [("restrictedmem", "private"), ("guest_memfd", "private"), ("guest_memfd", "")],
 )
 def test_a_network(name: str, kind: str, tmp_path: Path) -> None:
-    """Ping, and TCP both ways without a byte that is lost or another."""
+    """Ping works, and TCP in both directions loses and changes no byte."""
     (tmp_path / "net.cpio").write_bytes(initrd.busybox(NETWORK))
     done = in_vm(name, tmp_path, ROOT / "tests/vm/boot_net.py", tmp_path, image(name), kind)
     assert done.returncode == 0, done.stderr

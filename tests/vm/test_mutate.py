@@ -1,4 +1,4 @@
-"""scripts/kernel/mutate without a kernel: the breaks, and how they get into a source."""
+"""scripts/kernel/mutate without a kernel: the breaks, and how they are applied to a source."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def series(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.timeout(400)
 def test_every_break_applies(series: Path) -> None:
-    """All of them go into one source, each with a switch."""
+    """All breaks are applied to one source, each with a switch."""
     mutant.put_breaks(series, BREAKS)
     text = "".join((series / file).read_text() for one in BREAKS for file in set(one.files))
     for number, one in enumerate(BREAKS, 1):
@@ -161,7 +161,7 @@ def test_breaks_of_one_place_and_within_another(tree: Path) -> None:
 
 
 def test_a_break_that_does_not_apply(tree: Path) -> None:
-    """It is named, and so is one whose change is in no expression and no statement."""
+    """The error names it; likewise a break whose change is not in an expression or a statement."""
     gone = one("x.gone", "\treturn r;\n", "\treturn 0;\n")
     gone = gone._replace(diff=gone.diff.replace("-\treturn r;", "-\treturn q;"))
     outside = one("x.outside", "static int f(int a, int b, int c)\n", "int f(int a)\n")
@@ -175,7 +175,7 @@ def test_a_break_that_does_not_apply(tree: Path) -> None:
 
 @pytest.mark.parametrize("lacking", ["Rule: a.b\n", "Tests: t.py::test\n", "--- a/f\n+++ b/f\n"])
 def test_a_header_that_lacks_something(lacking: str) -> None:
-    """What is missing is named."""
+    """The error names what is missing."""
     text = "Rule: a.b\nTests: t.py::test\n\nA sentence.\n\n--- a/f\n+++ b/f\n@@ -1 +1 @@\n-a\n+b\n"
     assert breaks.parse("x.y", text).description == "A sentence."
     with pytest.raises(Refused, match=r"breaks/x\.y\.patch has no (Rule|Tests|diff)"):

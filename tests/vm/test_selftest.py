@@ -1,4 +1,4 @@
-"""``kvmpriv selftest``, as a wheel, in both kernels, and what each has that the other has not."""
+"""``kvmpriv selftest`` from the wheel in both kernels, and the comparison of the two results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ V9, GUEST_MEMFD = RULES[::2], RULES[1::2]
 
 @pytest.fixture(scope="module")
 def documents(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A document of each kernel; of restrictedmem a run with --ktap, too."""
+    """A document of each kernel, and a --ktap run of restrictedmem."""
     folder = tmp_path_factory.mktemp("selftest")
     found = {}
     for name in ("restrictedmem", "guest_memfd"):

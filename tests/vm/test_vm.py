@@ -1,4 +1,4 @@
-"""scripts/vm: what goes in comes out, and what goes wrong is told from what the command did."""
+"""scripts/vm: it passes streams and statuses on, and tells its own failures from the command's."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 @pytest.fixture(scope="module")
 def image() -> str:
-    """A kernel that is built already: these tests are of the runner, any will do."""
+    """Any kernel that is built: these tests are about the runner."""
     found = [
         path
         for name in ("restrictedmem", "guest_memfd")
@@ -57,7 +57,7 @@ def sh(script: str) -> tuple[str, str, str, str]:
 
 
 def qemus_of(pid: int) -> list[str]:
-    """What still runs and was started by a runner with this pid (zombies do not run)."""
+    """The QEMU processes that a runner with this pid started and that still run; no zombies."""
     found = []
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -125,7 +125,7 @@ def test_what_the_command_left_running_does_not_hang_it(image: str) -> None:
 
 
 def test_words_for_the_kernel_that_it_does_not_know(image: str) -> None:
-    """It passes them to init, as arguments and environment."""
+    """The kernel passes them to init, as arguments and environment."""
     result = vm(image, "--append", "nosuchword other=1", *sh("cat /proc/cmdline; echo $other"))
     assert (result.returncode, result.stderr) == (0, b"")
     cmdline, other = result.stdout.decode().splitlines()
@@ -177,7 +177,7 @@ def test_timeout(image: str, script: str) -> None:
     [("sleep 100", 124), ("timeout 30 sh -c 'while :; do :; done'; exit 7", 7)],
 )
 def test_silence_is_not_waited_for_where_nothing_runs(image: str, script: str, status: int) -> None:
-    """Twins: one sleeps; the other, as silent, is at work."""
+    """Twins: both commands are silent; one sleeps and is ended, the other works and is not."""
     result = vm(image, "--silence", "12", *sh(f"echo here; {script}"))
     assert result.returncode == status
     assert result.stdout == b"here\n"
@@ -208,7 +208,7 @@ for cpu in cpus:
 
 
 def test_a_guest_beside_a_process_that_restores_its_registers(image: str) -> None:
-    """The CPU whose guests the emulator confuses is not among the command's."""
+    """The command does not get the CPU on which the emulator would confuse guest and process."""
     result = vm(image, "--silence", "30", "--", sys.executable, "-c", BESIDE_FXRSTOR)
     assert (result.returncode, result.stderr) == (0, b"")
     cpus, *ended = result.stdout.decode().splitlines()
@@ -217,7 +217,7 @@ def test_a_guest_beside_a_process_that_restores_its_registers(image: str) -> Non
 
 
 def test_a_stalled_kernel_is_not_waited_for(image: str) -> None:
-    """A kernel that says that it no longer gets on ends the run, whatever the time limit."""
+    """A kernel that reports a stall ends the run, whatever the time limit is."""
     # The kernel notices when something waits for that CPU: each process that ends has RCU do so.
     others = "(while sleep 1; do :; done) &"
     result = vm(image, *sh(f"{others} echo SOFTLOCKUP >/sys/kernel/debug/provoke-crash/DIRECT"))

@@ -1,6 +1,6 @@
-"""The walk of scripts/kernel/restrictedmem/witness.c, made by the binding: the same lines.
+"""The steps of scripts/kernel/restrictedmem/witness.c, made by the binding; prints the same lines.
 
-It runs inside the VM; test_kernels.py compares what the two have printed.
+It runs inside the VM; test_kernels.py compares the two outputs.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def make_file() -> RestrictedMem:
 
 
 class Walk:
-    """The VM's part."""
+    """The steps that need a VM."""
 
     def __init__(self, vm: Vm, guest: Puppet, file: RestrictedMem, shared: HostMemory) -> None:
         self.vm, self.guest, self.file, self.shared = vm, guest, file, shared
@@ -114,7 +114,7 @@ class Walk:
         return self.guest.load(gpa, 4)
 
     def poke(self, gpa: int, value: int) -> int:
-        """KVM_EXIT_HLT is how the other walk's guest says that it is done."""
+        """Run the guest until it halts, as the C program does."""
         return self._run(lambda: self.guest.store(gpa, 4, value))
 
     def _run(self, call: Callable[[], Any]) -> int:
