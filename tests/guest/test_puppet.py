@@ -146,10 +146,8 @@ def test_commands_go_to_the_first_vcpu(guest: Puppet) -> None:
     assert guest.serve is None
     guest.serve = serve = lambda _cpu, _exit: True
     assert (guest.cpu.serve, guest.cpus[1].serve) == (serve, None)
-    assert (
-        guest.cpu.settle(SimpleExit(uapi.kvm.KVM_EXIT_HLT)),
-        guest.cpus[1].settle(SimpleExit(uapi.kvm.KVM_EXIT_HLT)),
-    ) == (True, False)
+    halted = SimpleExit(ExitReason.HLT)
+    assert (guest.cpu.settle(halted), guest.cpus[1].settle(halted)) == (True, False)
     guest.port_out(0x80, 1, 0)
     assert (guest.cpu.exit_count, guest.cpus[1].exit_count) == (1, 0)
     with pytest.raises(GuestExit) as stopped:
