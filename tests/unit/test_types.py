@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -42,3 +43,18 @@ def test_mypy_knows_the_types_and_finds_the_mistakes() -> None:
 def test_pyright_knows_the_types_and_finds_the_mistakes() -> None:
     found = pyright("--warnings", PROGRAM)
     assert found.returncode == 0, found.stdout
+
+
+def test_every_public_name_has_a_known_type() -> None:
+    """No public function, attribute or constant is of a type that a checker has to guess."""
+    report = json.loads(
+        pyright("--verifytypes", "kvmpriv", "--ignoreexternal", "--outputjson").stdout
+    )["typeCompleteness"]
+    unknown = [
+        f"{symbol['name']}: {diagnostic['message']}"
+        for symbol in report["symbols"]
+        if symbol["isExported"] and not symbol["isTypeKnown"]
+        for diagnostic in symbol["diagnostics"]
+    ]
+    assert unknown == []
+    assert report["exportedSymbolCounts"]["withKnownType"] > 2000
