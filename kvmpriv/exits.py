@@ -14,6 +14,7 @@ into ``kvm_run`` is described in the kernel's Documentation/virt/kvm/api.rst, se
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias, cast
 
 from .cdefs import kvm as kvm_h
@@ -46,11 +47,16 @@ __all__ = [
 _ffi = kvm_h.ffi
 
 
+@lru_cache(256)
+def _name(reason: int) -> str:
+    return str(ExitReason(reason))
+
+
 def exit_name(reason: int) -> str:
     """The name of an exit reason: ``KVM_EXIT_IO`` for 2, ``exit 77`` for an unknown number."""
     if reason in FAULT_LAYOUTS:
         return "KVM_EXIT_MEMORY_FAULT"
-    return str(ExitReason(reason))
+    return _name(reason)
 
 
 def _documented(tuple_: type[tuple[object, ...]], **fields: str) -> None:

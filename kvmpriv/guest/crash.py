@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..cdefs import kvm as kvm_h
 from .x86 import EFER_LMA
 
 if TYPE_CHECKING:
+    from ..exits import Exit
     from ..memory import HostMemory
     from ..vcpu import Vcpu
     from .exceptions import GuestException
@@ -55,7 +56,7 @@ def describe(exception: GuestException, vcpu: Vcpu) -> str:
     return why
 
 
-def describe_exit(exit_: Any) -> str:
+def describe_exit(exit_: Exit) -> str:
     """An exit that a guest in good order does not cause, on one line."""
     if exit_.reason == kvm_h.KVM_EXIT_SHUTDOWN:
         return "triple fault (KVM_EXIT_SHUTDOWN)"

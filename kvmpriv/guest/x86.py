@@ -7,11 +7,12 @@ The numbers are those of Intel's Software Developer's Manual, volume 3: 2.5 (con
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from ..memory import PAGE_SIZE
 
 if TYPE_CHECKING:
+    from ..cdefs.kvm_structs import kvm_sregs, kvm_sregs2
     from ..vcpu import Vcpu
 
 __all__ = [
@@ -98,7 +99,7 @@ def write_segments(memory: _Memory, base: int, exception_stack: int) -> None:
 
 
 def enable_long_mode(
-    sregs: Any, *, cr3: int, code_selector: int, data_selector: int, cr4: int = 0
+    sregs: kvm_sregs | kvm_sregs2, *, cr3: int, code_selector: int, data_selector: int, cr4: int = 0
 ) -> None:
     """Set the registers for long mode: paging on, flat 64-bit segments, privilege level 0.
 

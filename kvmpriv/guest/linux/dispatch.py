@@ -6,10 +6,10 @@ import os
 import struct
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from ...cdefs import kvm as kvm_h
-from ...exits import HypercallExit, exit_name
+from ...exits import Exit, HypercallExit, MemoryFaultExit, exit_name
 from ...memory import PAGE_SIZE
 from ...private import PrivateVm, serve_conversion
 from ...threads import VcpuThread
@@ -165,7 +165,7 @@ class Dispatcher:
             why = crash.report(vcpu, self._low_memory, why)
         self._ending.end(crashed(f"vCPU {vcpu.vcpu_id}: {why}"))
 
-    def _record_conversion(self, vcpu: Vcpu, exit_: Any, record: Record) -> None:
+    def _record_conversion(self, vcpu: Vcpu, exit_: Exit, record: Record) -> None:
         """Record a conversion that was made.
 
         A hypercall may have been refused.  A memory fault converts nothing where the guest's
@@ -177,7 +177,7 @@ class Dispatcher:
                 return
             gpa, size = exit_.args[0], exit_.args[1] * PAGE_SIZE
             private, by = bool(exit_.args[2] & kvm_h.KVM_MAP_GPA_RANGE_ENCRYPTED), "hypercall"
-        elif self._vm.abi.traits.access_follows_state:
+        elif not isinstance(exit_, MemoryFaultExit) or self._vm.abi.traits.access_follows_state:
             return
         else:
             gpa, size, private, by = exit_.gpa, exit_.size, exit_.private, "fault"
