@@ -1,4 +1,4 @@
-"""What the tests of private memory share: rule marks, dangerous tests, each ABI's objects."""
+"""Marks, hooks and fixtures of the tests of private memory."""
 
 from __future__ import annotations
 
@@ -43,19 +43,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--dangerous",
         action="store_true",
-        help="also run what crashes or wedges a kernel that has the defect in question",
+        help="also run tests that crash or hang a kernel with the defect that they meet",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     for line in (
-        "rule(*ids): the rules of the kernel's ABI that the test holds it to",
-        "spoiled_by(*defects): on a kernel with one of these known defects it fails as that",
-        "dangerous(why): runs with --dangerous, or where KVMPRIV_KERNEL names a mended kernel",
+        "rule(*ids): the rules of the kernel's ABI that the test checks",
+        "known_defect(*names): on a kernel with one of these defects the test fails as that",
+        "dangerous(why): runs with --dangerous, or if KVMPRIV_KERNEL names a fixed kernel",
     ):
         config.addinivalue_line("markers", line)
     check_required()
-    if not config.pluginmanager.is_registered(fixtures):  # the checkout's own conftest did it
+    if not config.pluginmanager.is_registered(fixtures):  # the checkout's conftest did it already
         config.pluginmanager.register(fixtures)
 
 
@@ -64,7 +64,7 @@ def pytest_report_header() -> list[str]:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    # Before the fixtures ask, so that there is one line for all that lack the same.
+    # Before the fixtures do: then all tests that lack the same are skipped with the same words.
     wants = getattr(item, "fixturenames", ())
     if "v9" in wants:
         require_v9()
@@ -77,7 +77,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
-    names = [name for mark in pyfuncitem.iter_markers("spoiled_by") for name in mark.args]
+    names = [name for mark in pyfuncitem.iter_markers("known_defect") for name in mark.args]
     if not names or FIXED or not accepts_private_slots():
         return
     for name in names:
@@ -87,7 +87,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
             continue
         try:
             seen = detect(name)
-        except pytest.skip.Exception:  # what is missing to look for it is missing to meet it
+        except pytest.skip.Exception:  # the detector lacks something, and so does the defect
             continue
         if seen:
             known_defect(name, seen)
@@ -95,9 +95,9 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
 
 @pytest.fixture(autouse=True)
 def untainted() -> Iterator[None]:
-    """Fails the test during which the kernel had to warn: a WARN, a BUG, a sanitizer's report.
+    """Fail the test during which the kernel reported a WARN, a BUG or a sanitizer's finding.
 
-    A taint stays, so that it tells of the first of a kind alone; the log tells of each.
+    A taint is set once for each kind of report; the log has all of them.
     """
     before = TAINT.read_bytes()
     KERNEL_LOG.mark()
@@ -125,7 +125,7 @@ def file(v9: None) -> Iterator[RestrictedMem]:
 
 @pytest.fixture
 def make_private_vm(v9: None, kvm: Kvm) -> Iterator[MakeVm]:
-    """Makes VMs that accept KVM_MEM_PRIVATE."""
+    """Make VMs that accept KVM_MEM_PRIVATE."""
     with ExitStack() as stack:
 
         def make() -> PrivateVm:
@@ -144,11 +144,11 @@ def private_vm(make_private_vm: MakeVm) -> PrivateVm:
 
 @pytest.fixture
 def refusing_vm(v9: None, kvm: Kvm) -> Iterator[Vm]:
-    """A VM for which the arch hook says no, on a kernel that has v9."""
+    """A VM that the arch hook refuses, on a kernel that has v9."""
     with hook(on=False), kvm.create_vm() as vm, RestrictedMem() as file:
         if RestrictedSlots(vm, file, 0).set() == "ok":
-            assert not HOOK.exists(), f"{HOOK.name} is off, and KVM_MEM_PRIVATE is accepted"
-            missing("refusing-vm", f"no {HOOK.name} to tell the kernel to refuse")
+            assert not HOOK.exists(), f"{HOOK.name} is off, and the VM accepts KVM_MEM_PRIVATE"
+            missing("refusing-vm", f"this kernel has no {HOOK.name}")
         yield vm
 
 
@@ -161,13 +161,13 @@ def memory() -> Iterator[HostMemory]:
 
 @pytest.fixture
 def slots(private_vm: Vm, file: RestrictedMem, memory: HostMemory) -> RestrictedSlots:
-    """Sets slots of a VM that accepts KVM_MEM_PRIVATE."""
+    """Slot requests to a VM that accepts KVM_MEM_PRIVATE."""
     return RestrictedSlots(private_vm, file, memory.userspace_addr)
 
 
 @pytest.fixture
 def refused_slots(refusing_vm: Vm, file: RestrictedMem, memory: HostMemory) -> RestrictedSlots:
-    """Sets slots of a VM for which the arch hook says no."""
+    """Slot requests to a VM that the arch hook refuses."""
     return RestrictedSlots(refusing_vm, file, memory.userspace_addr)
 
 
@@ -206,11 +206,11 @@ def guest_memfd_kvm(kvm: Kvm) -> Kvm:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Parametrize by the VM types that can be made here, or that take guest_memfd slots."""
+    """Parametrize by the VM types that can be made, or that take guest_memfd slots."""
     if "vm_type" in metafunc.fixturenames:
         least = 0 if "gm_vm" not in metafunc.fixturenames else 1
         types = {name: n for name, n in VM_TYPES.items() if takes_guest_memfd(n) >= least}
-        # Without any, require_guest_memfd says what is missing.
+        # If there is none, require_guest_memfd skips the test.
         metafunc.parametrize("vm_type", types.values() or [0], ids=types or ["none"])
 
 
@@ -236,7 +236,7 @@ def gm_file(gm_vm: Vm) -> Iterator[GuestMemfd]:
 
 @pytest.fixture
 def gm_slots(gm_vm: Vm, gm_file: GuestMemfd, memory: HostMemory) -> GuestMemfdSlots:
-    """Sets slots of a VM that takes guest_memfd slots."""
+    """Slot requests to a VM that takes guest_memfd slots."""
     return GuestMemfdSlots(gm_vm, gm_file, memory.userspace_addr)
 
 
@@ -244,13 +244,13 @@ def gm_slots(gm_vm: Vm, gm_file: GuestMemfd, memory: HostMemory) -> GuestMemfdSl
 def attributes_vm(gm_vm: Vm) -> Vm:
     """A VM of each type whose memory can be private."""
     if not gm_vm.check_extension(gm.KVM_CAP_MEMORY_ATTRIBUTES) & gm.KVM_MEMORY_ATTRIBUTE_PRIVATE:
-        missing("private-attribute", "KVM_CAP_MEMORY_ATTRIBUTES of this VM type does not have it")
+        missing("private-attribute", "KVM_CAP_MEMORY_ATTRIBUTES lacks PRIVATE for this VM type")
     return gm_vm
 
 
 @pytest.fixture
 def gm_vcpu(gm_vm: Vm) -> Iterator[kvmpriv.Vcpu]:
-    """A vCPU that never runs, where memory can be mapped ahead."""
+    """A vCPU that never runs, on a kernel with KVM_PRE_FAULT_MEMORY."""
     if not gm_vm.check_extension(gm.KVM_CAP_PRE_FAULT_MEMORY):
         missing("pre-fault", "KVM_CAP_PRE_FAULT_MEMORY is 0")
     with gm_vm.create_vcpu() as vcpu:

@@ -55,7 +55,7 @@ class Costs:
 
 
 @rule("account.allocated", "account.touched", "account.fds")
-@pytest.mark.spoiled_by("notified-in-bytes")
+@pytest.mark.known_defect("notified-in-bytes")
 def test_before_during_and_after(rig: Rig) -> None:
     """Private pages are the system's, unevictable, and no process's; v9's are shmem's."""
     costs, fds = Costs(), costs_of_fds()
@@ -86,7 +86,7 @@ def costs_of_fds() -> int:
 
 
 @rule("account.blocks")
-@pytest.mark.spoiled_by("fstat")
+@pytest.mark.known_defect("fstat")
 @only("restrictedmem")
 def test_blocks(rig: Rig) -> None:
     """v9: st_blocks counts the pages that the file has, st_size does not (guest_memfd's is 0)."""
@@ -146,7 +146,7 @@ def resident(memory: HostMemory) -> int:
 
 
 @rule("account.convert.tidy", "account.convert.keep")
-@pytest.mark.spoiled_by("notified-in-bytes", "pages-not-zeroed")
+@pytest.mark.known_defect("notified-in-bytes", "pages-not-zeroed")
 @pytest.mark.parametrize("keep", [False, True], ids=["tidy", "keep"])
 def test_conversion_and_what_it_frees(rig: Rig, keep: bool) -> None:
     """A conversion frees what it takes out of reach, so that no page is held twice; kept, both."""

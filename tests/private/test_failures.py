@@ -128,7 +128,7 @@ def works(rig: Rig) -> None:
 
 
 @rule("fail.memcg.errors", "fail.memcg.resume")
-@pytest.mark.spoiled_by("no-page-spins", "pages-not-zeroed")
+@pytest.mark.known_defect("no-page-spins", "pages-not-zeroed")
 @pytest.mark.parametrize("how", ["touch", "allocate"])
 def test_over_the_limit_where_nobody_can_be_killed(rig: Rig, how: str) -> None:
     """KVM_RUN and fallocate fail with ENOMEM, and go on or succeed once there is memory."""
@@ -241,7 +241,7 @@ def test_binding_with_failing_allocations(rig: Rig) -> None:
 
 
 @rule("fail.injected.convert")
-@pytest.mark.spoiled_by("failed-conversion-erases")
+@pytest.mark.known_defect("failed-conversion-erases")
 def test_converting_with_failing_allocations(rig: Rig) -> None:
     """ENOMEM and everything of the kind that it was, or all of it converted."""
     first, last = 4, 200
@@ -284,7 +284,7 @@ def test_converting_with_failing_allocations(rig: Rig) -> None:
 
 
 @rule("fail.injected.punch")
-@pytest.mark.spoiled_by("notified-in-bytes", "pages-not-zeroed", "split-loses-pages")
+@pytest.mark.known_defect("notified-in-bytes", "pages-not-zeroed", "split-loses-pages")
 @only("restrictedmem")
 def test_punching_with_failing_allocations(rig: Rig) -> None:
     """A hole in a large page is made, or it is ENOMEM; pages outside of it stay."""
@@ -314,7 +314,7 @@ def test_punching_with_failing_allocations(rig: Rig) -> None:
 
 
 @rule("fail.punch.without-memory")
-@pytest.mark.spoiled_by("notified-in-bytes", "pages-not-zeroed")
+@pytest.mark.known_defect("notified-in-bytes", "pages-not-zeroed")
 def test_punching_without_memory(rig: Rig) -> None:
     """A hole in small pages takes no allocation: memory can be given back when there is none."""
     slot = _filled(rig)
@@ -337,7 +337,7 @@ def test_punching_without_memory(rig: Rig) -> None:
 
 
 @rule("fail.injected.allocate")
-@pytest.mark.spoiled_by("notified-in-bytes", "pages-not-zeroed")
+@pytest.mark.known_defect("notified-in-bytes", "pages-not-zeroed")
 def test_allocating_with_failing_allocations(rig: Rig) -> None:
     """ENOMEM and no page of it stays, or all of them; pages that were there stay."""
     memory, slot = Unevictable(), _filled(rig)
@@ -356,7 +356,7 @@ def test_allocating_with_failing_allocations(rig: Rig) -> None:
 
 
 @rule("fail.injected.fault")
-@pytest.mark.spoiled_by("no-page-spins", "notified-in-bytes", "pages-not-zeroed")
+@pytest.mark.known_defect("no-page-spins", "notified-in-bytes", "pages-not-zeroed")
 def test_first_touches_with_failing_allocations(rig: Rig) -> None:
     """KVM_RUN fails with ENOMEM and goes on at the next call, with zeros at first touch."""
     slot, at = _filled(rig), GPA + MIB

@@ -74,7 +74,7 @@ def test_private_and_shared_are_two_memories(private: OneSlotRig) -> None:
 
 
 @rule("faults.fresh-pages-are-zero")
-@pytest.mark.spoiled_by("pages-not-zeroed", "notified-in-bytes")
+@pytest.mark.known_defect("pages-not-zeroed", "notified-in-bytes")
 def test_fresh_private_pages_are_zero(private: OneSlotRig) -> None:
     """Whatever those pages were before: at first touch, after fallocate, after a hole."""
     # Fill the host's free memory with something to be found, and let go of it.
@@ -90,7 +90,7 @@ def test_fresh_private_pages_are_zero(private: OneSlotRig) -> None:
 
 
 @rule("invalidation.precise")
-@pytest.mark.spoiled_by("notified-in-bytes", "pages-not-zeroed")
+@pytest.mark.known_defect("notified-in-bytes", "pages-not-zeroed")
 @pytest.mark.parametrize(
     ("first", "count"), [(0, 1), (5, 1), (1, 3), (511, 2), (512, 512), (1535, 1)]
 )
@@ -107,7 +107,7 @@ def test_a_hole_takes_just_its_pages(private: OneSlotRig, first: int, count: int
 
 
 @rule("invalidation.outside-the-slot")
-@pytest.mark.spoiled_by("notified-in-bytes", "pages-not-zeroed")
+@pytest.mark.known_defect("notified-in-bytes", "pages-not-zeroed")
 def test_holes_beside_the_binding(private: OneSlotRig) -> None:
     """A hole of the same file before or behind what the slot uses takes nothing."""
     private.guest.fill(GPA, 0x5A, SIZE)
@@ -160,7 +160,7 @@ def test_conversion_of_parts_of_a_large_range(private: OneSlotRig) -> None:
 
 
 @rule("slots.same-offset-mapping")
-@pytest.mark.spoiled_by("notified-in-bytes", "pages-not-zeroed")
+@pytest.mark.known_defect("notified-in-bytes", "pages-not-zeroed")
 def test_two_slots_of_one_file(private: OneSlotRig) -> None:
     """A second slot at another guest address has its own part of the file."""
     second = 64 << 30
@@ -221,7 +221,7 @@ def test_dirty_logging(v9_guest: OneSlotRig) -> None:
 
 
 @rule("v9.fault.exit", "v9.fault.again", "v9.hypercall.wants")
-@pytest.mark.spoiled_by("pages-not-zeroed")
+@pytest.mark.known_defect("pages-not-zeroed")
 @pytest.mark.parametrize("wants", [False, True], ids=["wants shared", "wants private"])
 def test_a_guest_that_wants_the_other_kind_exits(v9_guest: OneSlotRig, wants: bool) -> None:
     """Exit 38 with gpa, 4096 bytes and the wish, KVM_RUN returning 0; until it is converted."""
@@ -324,7 +324,7 @@ def test_a_plain_slot_ignores_the_state(v9_guest: OneSlotRig) -> None:
 
 
 @rule("v9.fault.no-page")
-@pytest.mark.spoiled_by("no-page-spins")
+@pytest.mark.known_defect("no-page-spins")
 def test_a_page_that_can_not_be_had(v9_guest: OneSlotRig) -> None:
     """restricted_offset 1<<63, for which there is no page: KVM_RUN fails, and does not spin."""
     gpa = GPA + SIZE
@@ -339,7 +339,7 @@ def test_a_page_that_can_not_be_had(v9_guest: OneSlotRig) -> None:
 
 
 @rule("v9.fault.read-only")
-@pytest.mark.spoiled_by("read-only-spins")
+@pytest.mark.known_defect("read-only-spins")
 def test_a_write_to_read_only_private_memory(v9_guest: OneSlotRig) -> None:
     """It exits; the page stays as it is; reads work."""
     v9_guest.guest.write(GPA, b"before")
@@ -387,7 +387,7 @@ def _in_thread(errors: list[BaseException], body: Callable[[], None]) -> threadi
 
 
 @rule("race.hole-against-fault")
-@pytest.mark.spoiled_by("notified-in-bytes", "pages-not-zeroed")
+@pytest.mark.known_defect("notified-in-bytes", "pages-not-zeroed")
 def test_holes_against_faults(make: MakeGuest) -> None:
     """Two vCPUs fault while holes are punched; nothing stale is read once a hole is made."""
     private = make(cpus=2)
@@ -420,7 +420,7 @@ def test_holes_against_faults(make: MakeGuest) -> None:
 
 
 @rule("race.conversion-against-fault")
-@pytest.mark.spoiled_by("notified-in-bytes", "pages-not-zeroed")
+@pytest.mark.known_defect("notified-in-bytes", "pages-not-zeroed")
 def test_conversions_against_faults(make: MakeGuest) -> None:
     """Every write lands in one of the two memories, whatever the moment of the conversion."""
     private = make(cpus=2)

@@ -513,7 +513,7 @@ def twin() -> Iterator[int]:
 
 
 @rule(*(f"private.isolation.file.{name}" for name in FILE_LOOKS))
-@pytest.mark.spoiled_by("fstat")  # Python's mmap asks for the size
+@pytest.mark.known_defect("fstat")  # Python's mmap asks for the size
 def test_looks_at_the_file(rig: Rig) -> None:
     """No way of reading finds a private page in its file; all do in a file of shared memory."""
     scene = Scene(rig)
@@ -532,7 +532,7 @@ def test_looks_at_the_file(rig: Rig) -> None:
 
 
 @rule(*(f"private.isolation.file.change.{name}" for name in FILE_CHANGES))
-@pytest.mark.spoiled_by("fstat")  # Python's mmap asks for the size
+@pytest.mark.known_defect("fstat")  # Python's mmap asks for the size
 def test_changes_of_the_file(rig: Rig) -> None:
     """No way of writing changes a private page by its file; all do in a file of shared memory."""
     scene = Scene(rig)

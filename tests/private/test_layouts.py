@@ -19,7 +19,7 @@ from .support.syscalls import GIB, MIB, PAGE, answer
 
 pytestmark = pytest.mark.usefixtures("no_leak")
 
-holes = pytest.mark.spoiled_by("notified-in-bytes", "hole-before-binding", "pages-not-zeroed")
+holes = pytest.mark.known_defect("notified-in-bytes", "hole-before-binding", "pages-not-zeroed")
 
 
 @dataclass(frozen=True)
@@ -272,7 +272,7 @@ def large_slot(rig: Rig, offset: int = OFFSET) -> None:
 
 
 @rule("v9.large-pages.made", "v9.large-pages.broken", "v9.large-pages.joined")
-@pytest.mark.spoiled_by("notified-in-bytes", "mixed-large-page", "split-loses-pages")
+@pytest.mark.known_defect("notified-in-bytes", "mixed-large-page", "split-loses-pages")
 @only("restrictedmem")
 def test_large_pages(rig: Rig) -> None:
     """2 MiB mappings, seen in KVM's counters: conversion and holes break them, no data is lost."""

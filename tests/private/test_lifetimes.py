@@ -239,7 +239,7 @@ def test_vm_closed_under_a_running_guest(rig: Rig) -> None:
 
 
 @rule("life.two_slots", "slots.two.one-range")
-@pytest.mark.spoiled_by("notified-in-bytes", "pages-not-zeroed")
+@pytest.mark.known_defect("notified-in-bytes", "pages-not-zeroed")
 def test_a_range_in_two_slots(rig: Rig) -> None:
     """v9: it is the same memory at both, a hole takes it from both.  guest_memfd: refused."""
     file, other = rig.file(2 * MIB), GPA + GIB
@@ -275,7 +275,7 @@ def test_a_range_in_two_slots(rig: Rig) -> None:
 
 
 @rule("life.two_vms", "slots.two.vms")
-@pytest.mark.spoiled_by("notified-in-bytes", "pages-not-zeroed")
+@pytest.mark.known_defect("notified-in-bytes", "pages-not-zeroed")
 def test_a_file_in_two_vms(make_rig: MakeRig) -> None:
     """v9: the VMs share the memory, holes reach both.  guest_memfd: another VM's file is EINVAL."""
     one, two = make_rig(), make_rig()
@@ -376,7 +376,7 @@ def test_sent_and_closed(kind: Kind) -> None:
 
 
 @rule("life.killed.anywhere")
-@pytest.mark.spoiled_by("notified-in-bytes")
+@pytest.mark.known_defect("notified-in-bytes")
 def test_killed_in_the_middle(make_rig: MakeRig) -> None:
     """A process killed while its guest runs and its memory changes leaves nothing behind."""
     memory, before = Unevictable(), vms_alive()

@@ -112,7 +112,7 @@ def finds(cpu: Guest, gpa: int, byte: int, size: int) -> bool:
 
 
 #: Tests that go by what is in a page that the guest has not had before.
-fresh = pytest.mark.spoiled_by("notified-in-bytes", "pages-not-zeroed")
+fresh = pytest.mark.known_defect("notified-in-bytes", "pages-not-zeroed")
 MACHINES = [(1, 1), (2, 1), (2, 2)]
 machines = pytest.mark.parametrize(
     ("cpus", "slots"), MACHINES, ids=[f"{cpus} vCPUs {slots} slots" for cpus, slots in MACHINES]

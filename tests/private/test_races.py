@@ -17,7 +17,7 @@ from .support.syscalls import GIB, MIB, PAGE
 
 pytestmark = [
     pytest.mark.usefixtures("no_leak"),
-    pytest.mark.spoiled_by("notified-in-bytes", "pages-not-zeroed"),
+    pytest.mark.known_defect("notified-in-bytes", "pages-not-zeroed"),
 ]
 
 GPA, SIZE = 4 * GIB, 2 * MIB
@@ -65,7 +65,7 @@ def test_no_hole_is_refilled_with_what_was(make_rig: MakeRig) -> None:
 
 
 @rule("race.hole-against-slot", "race.allocation-against-slot")
-@pytest.mark.spoiled_by("notifiers-unlocked")
+@pytest.mark.known_defect("notifiers-unlocked")
 def test_holes_against_slots_in_use(make_rig: MakeRig) -> None:
     """A slot comes and goes under a running guest while its file is punched and filled."""
     rig = make_rig(cpus=2)
@@ -228,7 +228,7 @@ def test_slots_against_two_vcpus(make_rig: MakeRig) -> None:
 
 
 @rule("race.vm-against-hole", "race.file-against-hole")
-@pytest.mark.spoiled_by("vm-closed-during-hole")
+@pytest.mark.known_defect("vm-closed-during-hole")
 def test_vms_closed_during_holes(make_rig: MakeRig) -> None:
     """VMs come and go while the file is punched; guest_memfd: while the VM's own file is."""
     memory = Unevictable()

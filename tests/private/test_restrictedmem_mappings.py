@@ -50,7 +50,7 @@ HOLES = {
 
 
 @rule("v9.hole.unmaps.exactly")
-@pytest.mark.spoiled_by("notified-in-bytes", "hole-before-binding")
+@pytest.mark.known_defect("notified-in-bytes", "hole-before-binding")
 @v9
 def test_a_hole_unmaps_just_its_pages(rig: Rig) -> None:
     """As many mappings go as the hole has pages in the slot; the slots beside it keep theirs."""
@@ -67,7 +67,7 @@ def test_a_hole_unmaps_just_its_pages(rig: Rig) -> None:
 
 
 @rule("v9.file.size.frees")
-@pytest.mark.spoiled_by("size-0-frees", "pages-not-zeroed")
+@pytest.mark.known_defect("size-0-frees", "pages-not-zeroed")
 @v9
 def test_a_file_emptied_by_its_size(rig: Rig) -> None:
     """ftruncate to 0 of a file without a size frees what is in it, under a guest that has it."""
@@ -82,7 +82,7 @@ def test_a_file_emptied_by_its_size(rig: Rig) -> None:
 
 
 @rule("v9.fault.neighbours")
-@pytest.mark.spoiled_by("pages-not-zeroed")
+@pytest.mark.known_defect("pages-not-zeroed")
 @v9
 def test_neighbours_of_a_fault(rig: Rig) -> None:
     """Where KVM maps more than the page that faulted, private pages stay private ones."""
@@ -101,7 +101,7 @@ def test_neighbours_of_a_fault(rig: Rig) -> None:
 
 
 @rule("v9.file.stat.identity")
-@pytest.mark.spoiled_by("fstat")
+@pytest.mark.known_defect("fstat")
 @pytest.mark.usefixtures("v9")
 def test_the_file_that_stat_tells_of() -> None:
     """Device and inode are the file's own: not those of shmem, which has the pages."""
@@ -179,7 +179,7 @@ def shmem_huge_pages() -> int:
 
 
 @rule("v9.large.mapped")
-@pytest.mark.spoiled_by("pages-not-zeroed")
+@pytest.mark.known_defect("pages-not-zeroed")
 @v9
 def test_large_mappings(make_rig: MakeRig) -> None:
     """A large page of the file is mapped as one, and small ones are not."""
@@ -216,7 +216,7 @@ def test_large_pages_that_lie_otherwise(large: Rig) -> None:
 
 
 @rule("v9.large.zeroed")
-@pytest.mark.spoiled_by("pages-not-zeroed")
+@pytest.mark.known_defect("pages-not-zeroed")
 @v9
 def test_fresh_large_pages_are_zero(large: Rig) -> None:
     """All of a large page is zero at first touch."""
@@ -230,7 +230,7 @@ def test_fresh_large_pages_are_zero(large: Rig) -> None:
 
 
 @rule("v9.large.hole")
-@pytest.mark.spoiled_by(
+@pytest.mark.known_defect(
     "notified-in-bytes", "split-loses-pages", "size-0-frees", "pages-not-zeroed"
 )
 @v9
@@ -252,7 +252,7 @@ def test_a_hole_in_a_large_page(large: Rig, emptied: bool) -> None:
 
 
 @rule("v9.large.mixed")
-@pytest.mark.spoiled_by("mixed-large-page")
+@pytest.mark.known_defect("mixed-large-page")
 @v9
 @pytest.mark.parametrize("page", [0, 1, 200, 510, 511])
 def test_parts_of_a_large_page(large: Rig, page: int) -> None:
@@ -277,7 +277,7 @@ def test_parts_of_a_large_page(large: Rig, page: int) -> None:
 
 
 @rule("v9.large.wishes")
-@pytest.mark.spoiled_by("mixed-large-page")
+@pytest.mark.known_defect("mixed-large-page")
 @v9
 @pytest.mark.parametrize("page", [0, 200, 511])
 def test_wishes_for_parts_of_a_large_page(large: Rig, page: int) -> None:
@@ -320,7 +320,7 @@ def unmap(rig: Rig, *, private: bool) -> None:
 
 
 @rule("private.race.read-against-hole")
-@pytest.mark.spoiled_by("notified-in-bytes", "pages-not-zeroed")
+@pytest.mark.known_defect("notified-in-bytes", "pages-not-zeroed")
 def test_reads_against_holes(make_rig: MakeRig) -> None:
     """Reads that are under way while a hole is made leave no mapping of what was there before."""
     rig, size = make_rig(cpus=2), READ * PAGE
@@ -372,7 +372,7 @@ def test_reads_against_conversions(make_rig: MakeRig) -> None:
 
 
 @rule("v9.race.beside-hole")
-@pytest.mark.spoiled_by("notified-in-bytes", "fault-beside-hole", "pages-not-zeroed")
+@pytest.mark.known_defect("notified-in-bytes", "fault-beside-hole", "pages-not-zeroed")
 @v9
 @pytest.mark.parametrize("beside", [0, 511], ids=["before", "behind"])
 def test_reads_beside_holes_in_a_large_page(large: Rig, beside: int) -> None:
@@ -431,7 +431,7 @@ def apart(pool: ThreadPoolExecutor) -> Iterator[None]:
 
 
 @rule("private.unmap.at-once")
-@pytest.mark.spoiled_by("notified-in-bytes", "pages-not-zeroed")
+@pytest.mark.known_defect("notified-in-bytes", "pages-not-zeroed")
 @pytest.mark.parametrize("change", ["hole", "conversion"])
 def test_a_guest_that_runs_sees_it_at_once(make_rig: MakeRig, change: str) -> None:
     """A vCPU that does not leave the guest has nothing left of what was mapped, in its TLB too."""

@@ -54,7 +54,7 @@ def test_the_parameter(kvm: Kvm, file: RestrictedMem) -> None:
 
 
 @rule("v9.wish.plain_slot", "v9.wish.no_slot")
-@pytest.mark.spoiled_by("private-fault-without-file")
+@pytest.mark.known_defect("private-fault-without-file")
 @v9
 def test_wishes_where_there_is_no_choice(rig: Rig) -> None:
     """In an ordinary slot a wish changes nothing, and without a slot the access is MMIO."""
@@ -94,7 +94,7 @@ def test_the_exits_padding(rig: Rig) -> None:
 
 
 @rule("v9.fault.read-only.secret")
-@pytest.mark.spoiled_by("read-only-spins", "pages-not-zeroed")
+@pytest.mark.known_defect("read-only-spins", "pages-not-zeroed")
 @v9
 def test_a_read_only_slot_keeps_the_secret(rig: Rig) -> None:
     """A write to a private page of a read-only slot says where, not what; shared, it is MMIO."""

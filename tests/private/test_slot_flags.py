@@ -58,7 +58,7 @@ def flagged(rig: Rig) -> Flagged:
 
 
 @rule("v9.readonly.private-write", "v9.readonly.read")
-@pytest.mark.spoiled_by("read-only-spins")
+@pytest.mark.known_defect("read-only-spins")
 @only("restrictedmem")
 @pytest.mark.parametrize("first", ["read", "write"])
 def test_a_private_write_to_a_read_only_slot(flagged: Flagged, first: str) -> None:
@@ -296,7 +296,7 @@ class SmmMonitor:
 
 
 @rule("v9.address-space.slots", "v9.address-space.convert", "v9.address-space.holes")
-@pytest.mark.spoiled_by("notified-in-bytes", "pages-not-zeroed")
+@pytest.mark.known_defect("notified-in-bytes", "pages-not-zeroed")
 @only("restrictedmem")
 def test_two_address_spaces(rig: Rig) -> None:
     """Each has a private slot at the same gpa, with a memory of its own; a conversion is for both.

@@ -11,7 +11,7 @@ from .syscalls import MIB
 
 
 def meminfo(name: str) -> int:
-    """A line of /proc/meminfo, in bytes."""
+    """A value of /proc/meminfo, in bytes."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         key, _, value = line.partition(":")
         if key == name:
@@ -19,18 +19,18 @@ def meminfo(name: str) -> int:
     raise AssertionError(f"no {name} in /proc/meminfo")
 
 
-#: What is allocated to be seen in /proc/meminfo, and how far the counters may be off.
+#: An amount that shows in /proc/meminfo, and how far those counters may be off.
 BIG, SLACK = 16 * MIB, 4 * MIB
 
 
 class Unevictable:
-    """How much unevictable memory there is more than there was: pages of private files."""
+    """The growth of unevictable memory since it was made: pages of private files."""
 
     def __init__(self) -> None:
         self.before = meminfo("Unevictable")
 
     def is_about(self, size: int) -> bool:
-        """Whether it is `size` bytes, waiting for delayed work where it is not."""
+        """Whether it is about `size` bytes, within 5 seconds: the kernel frees some pages later."""
         deadline = time.monotonic() + 5
         while abs(meminfo("Unevictable") - self.before - size) > SLACK:
             if time.monotonic() > deadline:
@@ -40,7 +40,7 @@ class Unevictable:
 
 
 def vms_alive() -> set[str]:
-    """The VMs that the kernel has, as debugfs names them."""
+    """The names of the kernel's VMs in debugfs."""
     folder = Path("/sys/kernel/debug/kvm")
     if not os.access(folder, os.R_OK):
         missing("debugfs", "/sys/kernel/debug/kvm can't be read")
@@ -48,5 +48,5 @@ def vms_alive() -> set[str]:
 
 
 def files_open() -> int:
-    """How many files the whole system has open."""
+    """The number of open files in the system."""
     return int(Path("/proc/sys/fs/file-nr").read_text().split()[0])

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from .requirements import missing
 
-#: The test vehicle's switch, read when a VM is made.
+#: The switch of v9's test vehicle; the kernel reads it when a VM is made.
 HOOK = Path("/sys/module/kvm/parameters/private_mem_testing")
 
 
 @contextmanager
 def hook(*, on: bool) -> Iterator[None]:
-    """For the VMs made inside, the arch hook says `on`, where it can be told."""
+    """VMs made inside accept private slots (`on`) or refuse them, where there is a switch."""
     if not HOOK.exists():
         yield
         return

@@ -1,8 +1,8 @@
-"""Looking for the known defects of v9, one by one, in ways that tell them apart.
+"""Detectors for the known defects of v9, one per defect; each of them finds only its own.
 
-Those that are not marked dangerous do no harm to a kernel that has the defect: no page is freed
-that a guest has mapped, nothing is written where it should not be.  They are found where they
-show by the way, in counters, in the wrong mapping taken, in a limit met.
+A detector that is not marked dangerous does no harm to a kernel with the defect: it frees no page
+that a guest has mapped, and writes nothing outside the guest's memory.  It observes the defect
+indirectly: in KVM's counters, in an unrelated mapping that is lost, in a time limit.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ __all__ = ["DETECTORS", "detect"]
 
 GPA = 4 * GIB
 
-#: By the defect's name: what was seen of it, or None.
+#: Defect -> its detector, which returns what it observed, or None.
 DETECTORS: dict[str, Callable[[], str | None]] = {}
 
 
 def detect(name: str) -> str | None:
-    """What is seen of a defect, or None: looked for once."""
+    """What the detector of a defect observes, or None; it runs once in a process."""
     return DETECTORS[name]()
 
 
@@ -89,16 +89,16 @@ def detector_rig(cpus: int = 1) -> Iterator[DetectorRig]:
         yield DetectorRig(stack, vm, kvm, cpus=cpus)
 
 
-# -- what the notifier is told -------------------------------------------------------------------
+# -- notifications of the file --------------------------------------------------------------------
 
 
 @_detects("notified-in-bytes")
 def _in_bytes() -> str | None:
-    """A hole at byte 4096, which has no part in page 4096."""
+    """A hole at byte 4096 does not belong to page 4096."""
     with detector_rig() as b:
         b.bind_at_gpa(32 * MIB)
         if b.loses_mappings(lambda: b.unsized.punch_hole(PAGE, PAGE), first=5000):
-            return "a hole in page 1 took mappings of page 5000"
+            return "a hole in page 1 unmapped page 5000"
     return None
 
 
@@ -107,7 +107,7 @@ def _allocation() -> str | None:
     with detector_rig() as b:
         b.bind_at_gpa(MIB)
         if b.loses_mappings(lambda: b.unsized.allocate(0, 8 * PAGE)):
-            return "mappings of allocated pages are gone after they were allocated again"
+            return "allocating pages again unmapped them"
     return None
 
 
@@ -122,14 +122,17 @@ def _before_binding() -> str | None:
 
 @_detects("size-0-frees")
 def _size_0() -> str | None:
-    """Shared pages of the slot are looked at: they are unmapped along, and can't be freed."""
+    """Observed in the slot's shared pages: a hole unmaps them too, and they are not freed."""
     with detector_rig() as b, HostMemory(MIB) as memory:
         b.bind_at_gpa(MIB, memory=memory)
         b.convert(GPA, MIB, private=False)
         if not b.loses_mappings(lambda: b.unsized.punch_hole(0, MIB)):
-            missing("shared-pages-unmapped", "a hole leaves the slot's shared pages mapped here")
+            missing(
+                "shared-pages-unmapped",
+                "on this kernel a hole leaves the slot's shared pages mapped",
+            )
         if not b.loses_mappings(lambda: b.unsized.ftruncate(0)):
-            return "nothing was unmapped"
+            return "ftruncate unmapped nothing"
     return None
 
 
@@ -138,7 +141,7 @@ def _size_0() -> str | None:
 
 @_detects("conversion-by-page")
 def _by_page() -> str | None:
-    """Seen in what the kernel's own memory grows by: no page of 4 GiB is in a slot."""
+    """Observed in the growth of the kernel's slab; the 4 GiB have no slot."""
     with detector_rig() as b:
         before = meminfo("Slab")
         b.convert(GPA, 4 * GIB, private=False)
@@ -148,9 +151,9 @@ def _by_page() -> str | None:
 
 @_detects("failed-conversion-erases")
 def _erases() -> str | None:
-    """64 pages, which have their place in memory from the first one on, and then one more.
+    """Convert 65 pages: the first 64 of them are in a node of the xarray that exists already.
 
-    Every other one of the first is shared: a kernel that keeps ranges needs memory to join them.
+    Every other page of the first is shared, so that a kernel that keeps ranges needs memory, too.
     """
     with detector_rig() as b, HostMemory(MIB) as memory:
         memory.write(5 * PAGE, b"shared")
@@ -160,7 +163,7 @@ def _erases() -> str | None:
         with failing_allocations():
             errno = b.vm.ioctl_errno(k.KVM_MEMORY_ENCRYPT_UNREG_REGION, region)
         if not errno:
-            missing("fault-injection", "a conversion succeeds where no allocation was to")
+            missing("fault-injection", "the conversion succeeds although every allocation fails")
         assert errno_of(errno) == "ENOMEM"
         b.bind_at_gpa(MIB, memory=memory)
         if b.guest.read(GPA + 5 * PAGE, 6) != b"shared":
@@ -170,7 +173,7 @@ def _erases() -> str | None:
 
 @_detects("far-conversion")
 def _far() -> str | None:
-    """Nothing can be seen of it but what becomes of the kernel."""
+    """Passes unless the kernel crashes or complains: the defect has no other effect."""
     for _ in range(4):
         with detector_rig() as b:
             b.bind_at_gpa(2 * MIB)
@@ -181,7 +184,7 @@ def _far() -> str | None:
 @_detects("mixed-large-page")
 def _mixed() -> str | None:
     with huge_pages(), detector_rig() as b, HostMemory(2 * LARGE) as memory:
-        start = -memory.userspace_addr % LARGE  # slots that lie unlike have no large pages
+        start = -memory.userspace_addr % LARGE  # else the slot can't have large pages
         b.abi.bind(b.vm, GPA, LARGE, b.unsized, memory=memory, memory_offset=start)
         b.guest.fill(GPA, 0x5A, LARGE)
         need_large_pages(b)
@@ -189,16 +192,16 @@ def _mixed() -> str | None:
         b.convert(GPA, PAGE, private=False)
         b.guest.load(GPA + PAGE, 8)
         if b.guest.read(GPA, 6) != b"shared":
-            return "its first page is shared, and the guest read private memory there"
+            return "the guest read private memory in a shared page of a large one"
     return None
 
 
-# -- pages that can't be had, or written to ------------------------------------------------------
+# -- pages that can't be allocated or written ------------------------------------------------------
 
 
 @_detects("no-page-spins")
 def _no_page() -> str | None:
-    """An offset for which no file has a page."""
+    """An offset at which no file can have a page."""
     with detector_rig() as b:
         b.bind_at_gpa(MIB, offset=1 << 63)
         return _spins(b, lambda: b.guest.read(GPA, 1))
@@ -234,7 +237,7 @@ def _without_file() -> str | None:
         return None if seen == b"plain" else f"the guest read {seen!r} in an ordinary slot"
 
 
-# -- what pages hold, and where they are ---------------------------------------------------------
+# -- content and place of pages ---------------------------------------------------------
 
 
 @_detects("pages-not-zeroed")
@@ -251,11 +254,11 @@ def _not_zeroed() -> str | None:
 
 @_detects("pages-migrate")
 def _migrate() -> str | None:
-    """Pages that nobody has mapped, seen in /proc/kpageflags."""
+    """Observed for unmapped pages in /proc/kpageflags."""
     pages = 4096
     with RestrictedMem() as file, HostMemory(64 * MIB) as memory:
         file.allocate(0, pages * PAGE)
-        # Compaction moves pages to where memory is in use in part.
+        # Compaction moves pages into memory that is partly in use.
         memory.write(0, bytes(memory.size))
         for start in range(0, memory.size, 2 * MIB):
             memory.discard(start, MIB)
@@ -269,7 +272,7 @@ def _migrate() -> str | None:
 
 
 def unevictable_pages() -> bytes:
-    """For each page frame, 1 if it is unevictable."""
+    """A byte for each page frame: 1 if it is unevictable."""
     flags = b""
     try:
         with Path("/proc/kpageflags").open("rb", buffering=0) as file:  # takes whole words only
@@ -283,7 +286,7 @@ def unevictable_pages() -> bytes:
 
 @_detects("drop-caches")
 def _drop_caches() -> str | None:
-    """Pages that were read by the guest; read-only, so that nobody calls them dirty after it."""
+    """Pages that the guest has only read, in a read-only slot, so that they are not dirty."""
     with detector_rig() as b:
         before = meminfo("Unevictable")
         slot = b.bind_at_gpa(BIG, flags=k.KVM_MEM_READONLY)
@@ -312,7 +315,7 @@ def _split() -> str | None:
     return f"{left // MIB} MiB of {have // MIB} are left" if left < have // 2 else None
 
 
-# -- what is handed on, and how long it lives ----------------------------------------------------
+# -- references and their lifetimes ----------------------------------------------------
 
 
 @_detects("fstat")

@@ -14,13 +14,14 @@ FAULT_INJECTION = Path("/sys/kernel/debug/failslab")
 
 
 def require_fault_injection() -> None:
+    """Skip the test if allocations can't be made to fail."""
     if not Path("/proc/self/make-it-fail").exists() or not os.access(FAULT_INJECTION, os.W_OK):
         missing("fault-injection", "no CONFIG_FAULT_INJECTION, CONFIG_FAILSLAB, debugfs, or root")
 
 
 @contextmanager
 def fault_injection(**settings: str) -> Iterator[None]:
-    """Allocations may be made to fail inside, whatever their size and kind; quietly."""
+    """Set up failslab and fail_page_alloc for allocations of every size and kind, quietly."""
     require_fault_injection()
     wanted = {"ignore-gfp-wait": "N", "verbose": "0", **settings}
     both = [(FAULT_INJECTION / name, value) for name, value in wanted.items()]
@@ -39,10 +40,10 @@ def fault_injection(**settings: str) -> Iterator[None]:
 
 @contextmanager
 def failing_allocations() -> Iterator[None]:
-    """In this thread no small allocation of the kernel's own succeeds inside."""
+    """Every slab allocation of the kernel for this thread fails inside."""
     more = {"task-filter": "Y", "probability": "100", "interval": "1", "times": "1000000"}
     with fault_injection(**more):
-        # Opened before, since to open it would fail.
+        # Opened before: opening it allocates, too.
         marked = os.open(f"/proc/self/task/{threading.get_native_id()}/make-it-fail", os.O_RDWR)
         try:
             os.write(marked, b"1")
@@ -53,16 +54,17 @@ def failing_allocations() -> Iterator[None]:
 
 
 class FailNth:
-    """Makes the n-th allocation in this thread fail, from the next call on: fail-nth of /proc."""
+    """Make the n-th allocation of this thread fail, from the next call on: fail-nth in /proc."""
 
     def __init__(self) -> None:
         self._fd = os.open(f"/proc/self/task/{threading.get_native_id()}/fail-nth", os.O_RDWR)
 
     def start(self, number: int) -> None:
+        """Make the allocation with this number fail, counted from 1."""
         os.pwrite(self._fd, b"%d" % number, 0)
 
     def stop(self) -> bool:
-        """Whether the failure has been injected; from now on there is none."""
+        """Whether a failure was injected; none is injected from now on."""
         left = os.pread(self._fd, 16, 0)
         os.pwrite(self._fd, b"0", 0)
         return int(left) == 0

@@ -48,7 +48,7 @@ def _vectored(name: str, *more: int) -> Callable[[int], Any]:
 
 
 def mapping(prot: int, flags: int, size: int = PAGE) -> Callable[[int], None]:
-    """Maps the file, and unmaps it again if that worked."""
+    """An operation that maps the file, and unmaps it again."""
 
     def operation(fd: int) -> None:
         call("munmap", call("mmap", 0, size, prot, flags, fd, 0), size)
@@ -57,7 +57,7 @@ def mapping(prot: int, flags: int, size: int = PAGE) -> Callable[[int], None]:
 
 
 def _between(name: str, *, out: bool, kind: str) -> Callable[[int], Any]:
-    """Moves 8 bytes between the file and a pipe or another file."""
+    """An operation that moves 8 bytes between the file and a pipe or another file."""
 
     def operation(fd: int) -> Any:
         if kind == "pipe":
@@ -126,7 +126,7 @@ def _seals(request: int) -> Callable[[int], Any]:
     return lambda fd: call("fcntl", fd, request, 1 if request == 1033 else 0)
 
 
-#: name -> what is done to the descriptor; OSError when the kernel refuses.
+#: Name -> the operation on a descriptor; it raises OSError if the kernel refuses.
 OPERATIONS: dict[str, Callable[[int], Any]] = {
     "read": _with_buffer("read", offset=None),
     "read.empty": _with_buffer("read", length=0, offset=None),
@@ -183,7 +183,7 @@ OPERATIONS: dict[str, Callable[[int], Any]] = {
 
 
 def operations(prefix: str, table: dict[str, str]) -> pytest.MarkDecorator:
-    """Parametrizes a test by the operations in `table` (names separated by blanks -> answer)."""
+    """Parametrize a test by the operations in `table`: answer -> names separated by blanks."""
     rows = [
         pytest.param(OPERATIONS[name], expected, id=name, marks=rule(f"{prefix}.{name}"))
         for expected, names in table.items()

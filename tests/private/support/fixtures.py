@@ -29,10 +29,10 @@ def vm(kvm: kvmpriv.Kvm) -> Iterator[kvmpriv.Vm]:
 
 @pytest.fixture
 def no_leak() -> Iterator[Callable[[], None]]:
-    """Fails the test if descriptors or mappings of KVM are left behind at its end.
+    """Fail the test if it leaves descriptors or mappings of KVM's files behind.
 
-    Garbage is collected only where something seems to be left: in an emulated machine that takes
-    longer than most tests.
+    Garbage is collected only if something seems to be left: in an emulated machine a collection
+    takes longer than most tests.
     """
     fds, maps = open_fds(), kvm_mappings()
 

@@ -1,4 +1,4 @@
-"""What this process has open, and which mappings of KVM it has."""
+"""The open descriptors of this process, and its mappings of KVM's files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def open_fds() -> dict[int, str]:
-    """This process's descriptors and what they are, without following any of them."""
+    """The descriptors of this process and their links, without a stat of any of them."""
     found = {}
     for name in os.listdir("/proc/self/fd"):
         try:
@@ -18,5 +18,5 @@ def open_fds() -> dict[int, str]:
 
 
 def kvm_mappings() -> int:
-    """How many of this process's mappings are of a file of KVM's."""
+    """The number of mappings that this process has of KVM's files."""
     return Path("/proc/self/maps").read_bytes().count(b"anon_inode:kvm")

@@ -17,7 +17,7 @@ from .syscalls import answer
 
 
 def in_child(work: Callable[[], Any]) -> Any:
-    """`work`'s result, or its OSError, from a forked process; a signal's death is an assertion."""
+    """The result of `work` in a forked process, or what it raised; fails if a signal ends it."""
     status, result = child_status(work)
     assert os.WIFEXITED(status), f"killed by signal {os.WTERMSIG(status)}"
     if isinstance(result, BaseException):
@@ -26,14 +26,14 @@ def in_child(work: Callable[[], Any]) -> Any:
 
 
 def child_status(work: Callable[[], Any]) -> tuple[int, Any]:
-    """How a forked process ended (as os.wait says), and what `work` gave or raised."""
+    """The wait status of a forked process, and what `work` returned or raised in it."""
     read_end, write_end = os.pipe()
     pid = os.fork()
     if pid == 0:
-        faulthandler.disable()  # a death by signal may be what is asked for
+        faulthandler.disable()  # the test may want the process to die by a signal
         try:
             result = work()
-        except BaseException as error:  # noqa: BLE001  # it is raised again in the parent
+        except BaseException as error:  # noqa: BLE001  # raised again in the parent
             result = error
         try:
             os.write(write_end, pickle.dumps(result))
@@ -48,7 +48,7 @@ def child_status(work: Callable[[], Any]) -> tuple[int, Any]:
 
 @contextmanager
 def in_cgroup() -> Iterator[Path]:
-    """A new memory cgroup, for children to enter; what it still holds at the end is given up."""
+    """A new memory cgroup, for child processes; it is removed at the end."""
     top = Path("/sys/fs/cgroup")
     try:
         if "memory" not in (top / "cgroup.subtree_control").read_text().split():

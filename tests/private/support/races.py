@@ -9,20 +9,20 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-#: How many rounds of a race there are at least, however slow the machine.
+#: The least number of rounds of a race, on any machine.
 ROUNDS = 12
 
 
-#: How long a race goes on, in seconds, for what has to be seen of it.
+#: The seconds after which a race that has not met its condition fails.
 PATIENCE = 60
 
 
 def rounds(
     most: int, seconds: float = 4, least: int = ROUNDS, until: Callable[[], object] = lambda: True
 ) -> Iterator[int]:
-    """0, 1, … below `most`, or until time is up and `least` rounds are over.
+    """Yield 0, 1, … up to `most` rounds, or until `seconds` and `least` rounds are over.
 
-    And as many more as it takes for `until` to say that the race has been one: not for ever.
+    Then go on until `until` is true, which says that the threads have met; fail after PATIENCE.
     """
     start = time.monotonic()
     for turn in itertools.count():
@@ -30,13 +30,13 @@ def rounds(
         if turn >= most or (turn >= least and late > seconds):
             if until():
                 return
-            assert late < PATIENCE, f"not met in {turn} rounds"
+            assert late < PATIENCE, f"the threads have not met in {turn} rounds"
         yield turn
 
 
 @contextmanager
 def beside(work: Callable[[], object]) -> Iterator[list[int]]:
-    """`work` goes on in another thread, again and again; the list says how often it was done."""
+    """Repeat `work` in another thread meanwhile; the list holds how often it was done."""
     over = threading.Event()
     done, errors = [0], []
 
@@ -45,8 +45,8 @@ def beside(work: Callable[[], object]) -> Iterator[list[int]]:
             while not over.is_set():
                 work()
                 done[0] += 1
-                time.sleep(0)  # whoever waits for a lock that `work` takes may have it
-        except BaseException as error:  # noqa: BLE001  # raised again where it is waited for
+                time.sleep(0)  # let a thread have a lock that `work` takes
+        except BaseException as error:  # noqa: BLE001  # raised again by the caller
             errors.append(error)
 
     thread = threading.Thread(target=repeat, daemon=True)
@@ -56,24 +56,24 @@ def beside(work: Callable[[], object]) -> Iterator[list[int]]:
     finally:
         over.set()
         thread.join(60)
-    assert not thread.is_alive(), "stuck"
+    assert not thread.is_alive(), "the thread did not end"
     if errors:
         raise errors[0]
 
 
 class CpuTimeError(Exception):
-    """What was to end soon has not."""
+    """The time limit of within_cpu_time was exceeded."""
 
 
 @contextmanager
 def within_cpu_time(seconds: float) -> Iterator[None]:
-    """CpuTimeError when more CPU time than that is used inside; for the main thread.
+    """Raise CpuTimeError if this takes more CPU time; main thread only.
 
-    A vCPU that spins in the kernel uses it up; one on a slow machine does not.
+    A vCPU that spins in the kernel uses CPU time; one that waits on a slow machine does not.
     """
 
     def stop(*_: object) -> None:
-        raise CpuTimeError(f"{seconds} s of CPU time are gone")
+        raise CpuTimeError(f"more than {seconds} s of CPU time")
 
     before = signal.signal(signal.SIGPROF, stop)
     signal.setitimer(signal.ITIMER_PROF, seconds)
@@ -85,7 +85,7 @@ def within_cpu_time(seconds: float) -> Iterator[None]:
 
 
 def eventually(check: Callable[[], bool], seconds: float = 5) -> bool:
-    """Whether `check` becomes true in time."""
+    """Whether `check` becomes true within `seconds`."""
     deadline = time.monotonic() + seconds
     while not check():
         if time.monotonic() > deadline:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Slots:
-    """Sets memory slots that differ from a good one in the fields that are named."""
+    """Requests for memory slots that differ from a good one in the named fields."""
 
     good: dict[str, int]
 
@@ -44,21 +44,22 @@ class Slots:
         return errno_of(self.vm.ioctl_errno(self.request, address))
 
     def delete(self, **changes: int) -> str:
+        """The kernel's answer to the deletion of the good slot."""
         return self.set(**{"memory_size": 0, **changes})
 
     def refuses(self, expected: str, twin: dict[str, int] | None = None, /, **changes: int) -> None:
-        """The good slot with `changes` is refused; the twin, without them, is made and deleted."""
+        """The good slot with `changes` is refused; its twin without them succeeds."""
         assert self.set(**changes) == expected, changes
         self.accepts(**(twin or {}))
 
     def accepts(self, **changes: int) -> None:
-        """The good slot with `changes` is made, and deleted again."""
+        """The good slot with `changes` can be made; it is deleted again."""
         with self.held(**changes):
             pass
 
     @contextmanager
     def held(self, **changes: int) -> Iterator[None]:
-        """The good slot with `changes` is there inside."""
+        """The good slot with `changes` exists inside."""
         assert self.set(**changes) == "ok", changes
         yield
         same = {name: value for name, value in changes.items() if name in ("slot", "flags")}
@@ -121,20 +122,20 @@ class GuestMemfdSlots(Slots):
         return struct
 
 
-#: What a range of a guest_memfd file that another slot has is refused with, one of them by kernel:
-#: EINVAL, and EEXIST since commit 7ea987a90585.
+#: The errno for a range of a guest_memfd file that another slot has: each kernel has one of them,
+#: EEXIST since commit 7ea987a90585.
 FILE_OVERLAP = frozenset({"EINVAL", "EEXIST"})
 
 
 class Edge:
-    """A page, and behind it one that can't be read: structs that end where memory does."""
+    """A page before one that can't be read, for structs that end where memory ends."""
 
     def __init__(self) -> None:
         self.memory = HostMemory(2 * PAGE)
         call("mprotect", self.memory.userspace_addr + PAGE, PAGE, PROT_NONE)
 
     def put(self, struct: Any, readable: int) -> int:
-        """Put the first `readable` bytes right before the edge; the struct's address."""
+        """Put the first `readable` bytes right before the edge; returns the struct's address."""
         data = bytes(k.ffi.buffer(struct))[:readable]
         self.memory.write(PAGE - readable, data)
         return self.memory.userspace_addr + PAGE - readable

@@ -22,7 +22,7 @@ KEEP_SIZE, PUNCH_HOLE, COLLAPSE, ZERO, INSERT, UNSHARE = 1, 2, 8, 16, 32, 64
 HOLE = PUNCH_HOLE | KEEP_SIZE
 AT_FDCWD, AT_EMPTY_PATH, AT_SYMLINK_FOLLOW = -100, 0x1000, 0x400
 
-#: x86-64's system calls that Python does not have, or does with a stat(2) before them.
+#: Numbers (x86-64) of system calls that Python lacks, or precedes with a stat(2).
 NUMBERS = {
     "lseek": 8,
     "mmap": 9,
@@ -52,19 +52,19 @@ NUMBERS = {
     "preadv2": 327,
     "pwritev2": 328,
 }
-#: An address at which nothing can be.
+#: An address that is not canonical.
 NOWHERE = 1 << 63
 
 
 def errno_of(number: int) -> str:
-    """An errno's name; "ok" for 0."""
+    """The name of an errno; "ok" for 0."""
     if number == _errno.EOPNOTSUPP:
-        return "EOPNOTSUPP"  # Python calls it by its other name
+        return "EOPNOTSUPP"  # errno.errorcode has its other name
     return _errno.errorcode.get(number, str(number)) if number else "ok"
 
 
 def answer(call: Callable[..., Any]) -> str:
-    """What the kernel says: "ok", or the name of the errno."""
+    """The kernel's answer: "ok", or the name of the errno."""
     try:
         call()
     except OSError as error:
@@ -73,7 +73,7 @@ def answer(call: Callable[..., Any]) -> str:
 
 
 def call(name: str, *arguments: int) -> int:
-    """A system call by its name; OSError when it fails."""
+    """Make a system call by name; OSError if it fails."""
     result = libc.syscall(NUMBERS[name], *arguments)
     if result < 0:
         raise libc.os_error(libc.last_errno(), name)
@@ -81,12 +81,12 @@ def call(name: str, *arguments: int) -> int:
 
 
 def fallocate(file: Fd | int, mode: int, offset: int, length: int) -> None:
-    """fallocate(2); OSError when it fails."""
+    """fallocate(2); OSError if it fails."""
     number = file if isinstance(file, int) else file.fileno()
     if libc.fallocate(number, mode, offset, length) < 0:
         raise libc.os_error(libc.last_errno(), "fallocate")
 
 
 def address_of(buffer: Any) -> int:
-    """Where a cffi object is."""
+    """The address of a cffi object."""
     return int(k.ffi.cast("uintptr_t", buffer))

@@ -15,11 +15,11 @@ from .syscalls import PAGE, address_of, call
 
 
 def set_with_late_flags(slots: Slots, late_flags: int, **changes: int) -> str:
-    """The answer to a struct whose flags become `late_flags` after the kernel's first look.
+    """The answer to a struct whose flags become `late_flags` after the kernel's first read.
 
-    The flags are the first bytes of a page that is there, what precedes them is at the end of one
-    that is not: reading the flags alone faults not, copying the struct does.  The thread that
-    serves the fault (userfaultfd) changes the flags before the copy goes on.
+    The flags are at the start of a page that exists; what precedes them is at the end of a page
+    that does not.  Reading the flags alone does not fault, but copying the struct does.  The thread
+    that serves the fault (userfaultfd) changes the flags before the copy continues.
     """
     try:
         uffd = call("userfaultfd", os.O_CLOEXEC | os.O_NONBLOCK)
@@ -50,7 +50,7 @@ def set_with_late_flags(slots: Slots, late_flags: int, **changes: int) -> str:
         thread.start()
         said = slots.set_at(low + PAGE - 4)
         thread.join()
-        assert served == [low], "the copy must have waited for us"
+        assert served == [low], "the kernel copied the struct without a fault"
         return said
     finally:
         os.close(uffd)
