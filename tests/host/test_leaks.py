@@ -1,0 +1,242 @@
+"""Every object that owns a descriptor, a mapping or a thread gives it back, and is in the table."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import pkgutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import kvmpriv
+from kvmpriv import HostMemory, Kvm, Vcpu, VcpuThread, Vm, private, uapi
+from kvmpriv.fd import Fd
+from kvmpriv.guest import Machine, Puppet, load_flat
+from kvmpriv.guest.linux import LinuxMachine, load_linux, plan
+from kvmpriv.guest.linux.disk import Block, Entropy
+from kvmpriv.guest.linux.dispatch import GuestThread
+from kvmpriv.guest.linux.io import IoThread
+from kvmpriv.guest.linux.net import Net
+from kvmpriv.guest.linux.outcome import Ending
+from kvmpriv.guest.linux.recording import RunRecorder
+from kvmpriv.guest.linux.tap import Tap
+from kvmpriv.private import guest_memfd, restrictedmem
+from kvmpriv.stats import StatsFd
+from kvmpriv.trace.record import Recorder
+from private.support.leaks import open_fds
+from private.support.requirements import missing
+from unit.test_linux_image import bzimage
+
+from .conftest import SPIN, start
+
+MIB = 1 << 20
+LARGE = 64 * MIB
+
+#: They own nothing themselves: what is made of them, or what they are given, is in the table.
+BASES = {"HeldBySlots", "KvmFd", "PrivateFile", "VirtioDevice", "Cable"}
+
+
+class Place(NamedTuple):
+    """What the objects are made of."""
+
+    kvm: Kvm
+    path: Path
+    stack: ExitStack
+
+    def vcpu(self) -> Vcpu:
+        """A vCPU of a VM of its own that spins."""
+        vm = self.stack.enter_context(self.kvm.create_vm())
+        memory = self.stack.enter_context(HostMemory(0x10000))
+        vm.map(memory, 0)
+        memory.write(0x1000, SPIN)
+        vcpu = self.stack.enter_context(vm.create_vcpu())
+        start(vcpu)
+        return vcpu
+
+    def linux(self) -> LinuxMachine:
+        image = load_linux(bzimage(bytes(0x200) + b"\xf4" * 0x200))
+        return LinuxMachine(self.kvm, image, plan(LARGE), devices=[Entropy()])
+
+
+def _stats(place: Place) -> AbstractContextManager[object]:
+    if not place.kvm.check_extension(uapi.kvm.KVM_CAP_BINARY_STATS_FD):
+        missing("stats", "KVM_CAP_BINARY_STATS_FD is 0")
+    return place.vcpu().get_stats_fd()
+
+
+def _guest_memfd(place: Place) -> AbstractContextManager[object]:
+    vm = place.stack.enter_context(place.kvm.create_vm())
+    if not vm.check_extension(uapi.guest_memfd.KVM_CAP_GUEST_MEMFD):
+        missing("shared-guest-memfd", "KVM_CAP_GUEST_MEMFD is 0 on a default VM")
+    return guest_memfd.GuestMemfd(vm, MIB)
+
+
+def _restrictedmem(place: Place) -> AbstractContextManager[object]:
+    try:
+        return restrictedmem.RestrictedMem()
+    except OSError as error:
+        missing("restrictedmem", str(error))
+
+
+def _tap(_: Place) -> AbstractContextManager[object]:
+    try:
+        return Tap()
+    except OSError as error:
+        missing("network", f"no tap can be made: {error}")
+
+
+def _block(place: Place) -> AbstractContextManager[object]:
+    place.path.write_bytes(bytes(4096))
+    return closing(Block(place.path))
+
+
+def _puppet(place: Place) -> AbstractContextManager[object]:
+    return Puppet(place.stack.enter_context(place.kvm.create_vm()))
+
+
+@contextmanager
+def _net(_: Place) -> Iterator[object]:
+    """The card closes the cable that it is given as an object."""
+    card = Net(Fd(os.eventfd(0, os.EFD_CLOEXEC)))
+    yield card
+    card.close()
+
+
+@contextmanager
+def _io_thread(_: Place) -> Iterator[object]:
+    thread = IoThread(lambda error: None)
+    thread.start()
+    yield thread
+    thread.stop()
+    thread.close()
+
+
+#: Class -> how an object of it is made; its block's end is to give everything back.
+OWNERS: dict[type, Callable[[Place], AbstractContextManager[object]]] = {
+    Fd: lambda _: Fd(os.eventfd(0, os.EFD_CLOEXEC)),
+    Kvm: lambda _: Kvm(),
+    Vm: lambda place: place.kvm.create_vm(),
+    Vcpu: lambda place: place.stack.enter_context(place.kvm.create_vm()).create_vcpu(),
+    StatsFd: _stats,
+    HostMemory: lambda _: HostMemory(LARGE),
+    VcpuThread: lambda place: VcpuThread(place.vcpu(), lambda *_: True),
+    private.PrivateVm: lambda place: private.GuestMemfdAbi(vm_type=0).create_vm(place.kvm),
+    guest_memfd.GuestMemfd: _guest_memfd,
+    restrictedmem.RestrictedMem: _restrictedmem,
+    Machine: lambda place: Machine(place.kvm, load_flat(SPIN), LARGE),
+    Puppet: _puppet,
+    LinuxMachine: lambda place: place.linux(),
+    Block: _block,
+    Net: _net,
+    Tap: _tap,
+    IoThread: _io_thread,
+    GuestThread: lambda place: GuestThread(place.vcpu(), lambda *_: None, lambda: None, None),
+    Ending: lambda _: closing(Ending()),
+    Recorder: lambda place: closing(Recorder(place.path.open("w"), {})),
+    RunRecorder: lambda place: closing(
+        RunRecorder(place.path, place.stack.enter_context(place.linux()), lambda text: None)
+    ),
+}
+
+
+class Owned(NamedTuple):
+    """What this process has."""
+
+    fds: dict[int, str]
+    threads: set[threading.Thread]
+    mapped: int  # MiB that can be read and written
+
+    @classmethod
+    def now(cls) -> Owned:
+        mapped = 0
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            where, rights = line.split()[:2]
+            if rights.startswith("rw"):
+                low, high = (int(number, 16) for number in where.split("-"))
+                mapped += high - low
+        return cls(open_fds(), set(threading.enumerate()), mapped // MIB)
+
+
+def check(make: Callable[[Place], AbstractContextManager[object]], kvm: Kvm, path: Path) -> None:
+    """Fails unless an object of `make` owns something and has given it back at its end."""
+    for _ in range(2):  # the first makes what stays: imports, the stacks of threads
+        before = Owned.now()
+        with ExitStack() as stack, make(Place(kvm, path, stack)):
+            during = Owned.now()
+        after = Owned.now()
+    assert (during.fds, during.threads) != (before.fds, before.threads) or (
+        during.mapped > before.mapped
+    ), "it owns nothing"
+    assert after.fds == before.fds, "descriptors are left"
+    assert after.threads == before.threads, "threads are left"
+    assert after.mapped - before.mapped < LARGE // MIB // 2, "memory is left"
+
+
+@pytest.mark.parametrize("owner", OWNERS, ids=lambda owner: owner.__name__)
+def test_nothing_is_left(owner: type, kvm: Kvm, tmp_path: Path) -> None:
+    check(OWNERS[owner], kvm, tmp_path / "file")
+
+
+def test_a_leak_is_seen(kvm: Kvm, tmp_path: Path) -> None:
+    """The twins of the test above: a descriptor, a thread and a mapping that stay; and nothing."""
+    kept: list[Any] = []
+
+    @contextmanager
+    def leaky(make: Callable[[], object]) -> Iterator[None]:
+        kept.append(make())
+        yield
+
+    stop = threading.Event()
+
+    def thread() -> threading.Thread:
+        one = threading.Thread(target=stop.wait)
+        one.start()
+        return one
+
+    try:
+        for make, what in (
+            (lambda: Fd(os.eventfd(0, os.EFD_CLOEXEC)), "descriptors are left"),
+            (thread, "threads are left"),
+            (lambda: HostMemory(LARGE), "memory is left"),
+        ):
+            with pytest.raises(AssertionError, match=what):
+                check(lambda _, make=make: leaky(make), kvm, tmp_path / "file")  # type: ignore[misc]
+        with pytest.raises(AssertionError, match="it owns nothing"):
+            check(lambda _: leaky(object), kvm, tmp_path / "file")
+    finally:
+        stop.set()
+        for one in kept:
+            if isinstance(one, threading.Thread):
+                one.join()
+            elif hasattr(one, "close"):
+                one.close()
+
+
+def owners() -> set[type]:
+    """The public classes of the package that can be closed, or are threads."""
+    found = set()
+    for module in pkgutil.walk_packages(kvmpriv.__path__, "kvmpriv."):
+        if module.name.endswith("__main__") or "._suite" in module.name:
+            continue
+        for name, value in vars(importlib.import_module(module.name)).items():
+            if (
+                inspect.isclass(value)
+                and value.__module__ == module.name
+                and not name.startswith("_")
+                and name not in BASES
+                and (callable(getattr(value, "close", None)) or issubclass(value, threading.Thread))
+            ):
+                found.add(value)
+    return found
+
+
+def test_every_owner_is_in_the_table() -> None:
+    without = {cls for cls in owners() if cls not in OWNERS} - {Entropy}  # it has no descriptor
+    assert not without, "these own something, and no test looks whether they give it back"
+    assert owners() >= {Fd, Kvm, Vcpu, HostMemory, VcpuThread, LinuxMachine}
