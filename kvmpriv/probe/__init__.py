@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 from . import checks, host
-from .records import VERDICTS, Asked, Check, Report
+from .records import FAIL, PASS, SKIP, VERDICTS, Asked, Check, Group, Report, Step
 
-__all__ = ["DEVICE", "VERDICTS", "Asked", "Check", "Report", "probe"]
+__all__ = [
+    "DEVICE",
+    "FAIL",
+    "PASS",
+    "SKIP",
+    "VERDICTS",
+    "Asked",
+    "Check",
+    "Group",
+    "Report",
+    "Step",
+    "probe",
+]
 
 DEVICE = "/dev/kvm"
 

@@ -20,7 +20,7 @@ from ..kvm import Kvm
 from ..memory import PAGE_SIZE, HostMemory
 from ..private import guest_memfd, restrictedmem
 from . import host as _host
-from .records import FAIL, PASS, SKIP, Asked, Check
+from .records import FAIL, PASS, SKIP, Asked, Check, Group, Step
 
 if TYPE_CHECKING:
     from ..vm import Vm
@@ -35,7 +35,6 @@ VM_TYPES = {
     guest_memfd_h.KVM_X86_SNP_VM: "snp",
     guest_memfd_h.KVM_X86_TDX_VM: "tdx",
 }
-_GROUPS = ("kvm", "vm", "v9", "v10", "guest_memfd")
 
 # The slot lies away from 0 in the guest and in the file: a mistake of either shows.
 _GPA = 0x100000
@@ -50,29 +49,33 @@ def _name(errno: int | None) -> str:
 
 
 class _Recorder:
-    """The checks so far."""
+    """Adds checks of one group, in one type of VM, to those of the whole probe."""
 
-    def __init__(self, host: dict[str, Any]) -> None:
+    def __init__(
+        self, host: dict[str, Any], checks: list[Check], group: Group, vm_type: str = ""
+    ) -> None:
         self.host = host
-        self.checks: list[Check] = []
+        self.checks = checks
+        self.group = group
+        self.vm_type = vm_type
+
+    def within(self, group: Group, vm_type: str = "") -> _Recorder:
+        """A recorder of another group or VM type, for the same probe."""
+        return _Recorder(self.host, self.checks, group, vm_type)
 
     def add(
-        self,
-        name: str,
-        status: str,
-        result: str,
-        *asked: Asked,
-        tried: str = "",
-        hint: str = "",
+        self, step: Step, status: str, result: str, *asked: Asked, tried: str = "", hint: str = ""
     ) -> None:
-        self.checks.append(Check(name, status, asked, tried, result, hint))
+        found = Check(self.group, step, status, self.vm_type, asked, tried, result, hint)
+        self.checks.append(found)
 
-    def failed(self, name: str, error: OSError, *asked: Asked, tried: str, hint: str = "") -> None:
+    def failed(self, step: Step, error: OSError, *asked: Asked, tried: str, hint: str = "") -> None:
         hint = _host.refusal_hint(error.errno, self.host, tried.partition("(")[0]) or hint
-        self.add(name, FAIL, _name(error.errno), *asked, tried=tried, hint=hint)
+        self.add(step, FAIL, _name(error.errno), *asked, tried=tried, hint=hint)
 
-    def passed(self, name: str) -> bool:
-        return any(check.name == name and check.status == PASS for check in self.checks)
+    def passed(self, step: Step) -> bool:
+        wanted = (self.group, step, PASS, self.vm_type)
+        return any(check[:4] == wanted for check in self.checks)
 
 
 def _ask(fd: Kvm | Vm, module: Any, *capabilities: str) -> tuple[Asked, ...]:
@@ -81,36 +84,37 @@ def _ask(fd: Kvm | Vm, module: Any, *capabilities: str) -> tuple[Asked, ...]:
 
 def run(device: str, host: dict[str, Any]) -> tuple[Check, ...]:
     """Probe KVM at `device`; adds to `host` what KVM says of itself."""
-    out = _Recorder(host)
-    _check_syscall(out)
+    out = _Recorder(host, [], Group.KVM)
+    _check_syscall(out.within(Group.V9))
     tried = f"open {device}"
     try:
         system = Kvm(device)
     except OSError as error:
         hint = _host.device_hint(device, error.errno, host)
-        out.add("kvm/device", FAIL, _name(error.errno), tried=tried, hint=hint)
-        for name in (
-            "vm/default",
-            "v9/capability",
-            "v10/default/capability",
-            "guest_memfd/default/file",
+        out.add(Step.DEVICE, FAIL, _name(error.errno), tried=tried, hint=hint)
+        for group, step, vm_type in (
+            (Group.VM, Step.CREATE, "default"),
+            (Group.V9, Step.CAPABILITY, ""),
+            (Group.V10, Step.CAPABILITY, "default"),
+            (Group.GUEST_MEMFD, Step.FILE, "default"),
         ):
-            out.add(name, SKIP, "KVM could not be asked")
+            out.within(group, vm_type).add(step, SKIP, "KVM could not be asked")
     else:
-        out.add("kvm/device", PASS, f"API version {system.get_api_version()}", tried=tried)
+        out.add(Step.DEVICE, PASS, f"API version {system.get_api_version()}", tried=tried)
         with system:
             try:
                 host.update(_host.kvm_facts(system))
                 _check_system(out, system)
             except OSError as error:  # nothing above makes KVM refuse what it always does
-                out.failed("kvm/ioctl", error, tried=error.strerror or "")
-    return tuple(sorted(out.checks, key=lambda check: _GROUPS.index(check.name.split("/")[0])))
+                out.failed(Step.IOCTL, error, tried=error.strerror or "")
+    groups = list(Group)
+    return tuple(sorted(out.checks, key=lambda check: groups.index(check.group)))
 
 
 def _check_system(out: _Recorder, system: Kvm) -> None:
     (private_mem,) = _ask(system, restrictedmem_h, "KVM_CAP_PRIVATE_MEM")
-    out.add(
-        "v9/capability",
+    out.within(Group.V9).add(
+        Step.CAPABILITY,
         PASS if private_mem.value else FAIL,
         "advertised" if private_mem.value else "not advertised",
         private_mem,
@@ -119,31 +123,33 @@ def _check_system(out: _Recorder, system: Kvm) -> None:
     offered = types.value or 1 << guest_memfd_h.KVM_X86_DEFAULT_VM  # before there were types
     numbers = [bit for bit in range(32) if offered >> bit & 1]
     out.add(
-        "kvm/vm_types",
+        Step.VM_TYPES,
         PASS if types.value else FAIL,
         ", ".join(map(_type_name, numbers)) if types.value else "not listed, so default alone",
         types,
     )
     with ExitStack() as stack:
-        file = _check_v9_file(out, stack)
+        file = _check_v9_file(out.within(Group.V9), stack)
         for number in numbers:
             vm_type, tried = _type_name(number), f"KVM_CREATE_VM({number})"
+            made = out.within(Group.VM, vm_type)
             try:
                 vm = system.create_vm(number)
             except OSError as error:
-                out.failed(f"vm/{vm_type}", error, tried=tried)
+                made.failed(Step.CREATE, error, tried=tried)
                 continue
             with vm:
-                out.add(f"vm/{vm_type}", PASS, "made", tried=tried)
+                made.add(Step.CREATE, PASS, "made", tried=tried)
                 if number == guest_memfd_h.KVM_X86_DEFAULT_VM:
                     _check_encryption(out, vm)
-                    _check_v10(out, vm)
-                _check_v9_slot(out, vm, vm_type, file)
-                _check_guest_memfd(out, vm, vm_type)
+                    _check_v10(out.within(Group.V10, vm_type), vm)
+                _check_v9_slot(out.within(Group.V9, vm_type), vm, file)
+                _check_guest_memfd(out.within(Group.GUEST_MEMFD, vm_type), vm)
     for number, vm_type in VM_TYPES.items():
         if number not in numbers:
             reason, hint = _host.why_not_offered(vm_type, out.host)
-            out.add(f"vm/{vm_type}", SKIP, f"not offered: {reason}", hint=hint)
+            why = f"not offered: {reason}"
+            out.within(Group.VM, vm_type).add(Step.CREATE, SKIP, why, hint=hint)
 
 
 def _type_name(number: int) -> str:
@@ -159,9 +165,9 @@ def _check_encryption(out: _Recorder, vm: Vm) -> None:
     try:
         vm.ioctl(kvm_h.KVM_MEMORY_ENCRYPT_OP, 0)
     except OSError as error:
-        out.failed("kvm/encryption", error, tried=tried)
+        out.failed(Step.ENCRYPTION, error, tried=tried)
     else:
-        out.add("kvm/encryption", PASS, "SEV is on", tried=tried)
+        out.add(Step.ENCRYPTION, PASS, "SEV is on", tried=tried)
 
 
 # -- v9 ----------------------------------------------------------------------------------------
@@ -169,19 +175,19 @@ def _check_encryption(out: _Recorder, vm: Vm) -> None:
 
 def _check_syscall(out: _Recorder) -> None:
     """Ask what system call 451 is, without any effect, and in a child where a filter may kill."""
-    name, tried = "v9/syscall", "memfd_restricted(0xffffffff)"
+    step, tried = Step.SYSCALL, "memfd_restricted(0xffffffff)"
     filtered = out.host["seccomp"] != 0
     errno = _ask_in_child() if filtered else restrictedmem.ask_memfd_restricted()
     if errno == _errno.EINVAL:
-        out.add(name, PASS, "EINVAL, as it must", tried=tried)
+        out.add(step, PASS, "EINVAL, as it must", tried=tried)
     elif errno == _errno.EBADF:
-        out.add(name, FAIL, "EBADF, so 451 is cachestat(2)", tried=tried, hint=_V9_KERNEL)
+        out.add(step, FAIL, "EBADF, so 451 is cachestat(2)", tried=tried, hint=_V9_KERNEL)
     elif filtered or errno in (_errno.EPERM, _errno.EACCES):
         answer = f"killed by {signal.Signals(-errno).name}" if errno < 0 else _name(errno)
         hint = _host.refusal_hint(_errno.EPERM, out.host, "system call 451")
-        out.add(name, SKIP, f"{answer}, undecided", tried=tried, hint=hint)
+        out.add(step, SKIP, f"{answer}, undecided", tried=tried, hint=hint)
     else:
-        out.add(name, FAIL, _name(errno) if errno else "0", tried=tried, hint=_V9_KERNEL)
+        out.add(step, FAIL, _name(errno) if errno else "0", tried=tried, hint=_V9_KERNEL)
 
 
 def _ask_in_child() -> int:
@@ -204,30 +210,27 @@ def _ask_in_child() -> int:
 
 
 def _check_v9_file(out: _Recorder, stack: ExitStack) -> restrictedmem.RestrictedMem | None:
-    name, tried = "v9/file", "memfd_restricted(0)"
-    if not out.passed("v9/syscall"):
-        out.add(name, SKIP, "system call 451 is not known to make one")
+    step, tried = Step.FILE, "memfd_restricted(0)"
+    if not out.passed(Step.SYSCALL):
+        out.add(step, SKIP, "system call 451 is not known to make one")
         return None
     try:
         file = stack.enter_context(restrictedmem.RestrictedMem())
         file.ftruncate(_OFFSET + _SIZE)
     except OSError as error:
-        out.failed(name, error, tried=tried)
+        out.failed(step, error, tried=tried)
         return None
-    out.add(name, PASS, "made, f_type RESTRICTEDMEM_MAGIC", tried=tried)
+    out.add(step, PASS, "made, f_type RESTRICTEDMEM_MAGIC", tried=tried)
     return file
 
 
-def _check_v9_slot(
-    out: _Recorder, vm: Vm, vm_type: str, file: restrictedmem.RestrictedMem | None
-) -> None:
-    slot_name, conversion_name = f"v9/{vm_type}/slot", f"v9/{vm_type}/conversion"
+def _check_v9_slot(out: _Recorder, vm: Vm, file: restrictedmem.RestrictedMem | None) -> None:
     # Without both, bit 2 and REG_REGION are another generation's, or SEV's with a host address.
-    if file is None or not out.passed("v9/capability"):
+    if file is None or not out.within(Group.V9).passed(Step.CAPABILITY):
         why = "there is no v9 file" if file is None else "KVM_CAP_PRIVATE_MEM is 0"
-        if vm_type == VM_TYPES[guest_memfd_h.KVM_X86_DEFAULT_VM]:  # once is enough
-            out.add(slot_name, SKIP, why)
-            out.add(conversion_name, SKIP, why)
+        if out.vm_type == VM_TYPES[guest_memfd_h.KVM_X86_DEFAULT_VM]:  # once is enough
+            out.add(Step.SLOT, SKIP, why)
+            out.add(Step.CONVERSION, SKIP, why)
         return
     asked = _ask(vm, restrictedmem_h, "KVM_CAP_PRIVATE_MEM")
     tried = f"KVM_SET_USER_MEMORY_REGION(KVM_MEM_PRIVATE, offset {_OFFSET:#x})"
@@ -241,10 +244,10 @@ def _check_v9_slot(
                 "the kernel's hook for private memory says no to this VM: v9 needs TDX or SNP "
                 "beneath it, or a test option that says yes"
             )
-            out.failed(slot_name, error, *asked, tried=tried, hint=hint)
-            out.add(conversion_name, SKIP, "there is no private slot")
+            out.failed(Step.SLOT, error, *asked, tried=tried, hint=hint)
+            out.add(Step.CONVERSION, SKIP, "there is no private slot")
             return
-        out.add(slot_name, PASS, "bound", *asked, tried=tried)
+        out.add(Step.SLOT, PASS, "bound", *asked, tried=tried)
         try:
             tried = "KVM_MEMORY_ENCRYPT_UNREG_REGION(1 page)"  # a gfn begins private
             restrictedmem.memory_encrypt_unreg_region(vm, _GPA, PAGE_SIZE)
@@ -253,16 +256,16 @@ def _check_v9_slot(
             tried = "delete the slot"
             slot.delete()
         except OSError as error:
-            out.failed(conversion_name, error, tried=tried)
+            out.failed(Step.CONVERSION, error, tried=tried)
         else:
             tried = "KVM_MEMORY_ENCRYPT_{UNREG,REG}_REGION(1 page)"
-            out.add(conversion_name, PASS, "to shared and back, slot deleted", tried=tried)
+            out.add(Step.CONVERSION, PASS, "to shared and back, slot deleted", tried=tried)
 
 
 def _check_v10(out: _Recorder, vm: Vm) -> None:
     asked = _ask(vm, restrictedmem_v10_h, "KVM_CAP_MEMORY_ATTRIBUTES")
     out.add(
-        "v10/default/capability",
+        Step.CAPABILITY,
         PASS if asked[0].value else FAIL,
         "advertised" if asked[0].value else "not advertised",
         *asked,
@@ -272,46 +275,46 @@ def _check_v10(out: _Recorder, vm: Vm) -> None:
     try:
         vm.ioctl(restrictedmem_v10_h.KVM_GET_SUPPORTED_MEMORY_ATTRIBUTES, attributes)
     except OSError as error:
-        out.failed("v10/default/attributes", error, tried=tried)
+        out.failed(Step.ATTRIBUTES, error, tried=tried)
     else:
-        out.add("v10/default/attributes", PASS, f"{attributes[0]:#x}", tried=tried)
+        supported = f"{attributes[0]:#x}"
+        out.add(Step.ATTRIBUTES, PASS, supported, tried=tried)
 
 
 # -- mainline ----------------------------------------------------------------------------------
 
 
-def _check_guest_memfd(out: _Recorder, vm: Vm, vm_type: str) -> None:
-    prefix = f"guest_memfd/{vm_type}"
+def _check_guest_memfd(out: _Recorder, vm: Vm) -> None:
     asked = _ask(vm, guest_memfd_h, "KVM_CAP_GUEST_MEMFD")
     tried = f"KVM_CREATE_GUEST_MEMFD({_OFFSET + _SIZE:#x} bytes)"
     try:
         file = guest_memfd.GuestMemfd(vm, _OFFSET + _SIZE)
     except OSError as error:
         hint = "needs Linux 6.8 with CONFIG_KVM_SW_PROTECTED_VM, SNP or TDX, or 6.18"
-        out.failed(f"{prefix}/file", error, *asked, tried=tried, hint=hint)
-        for step in ("slot", "conversion", "mmap", "pre_fault"):
-            out.add(f"{prefix}/{step}", SKIP, "there is no guest_memfd file")
+        out.failed(Step.FILE, error, *asked, tried=tried, hint=hint)
+        for step in (Step.SLOT, Step.CONVERSION, Step.MMAP, Step.PRE_FAULT):
+            out.add(step, SKIP, "there is no guest_memfd file")
         return
     with file, HostMemory(_SIZE) as memory:
-        out.add(f"{prefix}/file", PASS, "made", *asked, tried=tried)
+        out.add(Step.FILE, PASS, "made", *asked, tried=tried)
         asked = _ask(vm, guest_memfd_h, "KVM_CAP_USER_MEMORY2")
         tried = f"KVM_SET_USER_MEMORY_REGION2(offset {_OFFSET:#x})"
         try:
             slot = guest_memfd.set_user_memory_region2(vm, 0, _GPA, _SIZE, memory, file, _OFFSET)
         except OSError as error:
             hint = "this VM type takes no guest_memfd slot before Linux 6.18"
-            out.failed(f"{prefix}/slot", error, *asked, tried=tried, hint=hint)
+            out.failed(Step.SLOT, error, *asked, tried=tried, hint=hint)
             slot = None
         else:
-            out.add(f"{prefix}/slot", PASS, "bound", *asked, tried=tried)
-        _check_attributes(out, vm, prefix)
-        _check_mmap(out, vm, prefix)
-        _check_pre_fault(out, vm, prefix)
+            out.add(Step.SLOT, PASS, "bound", *asked, tried=tried)
+        _check_attributes(out, vm)
+        _check_mmap(out, vm)
+        _check_pre_fault(out, vm)
         if slot:
             slot.delete()
 
 
-def _check_attributes(out: _Recorder, vm: Vm, prefix: str) -> None:
+def _check_attributes(out: _Recorder, vm: Vm) -> None:
     asked = _ask(vm, guest_memfd_h, "KVM_CAP_MEMORY_ATTRIBUTES")
     tried = "KVM_SET_MEMORY_ATTRIBUTES(PRIVATE, 1 page)"
     try:
@@ -322,19 +325,19 @@ def _check_attributes(out: _Recorder, vm: Vm, prefix: str) -> None:
         guest_memfd.set_memory_attributes(vm, _GPA, PAGE_SIZE, 0)
     except OSError as error:
         hint = "no private memory in this VM type: sw_protected, snp and tdx VMs have it"
-        out.failed(f"{prefix}/conversion", error, *asked, tried=tried, hint=hint)
+        out.failed(Step.CONVERSION, error, *asked, tried=tried, hint=hint)
     else:
         tried = "KVM_SET_MEMORY_ATTRIBUTES(1 page)"
-        out.add(f"{prefix}/conversion", PASS, "to private and back", *asked, tried=tried)
+        out.add(Step.CONVERSION, PASS, "to private and back", *asked, tried=tried)
 
 
-def _check_mmap(out: _Recorder, vm: Vm, prefix: str) -> None:
+def _check_mmap(out: _Recorder, vm: Vm) -> None:
     asked = _ask(vm, guest_memfd_h, "KVM_CAP_GUEST_MEMFD_FLAGS")
     flags = asked[0].value & (
         guest_memfd_h.GUEST_MEMFD_FLAG_MMAP | guest_memfd_h.GUEST_MEMFD_FLAG_INIT_SHARED
     )
     if not flags & guest_memfd_h.GUEST_MEMFD_FLAG_MMAP:
-        out.add(f"{prefix}/mmap", SKIP, "GUEST_MEMFD_FLAG_MMAP is not offered", *asked)
+        out.add(Step.MMAP, SKIP, "GUEST_MEMFD_FLAG_MMAP is not offered", *asked)
         return
     tried = f"mmap of a file with flags {flags:#x}"
     try:
@@ -347,30 +350,30 @@ def _check_mmap(out: _Recorder, vm: Vm, prefix: str) -> None:
                 memory.write(0, b"kvm")
                 result = "mapped, written and read"
                 if memory.read(0, 3) != b"kvm":
-                    out.add(f"{prefix}/mmap", FAIL, "read other bytes", *asked, tried=tried)
+                    out.add(Step.MMAP, FAIL, "read other bytes", *asked, tried=tried)
                     return
     except OSError as error:
-        out.failed(f"{prefix}/mmap", error, *asked, tried=tried)
+        out.failed(Step.MMAP, error, *asked, tried=tried)
     else:
-        out.add(f"{prefix}/mmap", PASS, result, *asked, tried=tried)
+        out.add(Step.MMAP, PASS, result, *asked, tried=tried)
 
 
-def _check_pre_fault(out: _Recorder, vm: Vm, prefix: str) -> None:
-    name = f"{prefix}/pre_fault"
+def _check_pre_fault(out: _Recorder, vm: Vm) -> None:
+    step = Step.PRE_FAULT
     asked = _ask(vm, guest_memfd_h, "KVM_CAP_PRE_FAULT_MEMORY")
     if not asked[0].value:
-        out.add(name, SKIP, "not offered", *asked)
-    elif not out.passed(f"{prefix}/slot"):
-        out.add(name, SKIP, "there is no guest_memfd slot", *asked)
-    elif prefix.endswith(("/default", "/sw_protected")):
+        out.add(step, SKIP, "not offered", *asked)
+    elif not out.passed(Step.SLOT):
+        out.add(step, SKIP, "there is no guest_memfd slot", *asked)
+    elif out.vm_type in ("default", "sw_protected"):
         tried = "KVM_PRE_FAULT_MEMORY(1 page)"
         try:
             with vm.create_vcpu() as vcpu:
                 left = guest_memfd.pre_fault_memory(vcpu, _GPA, PAGE_SIZE)
         except OSError as error:
-            out.failed(name, error, *asked, tried=tried)
+            out.failed(step, error, *asked, tried=tried)
         else:
             result = f"{left:#x} bytes left" if left else "filled"
-            out.add(name, FAIL if left else PASS, result, *asked, tried=tried)
+            out.add(step, FAIL if left else PASS, result, *asked, tried=tried)
     else:
-        out.add(name, SKIP, "a vCPU of this VM type needs its own launch", *asked)
+        out.add(step, SKIP, "a vCPU of this VM type needs its own launch", *asked)

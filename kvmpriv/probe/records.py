@@ -1,7 +1,8 @@
-"""What a probe leaves behind, and what follows from it.  Nothing here touches the machine."""
+"""The findings of a probe, and the verdict that follows from them.  Nothing here asks the host."""
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Any, NamedTuple
 
 from ..exit_status import ExitStatus
@@ -14,7 +15,9 @@ __all__ = [
     "VERDICTS",
     "Asked",
     "Check",
+    "Group",
     "Report",
+    "Step",
 ]
 
 SCHEMA_VERSION = 1
@@ -37,32 +40,101 @@ VERDICTS = (
 
 
 class Asked(NamedTuple):
-    """A capability and what KVM_CHECK_EXTENSION said of it."""
+    """A capability and what KVM_CHECK_EXTENSION returned for it."""
 
     capability: str
     value: int
 
 
+class _Titled(Enum):
+    """Members with a value for names and documents, and a title for people."""
+
+    title: str
+
+    def __new__(cls, value: str, title: str = "") -> _Titled:
+        member = object.__new__(cls)
+        member._value_ = value
+        member.title = title or value
+        return member
+
+
+class Group(_Titled):
+    """What a check is about; a report has the groups in this order."""
+
+    KVM = "kvm", "KVM"
+    VM = "vm", "VM types"
+    V9 = "v9", "v9: memfd_restricted, KVM_MEM_PRIVATE"
+    V10 = "v10", "v10: memory attributes on memfd_restricted"
+    GUEST_MEMFD = "guest_memfd", "guest_memfd: mainline"
+
+
+class Step(_Titled):
+    """What a check asks or tries."""
+
+    DEVICE = "device"
+    IOCTL = "ioctl"
+    VM_TYPES = "vm_types", "VM types"
+    ENCRYPTION = "encryption", "SEV switched on"
+    #: KVM_CREATE_VM, which is all that the group VM tries.
+    CREATE = ""
+    SYSCALL = "syscall", "system call 451"
+    CAPABILITY = "capability"
+    ATTRIBUTES = "attributes"
+    FILE = "file"
+    SLOT = "slot"
+    CONVERSION = "conversion"
+    MMAP = "mmap"
+    PRE_FAULT = "pre_fault", "pre-fault"
+
+
 class Check(NamedTuple):
     """One finding.
 
-    `name` is a path: the group (kvm, vm, v9, v10, guest_memfd), the VM type where the VM matters,
-    the step.  `asked` was asked of that VM, else of the device; `tried` is what was
-    done for real, `result` what came back, `hint` what would mend it.
+    `vm_type` is the type of the VM that was asked, empty if it was the device or the kernel.
+    `asked` are the capabilities that were asked for; `tried` is what was done, `result` what came
+    back, `hint` what may repair it.
     """
 
-    name: str
+    group: Group
+    step: Step
     status: str
+    vm_type: str = ""
     asked: tuple[Asked, ...] = ()
     tried: str = ""
     result: str = ""
     hint: str = ""
 
+    @property
+    def name(self) -> str:
+        """The group, the VM type and the step as a path, without those that are empty."""
+        return "/".join(filter(None, (self.group.value, self.vm_type, self.step.value)))
+
+    def to_json(self) -> dict[str, Any]:
+        """The check in the document of ``--json``."""
+        return {
+            "name": self.name,
+            "status": self.status,
+            "asked": [asked._asdict() for asked in self.asked],
+            "tried": self.tried,
+            "result": self.result,
+            "hint": self.hint,
+        }
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> Check:
+        """The check that `to_json` made a document from; ValueError for an unknown name."""
+        first, *between, last = document["name"].split("/")
+        if (group := Group(first)) is Group.VM:
+            between, last = [last], ""
+        rest = {key: document[key] for key in ("status", "tried", "result", "hint")}
+        asked = tuple(Asked(**asked) for asked in document["asked"])
+        return cls(group, Step(last), vm_type="/".join(between), asked=asked, **rest)
+
 
 class Report(NamedTuple):
     """A whole probe: the checks in the order of the tree, and facts about the host.
 
-    `holders` is who holds the device, None if nobody asked.
+    `holders` are the processes that have the device open, None if they were not looked for.
     """
 
     checks: tuple[Check, ...]
@@ -72,28 +144,28 @@ class Report(NamedTuple):
     @property
     def verdict(self) -> str:
         """One of VERDICTS; private memory that works comes before what is only there."""
-        status = {check.name: check.status for check in self.checks}
+        status = {(check.group, check.step, check.vm_type): check.status for check in self.checks}
+        types = {check.vm_type for check in self.checks if check.vm_type}
 
-        def works(group: str, *steps: str) -> bool:
-            types = {name.split("/")[1] for name in status if name.count("/") == 2}
-            return any(
-                all(status.get(f"{group}/{vm_type}/{step}") == PASS for step in steps)
-                for vm_type in types
-            )
+        def works(group: Group, *steps: Step, vm_type: str = "") -> bool:
+            return all(status.get((group, step, vm_type)) == PASS for step in steps)
 
-        advertised = status.get("v9/capability") == PASS
-        if advertised and status.get("v9/file") == PASS and works("v9", "slot", "conversion"):
+        def works_in_a_vm(group: Group, *steps: Step) -> bool:
+            return any(works(group, *steps, vm_type=vm_type) for vm_type in types)
+
+        v9, v10, guest_memfd = Group.V9, Group.V10, Group.GUEST_MEMFD
+        advertised = works(v9, Step.CAPABILITY)
+        if advertised and works(v9, Step.FILE) and works_in_a_vm(v9, Step.SLOT, Step.CONVERSION):
             return V9_USABLE
-        if works("guest_memfd", "file", "slot", "conversion"):
+        if works_in_a_vm(guest_memfd, Step.FILE, Step.SLOT, Step.CONVERSION):
             return GUEST_MEMFD_PRIVATE
         if advertised:
             return V9_REFUSED
-        if status.get("v9/syscall", FAIL) != FAIL and PASS in (
-            status.get("v10/default/capability"),
-            status.get("v10/default/attributes"),
+        if status.get((v9, Step.SYSCALL, ""), FAIL) != FAIL and (
+            works_in_a_vm(v10, Step.CAPABILITY) or works_in_a_vm(v10, Step.ATTRIBUTES)
         ):
             return V10_RECOGNISED
-        if works("guest_memfd", "file", "slot"):
+        if works_in_a_vm(guest_memfd, Step.FILE, Step.SLOT):
             return GUEST_MEMFD_SHARED
         return NONE
 
@@ -102,7 +174,7 @@ class Report(NamedTuple):
         """0 usable private memory, 1 probed and none usable, 3 could not probe: no VM was made."""
         if self.verdict in (V9_USABLE, GUEST_MEMFD_PRIVATE):
             return ExitStatus.OK
-        made = any(check.status == PASS and check.name.startswith("vm/") for check in self.checks)
+        made = any(check.status == PASS and check.group is Group.VM for check in self.checks)
         return ExitStatus.NEGATIVE if made else ExitStatus.UNABLE
 
     def to_json(self) -> dict[str, Any]:
@@ -111,10 +183,7 @@ class Report(NamedTuple):
             "schema_version": SCHEMA_VERSION,
             "verdict": self.verdict,
             "exit_status": self.exit_status,
-            "checks": [
-                {**check._asdict(), "asked": [asked._asdict() for asked in check.asked]}
-                for check in self.checks
-            ],
+            "checks": [check.to_json() for check in self.checks],
             "host": self.host,
             "holders": self.holders,
         }
@@ -127,10 +196,7 @@ class Report(NamedTuple):
                 f"schema version {document.get('schema_version')}, not {SCHEMA_VERSION}"
             )
         return cls(
-            tuple(
-                Check(**{**check, "asked": tuple(Asked(**asked) for asked in check["asked"])})
-                for check in document["checks"]
-            ),
+            tuple(map(Check.from_json, document["checks"])),
             document["host"],
             document["holders"],
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..terminal import BOLD, DIM, GREEN, RED, YELLOW, format_size, painter, plain
-from .records import FAIL, PASS, SKIP
+from .records import FAIL, PASS, SKIP, Group
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -14,23 +14,13 @@ if TYPE_CHECKING:
 
 __all__ = ["text"]
 
-_HEADINGS = {
-    "kvm": "KVM",
-    "vm": "VM types",
-    "v9": "v9: memfd_restricted, KVM_MEM_PRIVATE",
-    "v10": "v10: memory attributes on memfd_restricted",
-    "guest_memfd": "guest_memfd: mainline",
-}
-_TITLES = {
+#: VM types that are not written as KVM's names in lower case.
+_VM_TITLES = {
     "sev": "SEV",
     "sev_es": "SEV-ES",
     "snp": "SEV-SNP",
     "tdx": "TDX",
     "sw_protected": "sw-protected",
-    "syscall": "system call 451",
-    "vm_types": "VM types",
-    "encryption": "SEV switched on",
-    "pre_fault": "pre-fault",
 }
 _COLOURS = {PASS: GREEN, FAIL: RED, SKIP: YELLOW}
 _HOLDER = "{name} ({pid}, {user}): descriptors of {devices} devices, {vms} VMs, {vcpus} vCPUs"
@@ -41,19 +31,21 @@ def text(report: Report, *, colour: bool = False) -> str:
     """The verdict, the tree of checks, facts about the host; a line each, ASCII alone."""
     paint = painter(colour)
     lines = [paint(BOLD, report.verdict)]
-    group = vm_type = ""
+    group: Group | None = None
+    vm_type = ""
     for check in report.checks:
-        parts = check.name.split("/")
-        if parts[0] != group:
-            group, vm_type = parts[0], ""
-            lines += ["", paint(BOLD, _HEADINGS.get(group, group))]
-        indent = "  "
-        if len(parts) == 3:
-            if parts[1] != vm_type:
-                vm_type = parts[1]
-                lines.append(f"{indent}{_TITLES.get(vm_type, vm_type)} VM")
+        if check.group is not group:
+            group, vm_type = check.group, ""
+            lines += ["", paint(BOLD, group.title)]
+        indent, title = "  ", check.step.title
+        shown = _VM_TITLES.get(check.vm_type, check.vm_type)
+        if group is Group.VM:
+            title = shown
+        elif shown:
+            if check.vm_type != vm_type:
+                vm_type = check.vm_type
+                lines.append(f"{indent}{shown} VM")
             indent = "    "
-        title = _TITLES.get(parts[-1], parts[-1])
         badge = paint(_COLOURS[check.status], f"[ {check.status} ]")
         lines.append(f"{indent}{badge} {title:{_STEP - len(indent)}} {plain(_finding(check))}")
         if check.hint and check.status != PASS:

@@ -66,8 +66,8 @@ def main(folder: Path, selection: dict[str, Any], skip: int, pipe: int, *, colle
 def describe_host() -> dict[str, Any]:
     """The kernel, and which private memory the probe finds in it."""
     found = probe.probe()
-    passed = {check.name for check in found.checks if check.status == probe.records.PASS}
-    abis = [name for name in ("v9", "guest_memfd") if any(_is_file(name, c) for c in passed)]
+    files = [check for check in found.checks if check.step is probe.Step.FILE]
+    abis = dict.fromkeys(check.group.value for check in files if check.status == probe.PASS)
     system = platform.uname()
     return {
         "release": system.release,
@@ -75,12 +75,8 @@ def describe_host() -> dict[str, Any]:
         "machine": system.machine,
         "kvmpriv": kvmpriv.__version__,
         "verdict": found.verdict,
-        "abis": abis,
+        "abis": list(abis),
     }
-
-
-def _is_file(abi: str, check: str) -> bool:
-    return check.startswith(f"{abi}/") and check.endswith("/file")
 
 
 def rules_of(item: pytest.Item) -> list[str]:

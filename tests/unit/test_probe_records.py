@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import jsonschema
 import pytest
 
 import kvmpriv.probe
-from kvmpriv.probe import VERDICTS, Asked, Check, Report, report
+from kvmpriv.probe import VERDICTS, Asked, Check, Group, Report, Step, report
 from kvmpriv.probe.host import facts
 from kvmpriv.probe.records import FAIL, PASS, SKIP
 from kvmpriv.terminal import format_size
@@ -141,8 +142,21 @@ RECORDED: list[tuple[str, str, int, dict[str, str]]] = [
 ]
 
 
+def a_check(
+    name: str,
+    status: str,
+    asked: tuple[Asked, ...] = (),
+    tried: str = "",
+    result: str = "so",
+    hint: str = "",
+) -> Check:
+    """A check by the name that documents give it."""
+    document = {"name": name, "status": status, "tried": tried, "result": result, "hint": hint}
+    return Check.from_json({**document, "asked": [one._asdict() for one in asked]})
+
+
 def a_report(status: dict[str, str], **rest: Any) -> Report:
-    return Report(tuple(Check(name, what, (), "", "so") for name, what in status.items()), **rest)
+    return Report(tuple(a_check(name, what) for name, what in status.items()), **rest)
 
 
 @pytest.mark.parametrize(
@@ -180,13 +194,13 @@ def recorded() -> Report:
     """The report of mainline 6.18 without hardware for private memory."""
     return Report(
         (
-            Check("kvm/device", PASS, (), "open /dev/kvm", "API version 12"),
-            Check("kvm/vm_types", PASS, (Asked("KVM_CAP_VM_TYPES", 1),), "", "default"),
-            Check("vm/default", PASS, (), "KVM_CREATE_VM(0)", "made"),
-            Check("vm/snp", SKIP, (), "", "not offered: kvm_amd.sev_snp is N", "firmware: RMP"),
-            Check("v9/syscall", FAIL, (), "memfd_restricted(0xffffffff)", "EBADF", "patch it"),
-            Check("guest_memfd/default/file", PASS, (), "KVM_CREATE_GUEST_MEMFD", "made"),
-            Check("guest_memfd/default/slot", PASS, (), "KVM_SET_…_REGION2", "bound", "unseen"),
+            a_check("kvm/device", PASS, (), "open /dev/kvm", "API version 12"),
+            a_check("kvm/vm_types", PASS, (Asked("KVM_CAP_VM_TYPES", 1),), "", "default"),
+            a_check("vm/default", PASS, (), "KVM_CREATE_VM(0)", "made"),
+            a_check("vm/snp", SKIP, (), "", "not offered: kvm_amd.sev_snp is N", "firmware: RMP"),
+            a_check("v9/syscall", FAIL, (), "memfd_restricted(0xffffffff)", "EBADF", "patch it"),
+            a_check("guest_memfd/default/file", PASS, (), "KVM_CREATE_GUEST_MEMFD", "made"),
+            a_check("guest_memfd/default/slot", PASS, (), "KVM_SET_…_REGION2", "bound", "unseen"),
         ),
         facts("/nonexistent") | {"memory_slots": 32764, "nesting": ["svm"]},
         {
@@ -206,6 +220,34 @@ def test_round_trip(recorded: Report) -> None:
     document["schema_version"] = 2
     with pytest.raises(ValueError, match="schema version 2, not 1"):
         Report.from_json(document)
+
+
+@pytest.mark.parametrize(
+    ("check", "name"),
+    [
+        (Check(Group.KVM, Step.DEVICE, PASS), "kvm/device"),
+        (Check(Group.VM, Step.CREATE, PASS, "type_7"), "vm/type_7"),
+        (Check(Group.V9, Step.SYSCALL, FAIL), "v9/syscall"),
+        (Check(Group.GUEST_MEMFD, Step.PRE_FAULT, SKIP, "snp"), "guest_memfd/snp/pre_fault"),
+    ],
+)
+def test_a_name_is_made_of_fields(check: Check, name: str) -> None:
+    """In documents a check has a name; every name of the schema can be read back."""
+    assert check.name == name
+    assert re.fullmatch(SCHEMA["$defs"]["check"]["properties"]["name"]["pattern"], name)
+    assert Check.from_json(check.to_json()) == check
+
+
+def test_a_name_that_is_unknown() -> None:
+    for name in ("kvm/nonesuch", "v11/file", "guest_memfd/default/nonesuch"):
+        with pytest.raises(ValueError, match=r"is not a valid (Step|Group)"):
+            a_check(name, PASS)
+
+
+def test_the_schema_has_every_group() -> None:
+    pattern = SCHEMA["$defs"]["check"]["properties"]["name"]["pattern"]
+    for group in Group:
+        assert re.fullmatch(pattern, Check(group, Step.FILE, PASS, "default").name), group
 
 
 def test_schema(recorded: Report) -> None:
