@@ -1,4 +1,4 @@
-"""What private memory costs, and who is said to have it: before, during and after."""
+"""What private memory costs, and to whom the kernel accounts it: before, during and after."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GPA = 4 * GIB
 
 
 class Costs:
-    """What the system and this process have more than they had."""
+    """How much the counters of the system and of this process have grown."""
 
     def __init__(self) -> None:
         self.process = psutil.Process()
@@ -42,7 +42,7 @@ class Costs:
         }
 
     def are(self, **expected: int) -> bool:
-        """Whether each counter has grown by what is given; 0 for those that are not."""
+        """Whether each counter has grown by the given amount; 0 for those that are not given."""
         wanted = {name: expected.get(name, 0) for name in self.before}
         self.seen: dict[str, int] = {}
 
@@ -57,7 +57,7 @@ class Costs:
 @rule("account.allocated", "account.touched", "account.fds")
 @pytest.mark.known_defect("notified-in-bytes")
 def test_before_during_and_after(rig: Rig) -> None:
-    """Private pages are the system's, unevictable, and no process's; v9's are shmem's."""
+    """Private pages are unevictable memory of the system, not of a process; v9's also shmem."""
     costs, fds = Costs(), costs_of_fds()
 
     def holds(size: int) -> bool:
@@ -108,7 +108,7 @@ def test_blocks(rig: Rig) -> None:
 
 @rule("account.memcg")
 def test_charged_to_who_touches(rig: Rig) -> None:
-    """Pages are charged to the cgroup of the process that makes them, and given back with them."""
+    """Pages are charged to the cgroup of the process that allocates them, until they are freed."""
     file = rig.file(BIG)
 
     def allocate() -> tuple[int, int]:
@@ -137,7 +137,7 @@ def charged(group: Path) -> int:
 
 
 def resident(memory: HostMemory) -> int:
-    """How much of the mapping this process has in memory, by /proc/self/smaps."""
+    """How many bytes of the mapping are resident, by /proc/self/smaps."""
     start = f"{memory.userspace_addr:x}-"
     lines = Path("/proc/self/smaps").read_text().splitlines()
     at = next(number for number, line in enumerate(lines) if line.startswith(start))
@@ -149,7 +149,7 @@ def resident(memory: HostMemory) -> int:
 @pytest.mark.known_defect("notified-in-bytes", "pages-not-zeroed")
 @pytest.mark.parametrize("keep", [False, True], ids=["tidy", "keep"])
 def test_conversion_and_what_it_frees(rig: Rig, keep: bool) -> None:
-    """A conversion frees what it takes out of reach, so that no page is held twice; kept, both."""
+    """A conversion frees the pages that become unreachable; with keep=True both pages remain."""
     private_side = Unevictable()
     with HostMemory(BIG) as memory:
         memory.madvise(mmap.MADV_NOHUGEPAGE)

@@ -1,4 +1,4 @@
-"""The known defects of v9: a kernel that has one fails the test of its name."""
+"""The known defects of v9: a kernel with a defect fails the test of that name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _parameter(name: str) -> object:
 @pytest.mark.usefixtures("no_leak", "make_private_vm")
 @pytest.mark.parametrize("name", [_parameter(name) for name in DEFECTS])
 def test_known_defect(name: str) -> None:
-    """The kernel does not have it."""
+    """The kernel does not have this defect."""
     seen = detect(name)
     if seen is not None:
         known_defect(name, seen)

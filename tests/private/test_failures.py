@@ -1,4 +1,4 @@
-"""No memory, no descriptors: errors, and all as it was; never a spin, a leak or a report."""
+"""Without memory or descriptors, calls fail and change nothing: no spin, no leak, no complaint."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ GPA = 4 * GIB
 
 @rule("fail.emfile")
 def test_no_descriptor_left(rig: Rig, kvm: Kvm) -> None:
-    """EMFILE for VM, vCPU and file, and nothing is left of them."""
+    """Without a free descriptor, creating a VM, a vCPU or a file is EMFILE, and leaves nothing."""
     memory, vms, fds = Unevictable(), vms_alive(), open_fds()
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     asks: dict[str, Callable[[], object]] = {
@@ -60,7 +60,7 @@ def test_no_descriptor_left(rig: Rig, kvm: Kvm) -> None:
 
 @rule("fail.enfile")
 def test_no_file_left_in_the_system(rig: Rig) -> None:
-    """ENFILE for the file, to those without privilege."""
+    """Without a free file in the system, creating a file is ENFILE for unprivileged processes."""
     file_max = Path("/proc/sys/fs/file-max")
 
     def ask() -> str:
@@ -82,7 +82,7 @@ def test_no_file_left_in_the_system(rig: Rig) -> None:
 
 @contextmanager
 def own_rig(abi: PrivateAbi) -> Iterator[Rig]:
-    """A rig with all of its own, for a child process."""
+    """A rig that shares nothing with the parent, for a child process."""
     with ExitStack() as stack:
         kvm = stack.enter_context(Kvm())
         with hook(on=True):
@@ -93,7 +93,7 @@ def own_rig(abi: PrivateAbi) -> Iterator[Rig]:
 @rule("fail.memcg.killed")
 @pytest.mark.parametrize("how", ["touch", "allocate"])
 def test_over_the_limit_the_process_is_killed(rig: Rig, how: str) -> None:
-    """Private pages beyond memory.max: the OOM killer takes the process, and all goes with it."""
+    """Private pages beyond memory.max: the OOM killer ends the process, and all memory is freed."""
     memory, vms, abi = Unevictable(), vms_alive(), rig.abi
 
     def child() -> None:
@@ -120,7 +120,7 @@ def test_over_the_limit_the_process_is_killed(rig: Rig, how: str) -> None:
 
 
 def works(rig: Rig) -> None:
-    """A guest can have private memory, all of BIG, and it is its own."""
+    """A guest can use BIG bytes of private memory."""
     slot = rig.bind(GPA, BIG, rig.file(BIG))
     rig.guest.touch(GPA, PAGE, BIG // PAGE, byte=0x3C)
     assert rig.guest.load(GPA + BIG - PAGE, 1) == 0x3C
@@ -131,7 +131,7 @@ def works(rig: Rig) -> None:
 @pytest.mark.known_defect("no-page-spins", "pages-not-zeroed")
 @pytest.mark.parametrize("how", ["touch", "allocate"])
 def test_over_the_limit_where_nobody_can_be_killed(rig: Rig, how: str) -> None:
-    """KVM_RUN and fallocate fail with ENOMEM, and go on or succeed once there is memory."""
+    """KVM_RUN and fallocate fail with ENOMEM, and work once there is memory."""
     memory, abi = Unevictable(), rig.abi
 
     def child() -> tuple[str, bool, bool]:
@@ -179,7 +179,7 @@ MOST = 400
 
 
 def each_failing(call: Callable[[], object], undo: Callable[[str], None]) -> list[str]:
-    """The answers to `call` with its first, second, … allocation failing, until none does.
+    """The results of `call` with its first, second, … allocation failing, until none fails.
 
     `undo` is told each answer, and brings back what was before.
     """
@@ -204,7 +204,7 @@ def each_failing(call: Callable[[], object], undo: Callable[[str], None]) -> lis
 
 
 def check(answers: list[str], *also: str) -> None:
-    """Failures were injected, and seen; they are ENOMEM where the kernel can't do without."""
+    """Failures were injected and noticed; each is ENOMEM if the kernel needs the memory."""
     assert answers, "no allocation was made to fail"
     assert set(answers) <= {"ok", "ENOMEM", *also}
     assert "ENOMEM" in answers
@@ -212,7 +212,7 @@ def check(answers: list[str], *also: str) -> None:
 
 @rule("fail.injected.create")
 def test_creating_a_file_with_failing_allocations(rig: Rig) -> None:
-    """ENOMEM, no descriptor and no memory left; the last one, without a failure, succeeds."""
+    """Each failure is ENOMEM and leaves no descriptor and no memory; the last call succeeds."""
     fds, memory = open_fds(), Unevictable()
     # shmem says ENOSPC when it can't have an inode.
     also = ("ENOSPC",) if rig.behaviour.shmem else ()
@@ -224,7 +224,7 @@ def test_creating_a_file_with_failing_allocations(rig: Rig) -> None:
 
 @rule("fail.injected.bind")
 def test_binding_with_failing_allocations(rig: Rig) -> None:
-    """ENOMEM and no slot, or a slot."""
+    """Each call is ENOMEM without a slot, or makes the slot."""
     file, slots = rig.file(MIB), []
 
     def bind() -> None:
@@ -243,7 +243,7 @@ def test_binding_with_failing_allocations(rig: Rig) -> None:
 @rule("fail.injected.convert")
 @pytest.mark.known_defect("failed-conversion-erases")
 def test_converting_with_failing_allocations(rig: Rig) -> None:
-    """ENOMEM and everything of the kind that it was, or all of it converted."""
+    """Each call is ENOMEM and converts nothing, or converts the whole range."""
     first, last = 4, 200
     odd = range(first + 1, 45, 2)  # converted before; that they change takes more than one node
     wanted = not rig.abi.traits.default_private  # what a kernel has to remember
@@ -287,7 +287,7 @@ def test_converting_with_failing_allocations(rig: Rig) -> None:
 @pytest.mark.known_defect("notified-in-bytes", "pages-not-zeroed", "split-loses-pages")
 @only("restrictedmem")
 def test_punching_with_failing_allocations(rig: Rig) -> None:
-    """A hole in a large page is made, or it is ENOMEM; pages outside of it stay."""
+    """A hole in a large page is made or is ENOMEM; the pages around it stay."""
     with huge_pages():
         memory, at = rig.large_memory(LARGE)
         slot = rig.bind(GPA, LARGE, rig.file(LARGE), memory=memory, memory_offset=at)
@@ -316,7 +316,7 @@ def test_punching_with_failing_allocations(rig: Rig) -> None:
 @rule("fail.punch.without-memory")
 @pytest.mark.known_defect("notified-in-bytes", "pages-not-zeroed")
 def test_punching_without_memory(rig: Rig) -> None:
-    """A hole in small pages takes no allocation: memory can be given back when there is none."""
+    """A hole in small pages needs no allocation: memory can be freed when none is left."""
     slot = _filled(rig)
     said: list[str] = []
 
@@ -339,7 +339,7 @@ def test_punching_without_memory(rig: Rig) -> None:
 @rule("fail.injected.allocate")
 @pytest.mark.known_defect("notified-in-bytes", "pages-not-zeroed")
 def test_allocating_with_failing_allocations(rig: Rig) -> None:
-    """ENOMEM and no page of it stays, or all of them; pages that were there stay."""
+    """Each call is ENOMEM and leaves no new page, or allocates all; earlier pages stay."""
     memory, slot = Unevictable(), _filled(rig)
 
     def undo(said: str) -> None:
@@ -358,7 +358,7 @@ def test_allocating_with_failing_allocations(rig: Rig) -> None:
 @rule("fail.injected.fault")
 @pytest.mark.known_defect("no-page-spins", "notified-in-bytes", "pages-not-zeroed")
 def test_first_touches_with_failing_allocations(rig: Rig) -> None:
-    """KVM_RUN fails with ENOMEM and goes on at the next call, with zeros at first touch."""
+    """KVM_RUN fails with ENOMEM and continues at the next call; fresh pages are zero."""
     slot, at = _filled(rig), GPA + MIB
 
     def touch() -> None:

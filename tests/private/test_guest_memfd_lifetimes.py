@@ -1,4 +1,4 @@
-"""guest_memfd: who keeps what alive.  The file pins its VM; a slot does not pin its file."""
+"""guest_memfd: lifetimes.  The file keeps its VM alive; a slot does not keep its file alive."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_slot_deleted_before_the_file(gm_vm: Vm) -> None:
 
 @rule("gm.life.file_pins_vm")
 def test_vm_closed_before_the_file(guest_memfd_kvm: Kvm, vm_type: int) -> None:
-    """The file keeps its VM: the VM goes with the file's last fd."""
+    """The file keeps its VM alive: the VM ends with the file's last fd."""
     memory, before = Unevictable(), vms_alive()
     vm = guest_memfd_kvm.create_vm(vm_type)
     (name,) = vms_alive() - before
@@ -79,7 +79,7 @@ def test_vm_closed_before_the_file(guest_memfd_kvm: Kvm, vm_type: int) -> None:
 
 @rule("gm.life.vm_with_slots")
 def test_vm_closed_with_slots(guest_memfd_kvm: Kvm, gm_vm: Vm, vm_type: int) -> None:
-    """File closed, then VM closed with slots that have lost their file: all is freed."""
+    """The file is closed, then the VM with slots that have lost their file: all memory is freed."""
     memory, before = Unevictable(), vms_alive()
     vm = guest_memfd_kvm.create_vm(vm_type)
     (name,) = vms_alive() - before
@@ -96,7 +96,7 @@ def test_vm_closed_with_slots(guest_memfd_kvm: Kvm, gm_vm: Vm, vm_type: int) -> 
 
 @rule("gm.life.dup")
 def test_duplicates(gm_vm: Vm) -> None:
-    """A duplicate is the same file: the slot has its memory until the last of them is closed."""
+    """A duplicate refers to the same file: the slot has its memory until the last one is closed."""
     memory = Unevictable()
     with GuestMemfd(gm_vm, BIG) as file:
         fallocate(file, KEEP_SIZE, 0, BIG)
@@ -148,7 +148,7 @@ def test_fork(gm_slots: GuestMemfdSlots, gm_file: GuestMemfd) -> None:
 
 @rule("gm.life.exec")
 def test_exec(any_vm: Vm) -> None:
-    """What is not close-on-exec is the next program's; the binding's file is not."""
+    """A descriptor without close-on-exec is inherited; the binding's has the flag."""
     program = "import os; os.fstat({})"
 
     def run(fd: int) -> bool:

@@ -1,4 +1,4 @@
-"""guest_memfd: files, slots, attributes, pre-faulting; what is granted and what refused."""
+"""guest_memfd: files, slots, attributes, pre-faulting; what the kernel accepts and refuses."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ TOP = 1 << 64
 
 
 def create(vm: Vm, size: int, flags: int = 0) -> str:
-    """KVM_CREATE_GUEST_MEMFD's answer; a file that came of it is closed."""
+    """The errno of KVM_CREATE_GUEST_MEMFD; a file that it made is closed."""
     return answer(lambda: GuestMemfd(vm, size, flags).close())
 
 
 def flags_of(vm: Vm) -> int:
-    """The flags that files of this VM may have."""
+    """The flags that files of this VM can have."""
     return vm.check_extension(gm.KVM_CAP_GUEST_MEMFD_FLAGS)
 
 
@@ -73,7 +73,7 @@ def flags_of(vm: Vm) -> int:
 
 @rule("gm.cap.kvm", "gm.cap.vm")
 def test_capabilities(kvm: Kvm, any_vm: Vm, vm_type: int) -> None:
-    """On /dev/kvm a capability says what is built in, on a VM what this one can do."""
+    """On /dev/kvm a capability reports what is built in, on a VM what this VM supports."""
     assert kvm.check_extension(gm.KVM_CAP_USER_MEMORY2) == 1
     assert any_vm.check_extension(gm.KVM_CAP_USER_MEMORY2) == 1
     assert kvm.check_extension(gm.KVM_CAP_MEMORY_FAULT_INFO) == 1
@@ -147,7 +147,7 @@ def test_flags(any_vm: Vm) -> None:
 
 @rule("gm.create.reserved")
 def test_reserved(any_vm: Vm) -> None:
-    """`reserved` may hold anything."""
+    """The kernel ignores `reserved`."""
     argument = gm.ffi.new("struct kvm_create_guest_memfd *", {"size": PAGE})
     for at in range(6):
         argument.reserved[at] = TOP - 1
@@ -193,7 +193,7 @@ def test_order_of_creation(any_vm: Vm) -> None:
 
 @rule("gm.file.identity", "gm.file.cloexec")
 def test_identity(any_vm: Vm) -> None:
-    """The file is read-write and large, not close-on-exec, and calls itself guest_memfd."""
+    """The file is read-write with O_LARGEFILE, not close-on-exec, and named guest_memfd."""
     argument = gm.ffi.new("struct kvm_create_guest_memfd *", {"size": 3 * PAGE})
     fd = any_vm.ioctl(gm.KVM_CREATE_GUEST_MEMFD, argument)
     try:
@@ -207,7 +207,7 @@ def test_identity(any_vm: Vm) -> None:
 
 @rule("gm.file.distinct")
 def test_two_files_differ(gm_vm: Vm) -> None:
-    """Each call makes a file of its own."""
+    """Each call makes a new file."""
     with GuestMemfd(gm_vm, BIG) as one, GuestMemfd(gm_vm, 2 * BIG) as two:
         assert os.fstat(one.fileno()).st_ino != os.fstat(two.fileno()).st_ino
         sizes = [os.fstat(file.fileno()).st_size for file in (one, two)]
@@ -234,7 +234,7 @@ def test_two_files_differ(gm_vm: Vm) -> None:
     },
 )
 def test_operation(gm_file: GuestMemfd, operation: Callable[[int], Any], expected: str) -> None:
-    """Each operation gets its answer, without pages as with them."""
+    """Each operation has its result, on a file with and without pages."""
     assert answer(lambda: operation(gm_file.fileno())) == expected
     fallocate(gm_file, KEEP_SIZE, 0, 16 * PAGE)
     assert answer(lambda: operation(gm_file.fileno())) == expected
@@ -250,7 +250,7 @@ def test_the_size_is_fixed(gm_file: GuestMemfd) -> None:
 
 @rule("gm.file.fallocate.keep_size", "gm.file.fallocate.modes")
 def test_modes(gm_file: GuestMemfd) -> None:
-    """fallocate wants KEEP_SIZE, alone or beside PUNCH_HOLE; else EOPNOTSUPP."""
+    """fallocate needs KEEP_SIZE, alone or with PUNCH_HOLE; else EOPNOTSUPP."""
     others = [0, PUNCH_HOLE, 4, ZERO, ZERO | KEEP_SIZE, COLLAPSE, INSERT, UNSHARE | KEEP_SIZE]
     for mode in others:
         assert answer(lambda m=mode: fallocate(gm_file, m, 0, PAGE)) == "EOPNOTSUPP", mode
@@ -364,7 +364,7 @@ def test_mapped_private(mappable: GuestMemfd) -> None:
 
 
 def touched(fd: int, offset: int, *, write: bool) -> int:
-    """The signal that a process dies of when it touches a mapping of 8 pages, or 0."""
+    """The signal that ends a process that touches a mapping of 8 pages, or 0."""
 
     def touch() -> None:
         # The binding's mapping would ask for the size first.
@@ -699,7 +699,7 @@ def test_ordinary_slots_do_not_get_a_file(gm_slots: GuestMemfdSlots) -> None:
 
 @rule("gm.slot.delete")
 def test_deletion(gm_slots: GuestMemfdSlots) -> None:
-    """memory_size 0 deletes, looking neither at the fd nor at the flag; once."""
+    """memory_size 0 deletes the slot, whatever fd and flag are; a second time is EINVAL."""
     for changes in ({}, {"flags": 0}, {"guest_memfd": 0xFFFFFFFF}, {"userspace_addr": 0}):
         assert gm_slots.delete(**changes) == "EINVAL", "nothing there"
         assert gm_slots.set() == "ok"
@@ -710,7 +710,7 @@ def test_deletion(gm_slots: GuestMemfdSlots) -> None:
 
 @rule("gm.slot.unchecked.pad", "gm.slot.unchecked.userspace_addr")
 def test_unchecked(gm_slots: GuestMemfdSlots) -> None:
-    """pad1 and pad2 may hold anything; userspace_addr need not be mapped."""
+    """The kernel ignores pad1 and pad2, and userspace_addr need not be mapped."""
     gm_slots.accepts(pad1=0xFFFFFFFF, pad2=TOP - 1)
     gm_slots.accepts(userspace_addr=0)
     gm_slots.accepts(userspace_addr=1 << 40)
@@ -738,7 +738,7 @@ def test_guest_range(gm_slots: GuestMemfdSlots) -> None:
 
 
 def attributes(vm: Vm, address: int, size: int, value: int = PRIVATE, flags: int = 0) -> str:
-    """KVM_SET_MEMORY_ATTRIBUTES' answer."""
+    """The errno of KVM_SET_MEMORY_ATTRIBUTES."""
     struct = gm.ffi.new("struct kvm_memory_attributes *", (address, size, value, flags))
     return errno_of(vm.ioctl_errno(gm.KVM_SET_MEMORY_ATTRIBUTES, struct))
 
@@ -757,7 +757,7 @@ def test_which_vms_have_attributes(kvm: Kvm, any_vm: Vm) -> None:
 
 @rule("gm.attr.no_slot", "gm.attr.again")
 def test_attributes_without_a_slot(attributes_vm: Vm) -> None:
-    """A range gets its attribute where no slot is, and where it has it already."""
+    """A range gets its attribute also without a slot, and if it has the attribute already."""
     for value in (PRIVATE, PRIVATE, 0, 0):
         for address, size in ((0, PAGE), (4 * GIB, 512 * PAGE), (3 * PAGE, 5 * PAGE)):
             assert attributes(attributes_vm, address, size, value) == "ok"
@@ -829,7 +829,7 @@ def test_attribute_efault_comes_first(attributes_vm: Vm) -> None:
 
 
 def pre_fault(vcpu: Vcpu, gpa: int, size: int, **more: Any) -> tuple[str, int, int]:
-    """KVM_PRE_FAULT_MEMORY's answer, and the gpa and size it left."""
+    """The errno of KVM_PRE_FAULT_MEMORY, and the gpa and size that it wrote back."""
     struct = gm.ffi.new("struct kvm_pre_fault_memory *", {"gpa": gpa, "size": size, **more})
     said = errno_of(vcpu.ioctl_errno(gm.KVM_PRE_FAULT_MEMORY, struct))
     return said, struct.gpa, struct.size

@@ -1,4 +1,4 @@
-"""Guests in private memory, by both ABIs: what they and the host see, which exits they take."""
+"""Guests in private memory, by both ABIs: what guest and host see, and which exits there are."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ PATTERN = bytes(range(256)) * 16
 
 @rule("faults.private-from-file", "faults.shared-from-userspace-addr")
 def test_private_and_shared_are_two_memories(private: OneSlotRig) -> None:
-    """What the guest writes to private memory is in the file, not where the host can look."""
+    """What the guest writes to private memory is in the file, not where the host can read."""
     gpa = GPA + 3 * PAGE
     private.shared.write(3 * PAGE, PATTERN)
     private.guest.write(gpa, b"private marker")
@@ -109,7 +109,7 @@ def test_a_hole_takes_just_its_pages(private: OneSlotRig, first: int, count: int
 @rule("invalidation.outside-the-slot")
 @pytest.mark.known_defect("notified-in-bytes", "pages-not-zeroed")
 def test_holes_beside_the_binding(private: OneSlotRig) -> None:
-    """A hole of the same file before or behind what the slot uses takes nothing."""
+    """A hole in the file before or after the slot's part frees nothing of the slot."""
     private.guest.fill(GPA, 0x5A, SIZE)
     for offset in (0, OFFSET - 2 * MIB, OFFSET - PAGE, OFFSET + SIZE, OFFSET + SIZE + MIB):
         private.private_file.punch_hole(offset, PAGE)
@@ -121,7 +121,7 @@ def test_holes_beside_the_binding(private: OneSlotRig) -> None:
 
 @rule("convert.state-survives-the-slot")
 def test_the_state_survives_the_slot(private: OneSlotRig) -> None:
-    """Private or shared is the VM's and the gfn's: deleting the slot changes neither."""
+    """The state belongs to the VM and the gfn: deleting the slot does not change it."""
     private.shared.write(0, b"host 0 ")
     private.shared.write(PAGE, b"host 1 ")
     private.guest.write(GPA, b"guest 0")
@@ -141,7 +141,7 @@ def test_the_state_survives_the_slot(private: OneSlotRig) -> None:
 
 @rule("convert.large-ranges")
 def test_conversion_of_parts_of_a_large_range(private: OneSlotRig) -> None:
-    """2 MiB and its parts, back and forth: each stage seen from both sides."""
+    """2 MiB and its parts are converted back and forth; both sides are checked each time."""
     private.shared.write(0, b"\x11" * SIZE)
     private.guest.fill(GPA, 0x22, SIZE)
     slot, state = private.slot, [True] * (SIZE // PAGE)
@@ -162,7 +162,7 @@ def test_conversion_of_parts_of_a_large_range(private: OneSlotRig) -> None:
 @rule("slots.same-offset-mapping")
 @pytest.mark.known_defect("notified-in-bytes", "pages-not-zeroed")
 def test_two_slots_of_one_file(private: OneSlotRig) -> None:
-    """A second slot at another guest address has its own part of the file."""
+    """A second slot at another guest address uses its own part of the file."""
     second = 64 << 30
     with HostMemory(MIB) as memory:
         slot = private.bind_again(2, second, MIB, OFFSET + SIZE + MIB, memory)
@@ -188,7 +188,7 @@ def test_ranges_across_pages(private: OneSlotRig) -> None:
 
 @rule("isolation.host-mapping")
 def test_the_marker_is_nowhere_in_the_process(private: OneSlotRig) -> None:
-    """A marker in private memory is in no page of ours; its twin in shared memory is found."""
+    """A marker in private memory is in no page of this process; one in shared memory is found."""
     # Never whole in our own memory: the guest's copy is put together by the guest itself.
     half = os.urandom(8).hex().encode()
     for number, byte in enumerate(half + half[::-1]):
@@ -253,7 +253,7 @@ def test_a_guest_that_wants_the_other_kind_exits(v9_guest: OneSlotRig, wants: bo
 
 @rule("v9.fault.implicit-conversion")
 def test_implicit_conversion_by_a_server(v9_guest: OneSlotRig) -> None:
-    """A guest that just accesses, and a host that converts at each exit."""
+    """A guest accesses memory of the other kind, and the host converts it at each exit."""
 
     def serve(_: object, exit_: Exit) -> bool:
         assert isinstance(exit_, MemoryFaultExit)
@@ -313,7 +313,7 @@ def test_shared_memory_that_is_not_mapped(v9_guest: OneSlotRig) -> None:
 
 @rule("v9.fault.plain-slot")
 def test_a_plain_slot_ignores_the_state(v9_guest: OneSlotRig) -> None:
-    """All gfns are private at first, and an ordinary slot works all the same."""
+    """All gfns start private, and an ordinary slot works all the same."""
     with HostMemory(MIB) as memory:
         v9_guest.vm.map(memory, 0, slot=5)
         for private in (True, False):
@@ -341,7 +341,7 @@ def test_a_page_that_can_not_be_had(v9_guest: OneSlotRig) -> None:
 @rule("v9.fault.read-only")
 @pytest.mark.known_defect("read-only-spins")
 def test_a_write_to_read_only_private_memory(v9_guest: OneSlotRig) -> None:
-    """It exits; the page stays as it is; reads work."""
+    """The write exits, the page does not change, and reads work."""
     v9_guest.guest.write(GPA, b"before")
     v9_guest.slot.delete()
     v9_guest.bind_again(1, GPA, SIZE, OFFSET, v9_guest.shared, k.KVM_MEM_READONLY)
@@ -389,7 +389,7 @@ def _in_thread(errors: list[BaseException], body: Callable[[], None]) -> threadi
 @rule("race.hole-against-fault")
 @pytest.mark.known_defect("notified-in-bytes", "pages-not-zeroed")
 def test_holes_against_faults(make: MakeGuest) -> None:
-    """Two vCPUs fault while holes are punched; nothing stale is read once a hole is made."""
+    """Two vCPUs fault while holes are punched; after a hole no stale data is read."""
     private = make(cpus=2)
     errors: list[BaseException] = []
     stop = threading.Event()
@@ -458,7 +458,7 @@ def test_conversions_against_faults(make: MakeGuest) -> None:
 
 @rule("race.slot-against-fault")
 def test_slot_deletion_under_access(make: MakeGuest) -> None:
-    """A slot that comes and goes under a running guest: it exits or it works."""
+    """A slot is made and deleted under a running guest: each access works or exits."""
     private = make()
     private.guest.serve = lambda _cpu, _exit: True
     turns = 0
@@ -479,7 +479,7 @@ def test_slot_deletion_under_access(make: MakeGuest) -> None:
 
 @rule("v9.hook.off")
 def test_no_private_memory_where_the_hook_says_no(kvm: Kvm, refusing_vm: object) -> None:
-    """The wish bits reach no kernel code then: the hypercall answers as it always has."""
+    """With the hook off the test vehicle's bits have no effect: the hypercall is as before."""
     from kvmpriv.guest.puppet import Puppet
 
     with Puppet(refusing_vm, cpuid=kvm.get_supported_cpuid()) as guest:  # type: ignore[arg-type]

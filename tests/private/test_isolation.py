@@ -1,4 +1,4 @@
-"""Isolation, from every side that the host has: private memory is not seen, nor changed.
+"""Isolation by every means that the host has: it can't read or change private memory.
 
 Beside each look is its control: the same look finds what is in shared memory.
 """
@@ -56,7 +56,7 @@ AT = 40
 
 
 class Scene:
-    """A slot, private but for one page, with a marker in that page and one in a private page.
+    """A slot with one shared page; a marker is in the shared page, another in a private page.
 
     `host` is what the host has put at the private page's place; it is all that it may find there.
     """
@@ -77,11 +77,11 @@ class Scene:
 
     @property
     def address(self) -> int:
-        """Where the slot's shared side begins in this process."""
+        """The address of the slot's shared side in this process."""
         return self.memory.userspace_addr + MEMORY_OFFSET
 
     def judge(self, seen: bytes) -> None:
-        """What a look at the slot's shared side has to find, and what not."""
+        """Check what a read of the slot's shared side found."""
         assert len(seen) == SIZE
         assert seen.find(self.shared.value()) == SHARED + AT, "the control, in shared memory"
         assert seen.find(self.host) == PRIVATE + AT, "the host finds what it has put there"
@@ -89,7 +89,7 @@ class Scene:
         self.is_untouched()
 
     def is_untouched(self) -> None:
-        """The guest has its private page as it has written it."""
+        """Whether the guest reads its private page as it wrote it."""
         page = self.guest.read(GPA + PRIVATE, PAGE)
         filled = bytes([FILLED]) * PAGE
         assert page == filled[:AT] + self.private.value() + filled[AT + Marker.size :]
@@ -100,7 +100,7 @@ def scene(rig: Rig) -> Scene:
     return Scene(rig)
 
 
-# -- the host's mapping of the slot, by whatever leads to it ---------------------------------------
+# -- the host's mapping of the slot, by every way to it --------------------------------------------
 
 
 def _vector(address: int, size: int) -> Any:
@@ -143,7 +143,7 @@ WALL = 0x40000000
 
 @contextmanager
 def _traced(pid: int) -> Iterator[None]:
-    """The process, its first thread that is, is stopped and traced by us."""
+    """The first thread of the process, stopped and traced by this process."""
 
     def ptrace(request: int) -> None:
         if libc.syscall(101, request, pid, 0, 0) < 0:
@@ -197,7 +197,7 @@ def _by_read(pid: int, address: int, data: bytes) -> None:
 
 
 def _by_vmsplice(pid: int, address: int) -> bytes:
-    """A pipe takes the mapping's very pages."""
+    """A pipe gets the pages of the mapping themselves."""
     read_end, write_end = os.pipe()
     try:
         assert call("fcntl", write_end, 1031, SIZE) >= SIZE  # F_SETPIPE_SZ
@@ -218,7 +218,7 @@ def _store(pid: int, address: int, data: bytes) -> None:
 
 
 def _elsewhere(look: Callable[..., Any]) -> Callable[..., Any]:
-    """The look, from another process."""
+    """Reads the mapping from another process."""
     return lambda pid, *more: in_child(lambda: look(pid, *more))
 
 
@@ -246,7 +246,7 @@ CHANGES: dict[str, Callable[[int, int, bytes], None]] = {
 
 
 def ways(prefix: str, table: dict[str, Any]) -> pytest.MarkDecorator:
-    """Parametrizes a test by the ways in a table, a rule each."""
+    """Parametrizes a test by the ways in a table, one rule each."""
     rows = [
         pytest.param(way, id=name, marks=rule(f"{prefix}.{name}")) for name, way in table.items()
     ]
@@ -254,7 +254,7 @@ def ways(prefix: str, table: dict[str, Any]) -> pytest.MarkDecorator:
 
 
 def may_trace(pid: int) -> bool:
-    """Whether another process of ours may look into this one at all."""
+    """Whether a child process may read this process's memory at all."""
 
     def attach() -> None:
         with _traced(pid):
@@ -273,14 +273,14 @@ def traceable(request: pytest.FixtureRequest) -> None:
 @ways("private.isolation.read", LOOKS)
 @pytest.mark.usefixtures("traceable")
 def test_looks_at_the_mapping(scene: Scene, way: Callable[[int, int], bytes]) -> None:
-    """What the host finds at userspace_addr is the shared side, whichever way it looks."""
+    """The host finds the shared side at userspace_addr, whichever way it reads."""
     scene.judge(way(os.getpid(), scene.address))
 
 
 @ways("private.isolation.write", CHANGES)
 @pytest.mark.usefixtures("traceable")
 def test_changes_of_the_mapping(scene: Scene, way: Callable[[int, int, bytes], None]) -> None:
-    """What the host writes there reaches the guest where memory is shared, and only there."""
+    """The host's writes reach the guest only in shared pages."""
     new = os.urandom(SIZE)
     way(os.getpid(), scene.address, new)
     assert scene.guest.read(GPA + SHARED, PAGE) == new[SHARED : SHARED + PAGE], "the control"
@@ -370,7 +370,7 @@ def _reopened(fd: int) -> bytes:
 
 
 def _mapped_into_slot(fd: int) -> bytes:
-    """As another mapping of guest memory would be made."""
+    """Maps the file as the shared side of a slot."""
     with HostMemory(SIZE, fd=fd, offset=OFFSET) as memory:
         return memory.read(0, SIZE)
 
@@ -552,7 +552,7 @@ def test_changes_of_the_file(rig: Rig) -> None:
 
 @rule("private.isolation.file.vmsplice")
 def test_vmsplice_to_the_file(scene: Scene) -> None:
-    """The file is no pipe: vmsplice(2) is EBADF, both ways; a pipe takes the data."""
+    """The file is not a pipe: vmsplice(2) is EBADF in both directions; the twin, a pipe, works."""
     data = os.urandom(PAGE)
     with _large_pipe() as (read_end, write_end):
         assert _vmsplice_to(write_end, data) == PAGE
@@ -589,7 +589,7 @@ CORE_PATTERN = Path("/proc/sys/kernel/core_pattern")
 
 @contextmanager
 def cores_in(folder: Path) -> Iterator[None]:
-    """Core dumps go into `folder`, the current one inside."""
+    """Sends core dumps to `folder`, which is the current directory meanwhile."""
     here, before = Path.cwd(), CORE_PATTERN.read_text()
     if before.startswith(("|", "/")):
         if "KVMPRIV_VM" not in os.environ or not os.access(CORE_PATTERN, os.W_OK):
@@ -607,7 +607,7 @@ def cores_in(folder: Path) -> Iterator[None]:
 @rule("private.isolation.core-dump")
 @pytest.mark.usefixtures("make_rig")
 def test_core_dump(request: pytest.FixtureRequest) -> None:
-    """The dump of the process that has the VM holds the shared side, and no private page."""
+    """A core dump of the process that has the VM contains the shared side and no private page."""
     abi = private.ABIS[request.node.callspec.params["make_rig"]]
     _, limit = resource.getrlimit(resource.RLIMIT_CORE)
     if limit == 0:
@@ -697,7 +697,7 @@ class Kcore:
 
 
 def frames(address: int, size: int) -> list[int]:
-    """The numbers of the page frames behind a range of this process; root alone sees them."""
+    """The page frame numbers of a range of this process; only root can read them."""
     with Path("/proc/self/pagemap").open("rb", buffering=0) as pagemap:
         entries = os.pread(pagemap.fileno(), size // PAGE * 8, address // PAGE * 8)
     words = (word for (word,) in struct.iter_unpack("<Q", entries))
@@ -715,7 +715,7 @@ def frames_of_this_process() -> set[int]:
 
 @rule("private.isolation.hidden-not-gone")
 def test_found_in_the_kernels_memory(scene: Scene) -> None:
-    """/proc/kcore has the private page: it is hidden from this process, and it is there."""
+    """/proc/kcore contains the private page: it is hidden from this process, not encrypted."""
     if "KVMPRIV_VM" not in os.environ:
         missing("scripts-vm", "only there all memory is searched")
     if os.geteuid():

@@ -1,4 +1,4 @@
-"""Offsets and sizes: which page of the file and of the host's memory stands behind which gfn."""
+"""Offsets and sizes: which page of the file and of host memory belongs to which gfn."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ holes = pytest.mark.known_defect("notified-in-bytes", "hole-before-binding", "pa
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a slot is, and where in its file and in the host's memory it begins; in bytes."""
+    """Where a slot is, and where it begins in its file and in host memory; in bytes."""
 
     gpa: int
     size: int
@@ -47,7 +47,7 @@ layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 
 
 def stamp(kind: bytes, at: int) -> bytes:
-    """What marks the page at `at`: 8 bytes."""
+    """The 8 bytes that mark the page at `at`."""
     return kind + struct.pack("<I", at // PAGE)
 
 
@@ -57,7 +57,7 @@ def stamps(data: bytes) -> list[bytes]:
 
 
 class Laid:
-    """A slot as `layout` says, each page of both of its sides stamped with its number."""
+    """A slot with this layout; each page of both sides is stamped with its number."""
 
     def __init__(self, rig: Rig, layout: Layout) -> None:
         self.rig, self.layout = rig, layout
@@ -82,7 +82,7 @@ class Laid:
 @rule("private.layout.both-sides")
 @layouts
 def test_each_page_has_its_place(rig: Rig, layout: Layout) -> None:
-    """Page by page, private and shared sides are where the offsets say, and nowhere else."""
+    """Each private and shared page is where the offsets put it, and nowhere else."""
     laid = Laid(rig, layout)
     assert laid.seen() == laid.expected(b"mine")
     ours = laid.memory.read(layout.memory_offset, layout.size)
@@ -102,7 +102,7 @@ def test_each_page_has_its_place(rig: Rig, layout: Layout) -> None:
 @holes
 @layouts
 def test_each_hole_has_its_place(rig: Rig, layout: Layout) -> None:
-    """A hole in one page of the file empties that page of the guest's, at both ends as between."""
+    """A hole in one page of the file empties that page of the guest, at both ends and between."""
     laid = Laid(rig, layout)
     expected = laid.expected(b"mine")
     beside = (layout.offset - PAGE, layout.offset + layout.size)
@@ -123,7 +123,7 @@ def test_each_hole_has_its_place(rig: Rig, layout: Layout) -> None:
 @rule("private.layout.convert")
 @layouts
 def test_each_conversion_has_its_place(rig: Rig, layout: Layout) -> None:
-    """Single pages converted, at both ends as between: each from then on the other memory."""
+    """Single pages are converted, at both ends and between: each has the other memory then."""
     laid = Laid(rig, layout)
     expected = laid.expected(b"mine")
     last = layout.size - PAGE
@@ -144,7 +144,7 @@ LOW, HIGH = 2 * GIB, 4 * GIB
 @pytest.mark.timeout(600)  # 6.12 converts page by page, which a debug kernel watches
 @holes
 def test_split_layout(rig: Rig) -> None:
-    """Memory as QEMU lays it out: 2 GiB at 0, what follows in the file at 4 GiB."""
+    """QEMU's layout: 2 GiB at 0, and the rest of the file at 4 GiB."""
     guest, file = rig.guest, rig.file(LOW + GIB)
     memory = rig.memory(LOW + GIB)
     rig.bind(0, LOW, file, 0, memory=memory)
@@ -211,7 +211,7 @@ def test_both_ends_of_the_address_space(rig: Rig, kvm: Kvm) -> None:
 @rule("private.layout.across-slots")
 @holes
 def test_ranges_across_slots(rig: Rig) -> None:
-    """One conversion over private slots, an ordinary one, and a gap: each takes its part."""
+    """One conversion covers private slots, an ordinary one and a gap: each gets its part."""
     guest, gpa, each = rig.guest, 6 * GIB, 3 * PAGE
     memory, plain = rig.memory(each * 8), rig.memory(each)
     one, other = rig.file(64 * PAGE), rig.file(64 * PAGE)
@@ -260,7 +260,7 @@ GPA, OFFSET, SIZE = 4 * GIB, 2 * GIB + LARGE, 3 * LARGE
 
 
 def large_slot(rig: Rig, offset: int = OFFSET) -> None:
-    """A slot whose gfns lie in host memory as large pages do."""
+    """A slot whose gfns and host memory are aligned for large pages."""
     memory, start = rig.large_memory(SIZE)
     memory.write(start, b"\x11" * SIZE)
     file = rig.file(OFFSET + 2 * SIZE)
@@ -275,7 +275,7 @@ def large_slot(rig: Rig, offset: int = OFFSET) -> None:
 @pytest.mark.known_defect("notified-in-bytes", "mixed-large-page", "split-loses-pages")
 @only("restrictedmem")
 def test_large_pages(rig: Rig) -> None:
-    """2 MiB mappings, seen in KVM's counters: conversion and holes break them, no data is lost."""
+    """2 MiB mappings, by KVM's counters: conversions and holes split them, and no data is lost."""
     guest = rig.guest
     with huge_pages():
         large_slot(rig)
@@ -314,7 +314,7 @@ def test_large_pages(rig: Rig) -> None:
 @rule("v9.large-pages.shared")
 @only("restrictedmem")
 def test_large_pages_of_both_kinds(rig: Rig) -> None:
-    """One large page shared beside private ones; the shared side is as the host has it."""
+    """One large page is shared beside private ones; it is mapped as host memory is."""
     guest = rig.guest
     with huge_pages():
         large_slot(rig)
@@ -334,7 +334,7 @@ def test_large_pages_of_both_kinds(rig: Rig) -> None:
 @rule("v9.large-pages.alignment")
 @only("restrictedmem")
 def test_no_large_pages_where_the_file_lies_otherwise(rig: Rig) -> None:
-    """A slot one page off in its file has the same memory, in small pages alone."""
+    """A slot that is one page off in its file has the same memory, in small pages only."""
     guest = rig.guest
     with huge_pages():
         large_slot(rig, OFFSET + PAGE)
@@ -347,7 +347,7 @@ def test_no_large_pages_where_the_file_lies_otherwise(rig: Rig) -> None:
 @rule("gm.large-pages.none")
 @only("guest_memfd")
 def test_guest_memfd_has_small_pages(make_rig: MakeRig) -> None:
-    """guest_memfd gives small pages alone: filled ahead or touched, converted, with a hole."""
+    """guest_memfd has small pages only: pre-faulted or touched, converted, or with a hole."""
     rig = make_rig()
     guest = rig.guest
     large_slot(rig)

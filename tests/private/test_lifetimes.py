@@ -1,4 +1,4 @@
-"""Who keeps what alive, by both ABIs: every order, with guests running, across processes.
+"""Lifetimes, by both ABIs: in every order, with running guests, and across processes.
 
 What each ABI has for itself is in the lifetimes of restrictedmem and of guest_memfd.
 """
@@ -55,7 +55,7 @@ class Kind:
         return private.ABIS[self.name].create_file(vm, BIG)
 
     def slots(self, vm: Vm, fd: int) -> Slots:
-        """Of BIG at GPA, set by hand: nobody but the kernel keeps anything for them."""
+        """Slots of BIG bytes at GPA, set by ioctl: only the kernel keeps their file alive."""
         make = RestrictedSlots if self.slots_pin_files else GuestMemfdSlots
         slots = make(vm, fd, 0)
         offset = "restricted_offset" if self.slots_pin_files else "guest_memfd_offset"
@@ -65,7 +65,7 @@ class Kind:
 
 @pytest.fixture(params=["restrictedmem", "guest_memfd", "guest_memfd, shared"])
 def kind(request: pytest.FixtureRequest, kvm: Kvm) -> Iterator[Kind]:
-    """Each kind that this kernel has."""
+    """Each kind that this kernel supports."""
     with ExitStack() as stack:
         if request.param == "restrictedmem":
             yield Kind(request.param, request.getfixturevalue("make_private_vm"))
@@ -84,7 +84,7 @@ def kind(request: pytest.FixtureRequest, kvm: Kvm) -> Iterator[Kind]:
 @rule("life.every_order")
 @pytest.mark.parametrize("order", list(permutations(("file", "slot", "vm", "vcpu"))), ids="-".join)
 def test_every_order(kind: Kind, order: tuple[str, ...]) -> None:
-    """File, slot, VM and vCPU closed in any order: memory goes when nobody can reach it.
+    """File, slot, VM and vCPU are closed in any order: memory is freed when nothing refers to it.
 
     v9: with the file's last fd and the last slot of a living VM; guest_memfd: with the file's last
     fd.  The VM goes with its last fd, a vCPU's too; guest_memfd: and with its files.
@@ -127,7 +127,7 @@ def _lives(name: str, expected: bool) -> bool:
 
 
 class Runner:
-    """A guest that goes on touching 16 pages at GPA in a thread; `stopped` is what stopped it."""
+    """A guest that touches 16 pages at GPA again and again in a thread; `stopped`: why it ended."""
 
     def __init__(self, guest: Puppet) -> None:
         self.guest = guest
@@ -160,7 +160,7 @@ class Runner:
 
 @contextmanager
 def running(rig: Rig, file: PrivateFile) -> Iterator[tuple[Slots, Runner]]:
-    """A guest that runs in private memory whose slot nobody but the kernel keeps."""
+    """A guest that runs in private memory whose slot only the kernel keeps alive."""
     kind = Kind(rig.abi.name, lambda: rig.vm)
     slots = kind.slots(rig.vm, file.fileno())
     assert slots.set() == "ok"
@@ -197,7 +197,7 @@ def test_file_closed_under_a_running_guest(rig: Rig) -> None:
 
 @rule("life.running.slot")
 def test_slot_deleted_under_a_running_guest(rig: Rig) -> None:
-    """The guest stops at its next access; with the slot made anew it finds what it had."""
+    """The guest stops at its next access; when the slot is made again it finds its data."""
     memory, file = Unevictable(), rig.file(BIG)
     with running(rig, file) as (slots, runner):
         assert slots.delete() == "ok"
@@ -217,7 +217,7 @@ def test_slot_deleted_under_a_running_guest(rig: Rig) -> None:
 
 @rule("life.running.vm")
 def test_vm_closed_under_a_running_guest(rig: Rig) -> None:
-    """The vCPU keeps its VM: the guest goes on, and all of it goes with the vCPU."""
+    """The vCPU keeps its VM alive: the guest runs on, and all is freed with the vCPU."""
     memory, before = Unevictable(), vms_alive()
     file = rig.abi.create_file(rig.vm, BIG)
     with running(rig, file) as (_, runner):
@@ -309,7 +309,7 @@ def test_a_file_in_two_vms(make_rig: MakeRig) -> None:
 @rule("life.fork.keeps", "life.exec.keeps")
 @pytest.mark.parametrize("how", ["fork", "exec"])
 def test_a_child_keeps_what_it_inherits(kind: Kind, how: str) -> None:
-    """VM and file live on in a child that has their descriptors, and go with it."""
+    """VM and file live on in a child that inherited their descriptors, and end with it."""
     memory, before = Unevictable(), vms_alive()
     vm = kind.make_vm()
     (name,) = vms_alive() - before
@@ -408,7 +408,7 @@ def test_killed_in_the_middle(make_rig: MakeRig) -> None:
 
 
 def _live(abi: PrivateAbi, write_end: int) -> None:
-    """A guest that runs, memory that is converted, punched and filled, until the end."""
+    """Runs a guest, and converts, punches and fills its memory, until the process is killed."""
     from .support.arch_hook import hook
 
     with Kvm() as kvm:
@@ -439,7 +439,7 @@ def _live(abi: PrivateAbi, write_end: int) -> None:
 
 @rule("life.vcpu.of_another_process")
 def test_a_forked_vcpu(rig: Rig) -> None:
-    """A vCPU is its process's: elsewhere KVM_RUN is EIO, and the guest is not disturbed."""
+    """A vCPU belongs to its process: in a child KVM_RUN is EIO, without effect on the guest."""
     rig.bind(GPA, MIB, rig.file(MIB))
     rig.guest.write(GPA, b"parent")
     vcpu: Vcpu = rig.guest.vcpu

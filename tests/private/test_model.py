@@ -1,4 +1,4 @@
-"""Steps that nobody has thought of, on the kernel and on a model of what both sides must see.
+"""Random steps on the kernel and on a model of what guest and host must see.
 
 KVMPRIV_MODEL_STEPS and KVMPRIV_MODEL_SECONDS bound a run, which fails if these end it before those
 are taken.  KVMPRIV_MODEL_SEED repeats one; the script of a failure goes to the folder
@@ -54,7 +54,7 @@ _DANGERS = {"restrictedmem": "it writes to pages that a hole has left mapped"}
     ]
 )
 def abi(request: pytest.FixtureRequest, kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The name of each ABI that has a model and that this kernel has."""
+    """The name of each ABI that has a model and that this kernel supports."""
     chosen = ABIS[request.param]
     behaviour_of(chosen).require(kvm)
     if not behaviour_of(chosen).shares_files:
@@ -71,7 +71,7 @@ def abi(request: pytest.FixtureRequest, kvm: Kvm, monkeypatch: pytest.MonkeyPatc
 def test_the_kernel_does_what_the_model_says(
     abi: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Slots, state, wishes, holes and accesses of both sides, in any order."""
+    """Slots, states, chosen accesses, holes, and accesses of both sides, in any order."""
     seed = int(os.environ.get("KVMPRIV_MODEL_SEED") or random.SystemRandom().randrange(1 << 32))
     artifacts = Path(os.environ.get("KVMPRIV_ARTIFACTS") or tmp_path)
 
@@ -98,7 +98,7 @@ def test_the_kernel_does_what_the_model_says(
 
 
 def forgets_conversions(abi: str) -> type[Model]:
-    """A model that is wrong, which a search finds soon: its conversions change nothing."""
+    """A wrong model, whose conversions change nothing; the search finds that soon."""
     right: Any = MODELS[abi]
 
     class Forgetful(right):  # type: ignore[misc]  # the class is chosen here
@@ -115,7 +115,7 @@ def forgets_conversions(abi: str) -> type[Model]:
 
 @rule("model.failures-replay")
 def test_a_failure_becomes_a_script(abi: str, tmp_path: Path) -> None:
-    """The kernel against a wrong model: fewer steps are left, and fail in the same way alone."""
+    """With a wrong model, the failing steps are reduced, and fail in the same way as a script."""
     report = search(
         abi,
         seed=1,
@@ -150,7 +150,7 @@ def steps_of(script: Path | None) -> str:
 
 
 def run(script: Path) -> tuple[int, str]:
-    """Run a script outside of any test framework: its exit status, and what it says."""
+    """Run a script by itself; returns its exit status and its output."""
     done: Any = subprocess.run(
         [sys.executable, "-I", script], capture_output=True, text=True, timeout=120
     )

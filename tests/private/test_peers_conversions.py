@@ -1,4 +1,4 @@
-"""What the peers' tests of conversion assert, by both ABIs, each stage seen from both sides."""
+"""What other projects' tests of conversion assert, by both ABIs; guest and host are checked."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ RANGES = ((0, PAGE), (0, LARGE), (PAGE, PAGE), (PAGE, LARGE), (LARGE, PAGE))
 
 
 class Ground:
-    """Slots for some vCPUs, in one file from OFFSET on; and guests that ask for conversions.
+    """Slots for several vCPUs in one file from OFFSET on, and guests that ask for conversions.
 
     `allocate`: a range that becomes private is allocated, one that becomes shared is freed.
     """
@@ -73,14 +73,14 @@ class Ground:
         return OFFSET + gpa - GPA
 
     def host(self, gpa: int, size: int) -> bytes:
-        """What the host sees there."""
+        """What the host reads there."""
         return self.memory.read(self.at + gpa - GPA, size)
 
     def host_writes(self, gpa: int, data: bytes) -> None:
         self.memory.write(self.at + gpa - GPA, data)
 
     def on_all(self, work: Callable[[PuppetCpu, int], None]) -> None:
-        """Have all vCPUs do it at the same time, each with its chunk."""
+        """Have all vCPUs do this at the same time, each with its own chunk."""
         errors: list[BaseException] = []
 
         def run(number: int) -> None:
@@ -101,7 +101,7 @@ class Ground:
 
 
 def ask(cpu: Guest, gpa: int, size: int, *, private: bool) -> None:
-    """Have the guest ask for a conversion, as guests do."""
+    """Have the guest ask for a conversion by hypercall."""
     kind = k.KVM_MAP_GPA_RANGE_ENCRYPTED if private else k.KVM_MAP_GPA_RANGE_DECRYPTED
     assert cpu.hypercall(k.KVM_HC_MAP_GPA_RANGE, gpa, size // PAGE, kind) == 0
 
@@ -124,7 +124,7 @@ machines = pytest.mark.parametrize(
 @pytest.mark.parametrize("allocate", [False, True], ids=["on demand", "fallocate"])
 @fresh
 def test_explicit_conversion(make_rig: MakeRig, cpus: int, slots: int, allocate: bool) -> None:
-    """Each range there and back, its odd pages first, by each vCPU; what is around it stays."""
+    """Each vCPU converts each range and back, its odd pages first; the memory around it stays."""
     ground = Ground(make_rig(cpus=cpus), slots, allocate=allocate)
     step = 2 if cpus == 1 else 32  # one vCPU has done every odd page
 
@@ -172,7 +172,7 @@ def test_explicit_conversion(make_rig: MakeRig, cpus: int, slots: int, allocate:
 @pytest.mark.parametrize("precise", [True, False], ids=["only the hole faulted in", "all of it"])
 @fresh
 def test_holes(make_rig: MakeRig, cpus: int, slots: int, precise: bool) -> None:
-    """A hole of each range in what the guest has just written: it finds zeros, and only there."""
+    """A hole in each range that the guest has just written: it finds zeros only there."""
     ground = Ground(make_rig(cpus=cpus), slots)
 
     def work(cpu: PuppetCpu, base: int) -> None:
@@ -275,7 +275,7 @@ ways = pytest.mark.parametrize(("make_rig", "how"), WAYS, indirect=["make_rig"])
 @ways
 @fresh
 def test_a_hole_then_both_directions(window: Window) -> None:
-    """Written private, punched, made shared and private again: nothing old comes back."""
+    """Memory is written, punched, made shared and private again: no old data comes back."""
     at, gpa, guest = 5 * PAGE, GPA + 5 * PAGE, window.guest
     window.host_writes(at, b"the host's")
     guest.write(gpa, b"private")
@@ -298,7 +298,7 @@ def test_a_hole_then_both_directions(window: Window) -> None:
 @rule("convert.private-hole-shared-write")
 @ways
 def test_private_then_a_hole_then_a_shared_write(window: Window) -> None:
-    """The hole ends the guest's mapping: its next write, now shared, is where the host looks."""
+    """The hole ends the guest's mapping: its next write, now shared, goes to host memory."""
     at, gpa, guest = 512 * PAGE, GPA + 512 * PAGE, window.guest
     guest.write(gpa, b"private")
     window.punch_hole(at, PAGE)
@@ -313,7 +313,7 @@ def test_private_then_a_hole_then_a_shared_write(window: Window) -> None:
 @ways
 @fresh
 def test_shared_then_allocated_then_a_private_write(window: Window) -> None:
-    """Allocating shows nobody anything; what is then written private the host does not see."""
+    """Allocating exposes nothing; the host does not see what is then written as private."""
     at, gpa, guest = 3 * PAGE, GPA + 3 * PAGE, window.guest
     window.convert(at, PAGE, private=False)
     guest.write(gpa, b"shared")
@@ -345,7 +345,7 @@ def found(state: list[bool], private_side: list[int], shared_side: list[int]) ->
 @ways
 @fresh
 def test_a_window_in_parts(window: Window) -> None:
-    """2 MiB and a page in parts, back and forth: both sides see all of it after each stage."""
+    """2 MiB and a page are converted in parts, back and forth; both sides are checked each time."""
     pages = Window.SIZE // PAGE
     guest = window.guest
     state, private_side, shared_side = [True] * pages, [0] * pages, [0] * pages
@@ -372,7 +372,7 @@ def test_a_window_in_parts(window: Window) -> None:
 
 
 class Held:
-    """How much memory this process has there more than there was, and private files have."""
+    """How much more memory this process has there, and private files have, than before."""
 
     def __init__(self) -> None:
         self.private = Unevictable()
@@ -391,7 +391,7 @@ class Held:
 
 @rule("convert.implicit", "slot.again")
 def test_a_slot_that_comes_and_goes_under_a_private_page(rig: Rig) -> None:
-    """Where KVM remembers that there was no memory, the guest gets on each time that there is."""
+    """KVM caches that a gfn has no memory; the guest must run on each time that there is a slot."""
     guest, file = rig.guest, rig.file(BIG)
     guest.serve = lambda cpu, exit_: serve_conversion(rig.vm, cpu.vcpu, exit_)
     for turn in range(12):
@@ -411,7 +411,7 @@ def test_a_slot_that_comes_and_goes_under_a_private_page(rig: Rig) -> None:
 
 @rule("convert.no-page-twice")
 def test_no_page_is_held_twice(rig: Rig) -> None:
-    """A conversion that frees what is out of reach holds each page once; one that keeps, twice."""
+    """A conversion that frees unreachable pages leaves one copy of each; with keep=True, two."""
     memory, file = rig.memory(BIG), rig.file(BIG)
     rig.bind(GPA, BIG, file, memory=memory)
     rig.convert(GPA, BIG, private=False)

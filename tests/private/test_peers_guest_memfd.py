@@ -1,4 +1,4 @@
-"""What the kernel's selftests assert of guest_memfd alone: the file's numbers, filling ahead."""
+"""What the kernel's selftests assert of guest_memfd only: fstat's numbers, pre-faulting."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MMAP, INIT_SHARED = gm.GUEST_MEMFD_FLAG_MMAP, gm.GUEST_MEMFD_FLAG_INIT_SHARED
 @rule("gm.file.stat")
 @pytest.mark.usefixtures("guest_memfd_kvm")
 def test_stat(gm_file: GuestMemfd) -> None:
-    """fstat tells the size, and pages as blocks; pages that come and go change neither."""
+    """fstat reports the size and the blocks; allocating and freeing pages changes neither."""
     for mode in (None, 1, 3):
         if mode is not None:
             fallocate(gm_file, mode, 0, 16 * PAGE)
@@ -40,7 +40,7 @@ def test_stat(gm_file: GuestMemfd) -> None:
 @only("guest_memfd")
 @pytest.mark.parametrize("kind", ["default", "shared", "private"])
 def test_what_was_filled_ahead_is_read(make_rig: MakeRig, kvm: Kvm, kind: str) -> None:
-    """2 MiB and a page, filled ahead: the guest reads all of it, and takes no fault for it."""
+    """The guest reads 2 MiB and a page that were pre-faulted, without a fault."""
     rig = make_rig()
     size = LARGE + PAGE
     with ExitStack() as stack:

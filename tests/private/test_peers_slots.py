@@ -1,4 +1,4 @@
-"""What the peers' tests of memory slots assert, by both ABIs: none, all there can be, in use."""
+"""What other projects' tests of slots assert, by both ABIs: no slot, all slots, slots in use."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ abi = kvmpriv.declare("""
 
 @pytest.fixture
 def one_cpu() -> Iterator[None]:
-    """We stay on one CPU: KVM's wait for all readers of its slots is short then."""
+    """Keep this process on one CPU: KVM's wait for all readers of its slots is short then."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(before)})
     yield
@@ -119,7 +119,7 @@ def test_as_many_slots_as_there_can_be(rig: Rig) -> None:
 
 
 class Watch:
-    """A guest that reads one word again and again, and all that it finds, each change once."""
+    """A guest that reads one word again and again; records each change of what it finds."""
 
     def __init__(self, cpu: Guest, gpa: int) -> None:
         self.cpu, self.gpa = cpu, gpa
@@ -147,7 +147,7 @@ class Watch:
             self.error = error.with_traceback(None)
 
     def sees(self, value: int) -> bool:
-        """Whether it comes to see `value`."""
+        """Whether the guest finds `value` within the time limit."""
         return eventually(lambda: bool(self.seen) and self.seen[-1] == value, 30)
 
     def ends(self) -> BaseException | None:
@@ -178,7 +178,7 @@ def plain_slot(vm: Vm, memory: HostMemory, gpa: int) -> None:
 
 @pytest.fixture(params=["private-capable", "default", "default, no zap of all"])
 def inhabited(request: pytest.FixtureRequest, rig: Rig, kvm: Kvm) -> Iterator[tuple[Vm, Guest]]:
-    """A VM of each kind that treats slots differently, and a guest in it."""
+    """A VM of each kind that treats slots differently, with a guest."""
     if request.param == "private-capable":
         yield rig.vm, rig.guest
         return
@@ -195,7 +195,7 @@ def inhabited(request: pytest.FixtureRequest, rig: Rig, kvm: Kvm) -> Iterator[tu
 
 @rule("slots.moved-in-use")
 def test_a_slot_moved_in_use(inhabited: tuple[Vm, Guest]) -> None:
-    """A guest that reads while its slot is moved finds what is there now, or nobody; no more."""
+    """A guest that reads while its slot is moved finds the new memory or none; nothing else."""
     vm, guest = inhabited
     rounds = 10
     with HostMemory(513 * PAGE) as memory:
@@ -224,7 +224,7 @@ def test_a_slot_moved_in_use(inhabited: tuple[Vm, Guest]) -> None:
 
 @rule("slots.deleted-in-use", "slots.code-deleted-in-use")
 def test_a_slot_deleted_in_use(inhabited: tuple[Vm, Guest]) -> None:
-    """The guest finds nobody until the slot is back; without its code's slot it ends."""
+    """The guest finds no memory until the slot is back; without the slot of its code it ends."""
     vm, guest = inhabited
     gone = k.ffi.new("struct kvm_userspace_memory_region *", {"slot": 10})
     with HostMemory(512 * PAGE) as memory:
@@ -255,7 +255,7 @@ def test_a_slot_deleted_in_use(inhabited: tuple[Vm, Guest]) -> None:
 
 
 def more_exits(guest: Guest) -> bool:
-    """Whether the guest goes on to exit."""
+    """Whether the guest exits again."""
     before = guest.exit_count
     return eventually(lambda: guest.exit_count > before + 1, 30)
 

@@ -1,4 +1,4 @@
-"""Races for a bounded number of rounds: nothing stale is read after them, nothing stays stuck."""
+"""Races of a bounded number of rounds: no stale data is read, and nothing hangs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GPA, SIZE = 4 * GIB, 2 * MIB
 
 
 def settles(rig: Rig, gpa: int = GPA) -> None:
-    """Private memory works as ever: it is written, taken by a hole, and there again."""
+    """Private memory still works: it can be written, punched and written again."""
     slot = next(one for one in rig.vm.slots.values() if one.guest_phys_addr <= gpa < one.end)
     assert isinstance(slot, private.PrivateSlot)
     rig.convert(gpa, PAGE, private=True)
@@ -67,7 +67,7 @@ def test_no_hole_is_refilled_with_what_was(make_rig: MakeRig) -> None:
 @rule("race.hole-against-slot", "race.allocation-against-slot")
 @pytest.mark.known_defect("notifiers-unlocked")
 def test_holes_against_slots_in_use(make_rig: MakeRig) -> None:
-    """A slot comes and goes under a running guest while its file is punched and filled."""
+    """A slot is made and deleted under a running guest while its file is punched and filled."""
     rig = make_rig(cpus=2)
     file, other = rig.file(SIZE), rig.guest.cpus[1]
     other.serve = lambda _cpu, _exit: True  # no slot: try again
@@ -102,7 +102,7 @@ def test_holes_against_slots_in_use(make_rig: MakeRig) -> None:
 
 @rule("race.conversion-against-fault.two")
 def test_conversions_against_two_vcpus(make_rig: MakeRig) -> None:
-    """Each of two vCPUs counts in a word of one page: no increment is lost, whichever its kind."""
+    """Two vCPUs count in a page that is converted meanwhile: no increment is lost."""
     rig = make_rig(cpus=2)
     with HostMemory(SIZE) as memory:
         slot = rig.bind(GPA, SIZE, rig.file(SIZE), memory=memory)
@@ -129,7 +129,7 @@ def test_conversions_against_two_vcpus(make_rig: MakeRig) -> None:
 
 @rule("race.conversion-against-slot")
 def test_conversions_against_slots(rig: Rig) -> None:
-    """Ranges are converted while the slot there comes and goes: the last conversion holds."""
+    """Ranges are converted while their slot is made and deleted: the last conversion holds."""
     file = rig.file(SIZE)
     with HostMemory(SIZE) as memory:
         memory.write(0, b"host")
@@ -156,7 +156,7 @@ def test_conversions_against_slots(rig: Rig) -> None:
 
 @rule("race.conversion-against-conversion", "race.conversion-against-hole")
 def test_conversions_against_each_other(rig: Rig) -> None:
-    """Overlapping ranges from two threads, and holes: each page is of one kind in the end."""
+    """Two threads convert overlapping ranges and punch holes: each page ends in one state."""
     with HostMemory(SIZE) as memory:
         memory.write(0, b"\x11" * SIZE)
         file = rig.file(SIZE)
@@ -184,7 +184,7 @@ def test_conversions_against_each_other(rig: Rig) -> None:
 
 @rule("race.slot-against-access")
 def test_slots_against_two_vcpus(make_rig: MakeRig) -> None:
-    """A slot that comes and goes under two vCPUs: each write is in the file, or told of once.
+    """A slot is made and deleted under two vCPUs: each write is in the file, or is reported once.
 
     Told of by v9, as MMIO; guest_memfd's fault comes before the write, which is made again.
     """
@@ -230,7 +230,7 @@ def test_slots_against_two_vcpus(make_rig: MakeRig) -> None:
 @rule("race.vm-against-hole", "race.file-against-hole")
 @pytest.mark.known_defect("vm-closed-during-hole")
 def test_vms_closed_during_holes(make_rig: MakeRig) -> None:
-    """VMs come and go while the file is punched; guest_memfd: while the VM's own file is."""
+    """VMs are made and closed while the file is punched; guest_memfd: while the VM's file is."""
     memory = Unevictable()
     turns = 0
     with ExitStack() as stack:

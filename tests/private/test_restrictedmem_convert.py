@@ -27,7 +27,7 @@ both_ways = pytest.mark.parametrize("request_", REQUESTS.values(), ids=REQUESTS)
 
 
 def convert(vm: Vm, request: int, gpa: int, size: int) -> str:
-    """The kernel's answer to a conversion."""
+    """The errno of a conversion."""
     region = k.ffi.new("struct kvm_enc_region *", (gpa, size))
     return errno_of(vm.ioctl_errno(request, region))
 
@@ -35,7 +35,7 @@ def convert(vm: Vm, request: int, gpa: int, size: int) -> str:
 @rule("v9.convert.no_slot", "v9.convert.again")
 @both_ways
 def test_without_a_slot(private_vm: Vm, request_: int) -> None:
-    """A range is converted where no slot is, and where it is of that kind already."""
+    """A range is converted also without a slot, and if it has that state already."""
     for gpa, size in ((0, PAGE), (4 * GIB, 512 * PAGE), (3 * PAGE, 5 * PAGE)):
         for _ in range(2):
             assert convert(private_vm, request_, gpa, size) == "ok"
@@ -44,7 +44,7 @@ def test_without_a_slot(private_vm: Vm, request_: int) -> None:
 @rule("v9.convert.slots")
 @both_ways
 def test_across_slots(slots: RestrictedSlots, request_: int) -> None:
-    """A range may cover part of a slot, several, ordinary ones, and the holes between them."""
+    """A range may cover a part of a slot, several slots, ordinary slots, and gaps between them."""
     with (
         slots.held(),
         slots.held(slot=4, guest_phys_addr=4 * GIB + 32 * PAGE, flags=0),
@@ -108,7 +108,7 @@ def test_bad_pointers(private_vm: Vm, request_: int) -> None:
 @rule("v9.convert.readonly_struct")
 @both_ways
 def test_the_struct_is_not_written_to(private_vm: Vm, request_: int) -> None:
-    """KVM writes nothing back."""
+    """KVM does not write to the struct."""
     region = k.ffi.new("struct kvm_enc_region *", (PAGE, 7 * PAGE))
     assert errno_of(private_vm.ioctl_errno(request_, address_of(region))) == "ok"
     assert (region.addr, region.size) == (PAGE, 7 * PAGE)
@@ -138,7 +138,7 @@ def test_bad_pointers_where_private_is_refused(refusing_vm: Vm, request_: int) -
 @pytest.mark.dangerous("known defects conversion-by-page, far-conversion: hours, or an oops")
 @both_ways
 def test_huge_ranges(slots: RestrictedSlots, request_: int) -> None:
-    """Nothing bounds the size, and a conversion of any size is short."""
+    """The size is not limited, and a conversion of any size is fast."""
     with slots.held(), slots.held(slot=4, guest_phys_addr=5 * GIB, flags=0):
         start = time.monotonic()
         for gpa, size in (
@@ -154,7 +154,7 @@ def test_huge_ranges(slots: RestrictedSlots, request_: int) -> None:
 
 @rule("v9.convert.scattered")
 def test_scattered_ranges(private_vm: Vm) -> None:
-    """Thousands of single pages, set apart and joined again."""
+    """Thousands of single pages are converted, and converted back."""
     private, shared = REQUESTS["private"], REQUESTS["shared"]
     asked = 0
     for page in range(0, 4000, 2):

@@ -40,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("no_leak", "v9")
 
 
 def memfd_restricted(flags: int = 0) -> int:
-    """The bare system call."""
+    """The system call itself."""
     fd = libc.syscall(rm.__NR_memfd_restricted, flags)
     if fd < 0:
         raise libc.os_error(libc.last_errno(), "memfd_restricted")
@@ -48,7 +48,7 @@ def memfd_restricted(flags: int = 0) -> int:
 
 
 def made(flags: int = 0) -> str:
-    """The system call's answer; a file that came of it is closed."""
+    """The errno of the system call; a file that it made is closed."""
     return answer(lambda: os.close(memfd_restricted(flags)))
 
 
@@ -74,7 +74,7 @@ def sized(file: RestrictedMem) -> RestrictedMem:
 
 @rule("v9.syscall.flags")
 def test_flags() -> None:
-    """memfd_restricted refuses every flag with EINVAL and makes a file without."""
+    """memfd_restricted is EINVAL with any flag, and makes a file without flags."""
     bits = [1 << bit for bit in range(32)]
     assert [made(flags) for flags in (*bits, 3, 0xFFFFFFFF)] == ["EINVAL"] * 34
     assert made(0) == "ok"
@@ -82,7 +82,7 @@ def test_flags() -> None:
 
 @rule("v9.syscall.flags.width")
 def test_only_32_bits_of_the_flags_count() -> None:
-    """The flags are an unsigned int: what is above its 32 bits is not looked at."""
+    """The flags are an unsigned int: the kernel ignores the upper 32 bits."""
     assert made(1 << 32) == "ok"
     assert made(1 << 32 | 1) == "EINVAL"
 
@@ -117,7 +117,7 @@ def test_flags_come_before_enfile() -> None:
 
 @rule("v9.syscall.unprivileged")
 def test_no_privilege_is_needed() -> None:
-    """Anybody may make the file."""
+    """An unprivileged process can make a file."""
     if os.geteuid():
         assert made() == "ok"
         return
@@ -133,7 +133,7 @@ def test_no_privilege_is_needed() -> None:
 
 @rule("v9.file.identity")
 def test_identity() -> None:
-    """The file is read-write and large, of RESTRICTEDMEM_MAGIC, and calls itself restrictedmem."""
+    """The file is read-write with O_LARGEFILE, has RESTRICTEDMEM_MAGIC and its name."""
     fd = memfd_restricted()
     try:
         assert fcntl.fcntl(fd, fcntl.F_GETFL) == 0x8002
@@ -178,7 +178,7 @@ OPERATIONS = operations(
 
 @OPERATIONS
 def test_operation(sized: RestrictedMem, operation: Callable[[int], Any], expected: str) -> None:
-    """Each operation gets its answer, on a file without a size as on one with pages."""
+    """Each operation has its result, on a file without a size and on one with pages."""
     fallocate(sized, 0, 0, 16 * PAGE)
     with RestrictedMem() as empty:
         assert answer(lambda: operation(empty.fileno())) == expected
@@ -187,7 +187,7 @@ def test_operation(sized: RestrictedMem, operation: Callable[[int], Any], expect
 
 @rule("v9.file.errnos")
 def test_the_operations_on_an_ordinary_memfd() -> None:
-    """The operations, as they are tried here, succeed on an ordinary memfd, but for a few."""
+    """The operations, as tried here, succeed on an ordinary memfd, except for a few."""
     refused = {
         "read.bad_pointer": "EFAULT",
         "write.bad_pointer": "EFAULT",
@@ -291,7 +291,7 @@ def test_allocation_that_keeps_the_size(file: RestrictedMem, offset: int, length
 
 @rule("v9.file.fallocate.beyond_size")
 def test_allocation_beyond_a_set_size(sized: RestrictedMem) -> None:
-    """A size once set bounds no allocation, with KEEP_SIZE or without."""
+    """A size that is set does not limit allocation, with KEEP_SIZE or without."""
     assert answer(lambda: fallocate(sized, KEEP_SIZE, 64 * PAGE, PAGE)) == "ok"
     assert answer(lambda: fallocate(sized, 0, 64 * PAGE, PAGE)) == "ok"
     assert has_size(sized)
@@ -418,7 +418,7 @@ def test_two_files_differ() -> None:
 @rule("v9.file.stat")
 @pytest.mark.dangerous("known defect fstat: an oops")
 def test_stat(file: RestrictedMem) -> None:
-    """fstat tells the size and the blocks of the file."""
+    """fstat reports the size and the blocks of the file."""
     fd = file.fileno()
     assert (os.fstat(fd).st_size, os.fstat(fd).st_blocks) == (0, 0)
     file.ftruncate(16 * PAGE)
@@ -434,7 +434,7 @@ def test_stat(file: RestrictedMem) -> None:
 
 @rule("v9.pages.charged", "v9.pages.oom_kills")
 def test_memory_control_group() -> None:
-    """Pages are charged to whoever allocates them; at the limit the OOM killer kills."""
+    """Pages are charged to the allocating cgroup; at the limit the OOM killer acts."""
     root = Path("/sys/fs/cgroup")
     group = root / f"kvmpriv-{os.getpid()}"
     try:

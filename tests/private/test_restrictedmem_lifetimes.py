@@ -1,4 +1,4 @@
-"""v9: who keeps what alive.  The slot counts its file; the VM keeps its slots; nobody the VM."""
+"""v9: lifetimes.  A slot keeps its file alive, a VM its slots; nothing keeps the VM alive."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PAGES = {"memory_size": 2048 * PAGE, "userspace_addr": 0, "restricted_offset": 0
 
 @rule("v9.life.file_before_slot", "v9.slot.pins_file")
 def test_file_closed_before_the_slot(slots: RestrictedSlots) -> None:
-    """A slot keeps the file: closing its last fd frees nothing, deleting the slot does."""
+    """A slot keeps the file alive: closing its last fd frees nothing, deleting the slot does."""
     memory = Unevictable()
     with RestrictedMem() as file:
         fallocate(file, 0, 0, BIG)
@@ -109,7 +109,7 @@ def test_vcpu_outlives_the_vm_fd(make_private_vm: Callable[[], Vm]) -> None:
 
 @rule("v9.life.two_slots")
 def test_two_slots_on_one_file(slots: RestrictedSlots) -> None:
-    """Each slot counts the file for itself."""
+    """Each slot holds its own reference to the file."""
     memory = Unevictable()
     with RestrictedMem() as file:
         fd = file.fileno()
@@ -124,7 +124,7 @@ def test_two_slots_on_one_file(slots: RestrictedSlots) -> None:
 
 @rule("v9.life.two_vms")
 def test_two_vms_on_one_file(make_private_vm: Callable[[], Vm]) -> None:
-    """Each VM's slots count the file for themselves."""
+    """The slots of each VM hold their own references to the file."""
     memory = Unevictable()
     one, two = make_private_vm(), make_private_vm()
     with RestrictedMem() as file:
@@ -228,7 +228,7 @@ def test_killed() -> None:
 
 @rule("v9.life.exec")
 def test_exec(v9: None) -> None:
-    """What is not close-on-exec is the next program's; the binding's file is not."""
+    """A descriptor without close-on-exec is inherited; the binding's has the flag."""
     program = "import os; os.ftruncate({}, 4096)"
 
     def run(fd: int) -> bool:
@@ -270,7 +270,7 @@ def test_made_and_deleted(slots: RestrictedSlots, file: RestrictedMem) -> None:
 
 @rule("v9.life.host_memory")
 def test_host_memory_goes_first(slots: RestrictedSlots, memory: HostMemory) -> None:
-    """What is at userspace_addr may be unmapped under the slot, which is deleted as ever."""
+    """The memory at userspace_addr may be unmapped; the slot can be deleted all the same."""
     assert slots.set() == "ok"
     memory.close()
     assert slots.set(slot=4) == "EEXIST"

@@ -1,4 +1,4 @@
-"""v9: what is unmapped and when, in large pages and small, while others fault on it."""
+"""v9: what is unmapped and when, in large and small pages, while other vCPUs fault."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ HOLES = {
 @pytest.mark.known_defect("notified-in-bytes", "hole-before-binding")
 @v9
 def test_a_hole_unmaps_just_its_pages(rig: Rig) -> None:
-    """As many mappings go as the hole has pages in the slot; the slots beside it keep theirs."""
+    """A hole unmaps exactly its pages in the slot; the slots beside it keep their mappings."""
     file, plain = rig.file(OFFSET + 64 * PAGE), rig.memory(2 * SLOT * PAGE)
     size = SLOT * PAGE
     rig.bind(GPA, size, file, OFFSET)
@@ -85,7 +85,7 @@ def test_a_file_emptied_by_its_size(rig: Rig) -> None:
 @pytest.mark.known_defect("pages-not-zeroed")
 @v9
 def test_neighbours_of_a_fault(rig: Rig) -> None:
-    """Where KVM maps more than the page that faulted, private pages stay private ones."""
+    """If KVM maps more than the faulting page, private pages stay private."""
     memory = rig.memory(SLOT * PAGE)
     rig.bind(GPA, SLOT * PAGE, rig.file(MIB), memory=memory)
     memory.write(0, b"\x11" * SLOT * PAGE)
@@ -120,7 +120,7 @@ def test_the_file_that_stat_tells_of() -> None:
 
 @rule("v9.slot.file.refused_reference")
 def test_a_file_that_is_refused_is_let_go_of(slots: RestrictedSlots) -> None:
-    """A slot that is refused for its file holds nothing of it: a pipe's end is gone when closed."""
+    """A slot that is refused for its file holds no reference: a pipe's end closes at once."""
     read_end, write_end = os.pipe()
     try:
         os.set_blocking(read_end, False)
@@ -145,7 +145,7 @@ def large(make_rig: MakeRig) -> Iterator[Rig]:
 
 
 def bind_large(rig: Rig, size: int, *, apart: int = 0) -> tuple[RestrictedMem, HostMemory, int]:
-    """A slot at GPA + `apart` of a file without a size, with shared memory that lies alike.
+    """A slot at GPA + `apart` of a file without a size, with shared memory aligned the same way.
 
     The file, the memory, and where in the memory GPA would be.
     """
@@ -156,7 +156,7 @@ def bind_large(rig: Rig, size: int, *, apart: int = 0) -> tuple[RestrictedMem, H
 
 
 def gained(rig: Rig, access: Callable[[], object]) -> int:
-    """How many large mappings an access brings."""
+    """How many large mappings an access adds."""
     before = rig.mapped()[1]
     access()
     return rig.mapped()[1] - before
@@ -182,7 +182,7 @@ def shmem_huge_pages() -> int:
 @pytest.mark.known_defect("pages-not-zeroed")
 @v9
 def test_large_mappings(make_rig: MakeRig) -> None:
-    """A large page of the file is mapped as one, and small ones are not."""
+    """A large page of the file is mapped as a large page, and small ones are not."""
     rig = make_rig()
     bind_large(rig, 2 * LARGE)
 
@@ -281,7 +281,7 @@ def test_parts_of_a_large_page(large: Rig, page: int) -> None:
 @v9
 @pytest.mark.parametrize("page", [0, 200, 511])
 def test_wishes_for_parts_of_a_large_page(large: Rig, page: int) -> None:
-    """With another wish for one page of it, a large page faults in that page alone."""
+    """If the guest chooses another access for one page, a large page faults in that page only."""
     bind_large(large, LARGE)
     fill_large(large, LARGE)
     at = GPA + page * PAGE
@@ -434,7 +434,7 @@ def apart(pool: ThreadPoolExecutor) -> Iterator[None]:
 @pytest.mark.known_defect("notified-in-bytes", "pages-not-zeroed")
 @pytest.mark.parametrize("change", ["hole", "conversion"])
 def test_a_guest_that_runs_sees_it_at_once(make_rig: MakeRig, change: str) -> None:
-    """A vCPU that does not leave the guest has nothing left of what was mapped, in its TLB too."""
+    """A vCPU that stays in the guest loses the mapping too: its TLB is flushed."""
     rig, turns = make_rig(cpus=2), 10
     if rig.abi.traits.access_follows_state:  # a fault tells of a conversion that came between
         rig.guest.cpus[1].serve = lambda _, exit_: isinstance(exit_, MemoryFaultExit)
@@ -446,7 +446,7 @@ def test_a_guest_that_runs_sees_it_at_once(make_rig: MakeRig, change: str) -> No
     counter, value, end = (PAGE // 8 + number for number in range(3))
 
     def seen() -> int:
-        """What the guest's next look finds."""
+        """What the guest reads next."""
         at = words[counter]
         deadline = time.monotonic() + 20
         while words[counter] < at + 2:

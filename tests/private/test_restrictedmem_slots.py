@@ -42,7 +42,7 @@ def edge() -> Iterator[Edge]:
 
 @pytest.fixture(params=["accepted", "refused"])
 def either(request: pytest.FixtureRequest) -> RestrictedSlots:
-    """Slots of a VM that accepts private ones, and of one that refuses them."""
+    """Slots of a VM that accepts private slots, and of one that refuses them."""
     name = "slots" if request.param == "accepted" else "refused_slots"
     made: RestrictedSlots = request.getfixturevalue(name)
     return made
@@ -62,7 +62,7 @@ def test_capability(kvm: Kvm, either: RestrictedSlots, request: pytest.FixtureRe
 
 @rule("v9.cap.enable")
 def test_enable_cap(either: RestrictedSlots) -> None:
-    """KVM_CAP_PRIVATE_MEM is nothing to be enabled: EINVAL."""
+    """KVM_CAP_PRIVATE_MEM can't be enabled: EINVAL."""
     cap = k.ffi.new("struct kvm_enable_cap *", {"cap": rm.KVM_CAP_PRIVATE_MEM})
     assert errno_of(either.vm.ioctl_errno(k.KVM_ENABLE_CAP, cap)) == "EINVAL"
     cap.cap, cap.args[0] = k.KVM_CAP_EXIT_HYPERCALL, 0
@@ -143,7 +143,7 @@ def test_bad_pointers(either: RestrictedSlots) -> None:
 
 @contextmanager
 def as_descriptor_0(file: RestrictedMem) -> Iterator[None]:
-    """What is not copied counts as 0: a file that would do is what that descriptor must be."""
+    """Fields that are not copied are 0: the slot's descriptor is then 0."""
     saved = os.dup(0)
     os.dup2(file.fileno(), 0)
     try:
@@ -219,7 +219,7 @@ def test_flags_under_attack(slots: RestrictedSlots, edge: Edge, file: Restricted
 
 @rule("v9.slot.copy.readonly_struct")
 def test_the_struct_is_not_written_to(slots: RestrictedSlots) -> None:
-    """KVM writes nothing back: a struct keeps its bytes."""
+    """KVM does not write to the struct."""
     struct = slots.struct(pad1=7, pad2=9)
     before = bytes(rm.ffi.buffer(struct))
     assert slots.set_at(address_of(struct)) == "ok"
@@ -384,7 +384,7 @@ def test_checks_before_deletion(slots: RestrictedSlots, wrong: dict[str, int]) -
     ids=str,
 )
 def test_not_looked_at_by_deletion(slots: RestrictedSlots, changes: dict[str, int]) -> None:
-    """A deletion looks neither at the fd nor at addresses and offsets that are aligned."""
+    """A deletion ignores the fd, and addresses and offsets that are aligned."""
     assert slots.set() == "ok"
     assert slots.delete(**changes) == "ok"
     assert slots.set(slot=4) == "ok", "the range is free"
@@ -566,7 +566,7 @@ def test_other_files(slots: RestrictedSlots, kvm: Kvm, file: RestrictedMem) -> N
 
 @rule("v9.slot.file.dup")
 def test_duplicates(slots: RestrictedSlots, file: RestrictedMem) -> None:
-    """A duplicate of the descriptor is as good as the descriptor."""
+    """A duplicate of the descriptor works as the descriptor does."""
     other = os.dup(file.fileno())
     try:
         slots.accepts(restricted_fd=other)
@@ -596,7 +596,7 @@ def test_the_file_size_is_not_checked(slots: RestrictedSlots, file: RestrictedMe
 
 @rule("v9.slot.unchecked.pad")
 def test_padding_is_not_checked(slots: RestrictedSlots) -> None:
-    """pad1 and pad2 may hold anything."""
+    """The kernel ignores pad1 and pad2."""
     slots.accepts(pad1=0xFFFFFFFF, pad2=TOP - 1)
 
 
@@ -621,7 +621,7 @@ def test_a_range_in_two_vms(
 
 @rule("v9.slot.many")
 def test_every_slot(slots: RestrictedSlots) -> None:
-    """Some hundred private slots on one file, taken away in another order."""
+    """Some hundred private slots of one file are made, and deleted in another order."""
     count = min(slots.vm.check_extension(k.KVM_CAP_NR_MEMSLOTS), 500)
     where = [
         {"slot": n, "guest_phys_addr": n * 2 * PAGE, "memory_size": PAGE} for n in range(count)

@@ -1,4 +1,4 @@
-"""v9 on plain x86: the test vehicle's switch, the guest's wishes, what its exits tell."""
+"""v9 on plain x86: the test vehicle's switch, the guest's choices, the fields of its exits."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ WANT_PRIVATE, WANT_SHARED = rm.KVM_MAP_GPA_RANGE_WANT_PRIVATE, rm.KVM_MAP_GPA_RA
 
 @rule("v9.vehicle.parameter", "v9.vehicle.when")
 def test_the_parameter(kvm: Kvm, file: RestrictedMem) -> None:
-    """The switch decides for the VMs that are made from then on, and for none that is there."""
+    """The switch applies to VMs that are made later, not to existing ones."""
     if not HOOK.exists():
         missing("test-vehicle", f"this kernel has no {HOOK.name}")
 
@@ -57,7 +57,7 @@ def test_the_parameter(kvm: Kvm, file: RestrictedMem) -> None:
 @pytest.mark.known_defect("private-fault-without-file")
 @v9
 def test_wishes_where_there_is_no_choice(rig: Rig) -> None:
-    """In an ordinary slot a wish changes nothing, and without a slot the access is MMIO."""
+    """In an ordinary slot the guest's choice has no effect; without a slot the access is MMIO."""
     memory = rig.memory(MIB)
     rig.vm.map(memory, GPA)
     memory.write(0, b"plain")
@@ -75,7 +75,7 @@ def test_wishes_where_there_is_no_choice(rig: Rig) -> None:
 @rule("v9.fault.padding")
 @v9
 def test_the_exits_padding(rig: Rig) -> None:
-    """Each field of the exit is written each time, padding with 0, whatever was there."""
+    """Each exit writes every field, and 0 to the padding, whatever they held before."""
     rig.bind(GPA, MIB, rig.file(MIB), memory=rig.memory(MIB))
     assert rig.guest.hypercall(CALL, GPA, 1, WANT_SHARED) == 0
     expected = MemoryFaultExit(ExitReason.MEMORY_FAULT_V9, GPA, PAGE, False, 0, 0, "restrictedmem")
@@ -97,7 +97,7 @@ def test_the_exits_padding(rig: Rig) -> None:
 @pytest.mark.known_defect("read-only-spins", "pages-not-zeroed")
 @v9
 def test_a_read_only_slot_keeps_the_secret(rig: Rig) -> None:
-    """A write to a private page of a read-only slot says where, not what; shared, it is MMIO."""
+    """A private write to a read-only slot exits without the data; a shared one is MMIO."""
     memory, file = rig.memory(MIB), rig.file(MIB)
     rig.bind(GPA, MIB, file, memory=memory, flags=k.KVM_MEM_READONLY)
     secret = 0x5EC2E75EC2E75EC2

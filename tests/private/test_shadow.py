@@ -1,4 +1,4 @@
-"""KVM's own eyes: what it reads and writes itself is the shared side of a page, never the private.
+"""What KVM reads and writes by itself: the shared side of a page, never the private one.
 
 Whatever KVM has to decode, it takes from where the host can write; whatever it hands to the guest
 in memory lands where the host can read.  That is how private memory without hardware is; a guest
@@ -41,18 +41,18 @@ def cpu_flags() -> set[str]:
 
 
 def decodes_itself() -> bool:
-    """Whether KVM fetches instructions that access MMIO, as no hardware hands it their bytes."""
+    """Whether KVM fetches instructions that access MMIO: no hardware provides their bytes."""
     return "decodeassists" not in cpu_flags()
 
 
 def measures_itself() -> bool:
-    """Whether KVM decodes an instruction to skip it, as no hardware tells its length."""
+    """Whether KVM decodes an instruction to skip it, because no hardware provides its length."""
     nrips = Path("/sys/module/kvm_amd/parameters/nrips")
     return "svm" in cpu_flags() and nrips.exists() and nrips.read_text().strip() in ("0", "N")
 
 
 class Shadowed:
-    """A slot with a private side and what the host puts into its shadow."""
+    """A private slot, and what the host writes to the shared side of its pages."""
 
     def __init__(self, rig: Rig) -> None:
         self.rig, self.guest = rig, rig.guest
@@ -67,7 +67,7 @@ class Shadowed:
         return self.memory.read(gpa - BASE + 5 * PAGE, size)
 
     def runs(self, gpa: int, argument: int = 0) -> tuple[int, list[Any]]:
-        """What the code at `gpa` returns, and the exits on the way: all of them are let go."""
+        """What the code at `gpa` returns, and the exits on the way, which are continued."""
         self.guest.exits.clear()
         self.guest.serve = lambda *_: True
         returned = self.guest.run(gpa, argument)
@@ -120,7 +120,7 @@ CHOICES: dict[str, tuple[bytes, list[Any], int]] = {
 @rule("private.shadow.decode.leak", "private.shadow.decode.injection")
 @pytest.mark.parametrize("name", CHOICES)
 def test_the_host_chooses_the_instruction(shadowed: Shadowed, name: str) -> None:
-    """Private code that accesses MMIO: KVM executes what the host has put at the same address.
+    """For private code that accesses MMIO, KVM executes what the host wrote to the same address.
 
     Leak: a register that the guest never meant to show.  Injection: a value that it never loaded.
     """
@@ -157,14 +157,14 @@ INSL = relative(CODE, b"\x48\x8d\x3d", DATA) + b"\x66\xba" + bytes([PORT, 0]) + 
 
 
 def shared_code(shadowed: Shadowed, code: bytes) -> None:
-    """Code that both sides agree on, so that only its data is in question."""
+    """Shared code, so that only its data is tested."""
     shadowed.rig.convert(CODE, PAGE, private=False)
     shadowed.host_writes(CODE, code)
 
 
 @rule("private.shadow.emulation.read")
 def test_emulated_reads(shadowed: Shadowed) -> None:
-    """String output of private memory sends what the host has put there."""
+    """String output from private memory sends what the host wrote there."""
     shared_code(shadowed, OUTSL)
     shadowed.guest.write(DATA, b"mine")
     shadowed.host_writes(DATA, b"host")
@@ -240,7 +240,7 @@ def interrupt(shadowed: Shadowed) -> None:
 @rule("private.shadow.kvm-writes")
 @pytest.mark.parametrize("name", WRITERS)
 def test_what_kvm_writes(make_rig: MakeRig, name: str) -> None:
-    """What the guest asks KVM to write into a private page is found by the host, not by it."""
+    """What KVM writes into a private page for the guest is seen by the host only."""
     msr, low, bit, changed = WRITERS[name]
     rig = make_rig(irqchip=msr == PV_EOI)
     shadowed, guest = Shadowed(rig), rig.guest
@@ -273,7 +273,7 @@ VIRTUAL = 2 << 30
 
 @rule("private.shadow.page-tables")
 def test_page_tables(shadowed: Shadowed) -> None:
-    """Page tables in private memory: the processor walks the guest's, KVM those of the host."""
+    """With page tables in private memory the processor walks the guest's, and KVM the host's."""
     rig, guest = shadowed.rig, shadowed.guest
     target = rig.memory(2 * LARGE)
     rig.vm.map(target, TARGET)
@@ -335,7 +335,7 @@ def foreign_hypercall(shadowed: Shadowed) -> tuple[bytes, bytes]:
 
 
 def undefined(shadowed: Shadowed) -> bool:
-    """Whether running the code ends with an invalid opcode."""
+    """Whether the code ends with an invalid opcode."""
     with pytest.raises(GuestCrash) as crash:
         shadowed.guest.run(CODE)
     shadowed.guest.reset()
@@ -344,7 +344,7 @@ def undefined(shadowed: Shadowed) -> bool:
 
 @rule("private.shadow.hypercall-patch")
 def test_the_other_vendors_hypercall(shadowed: Shadowed) -> None:
-    """KVM mends it in the shadow; the private instruction stays, and the guest gets nowhere."""
+    """KVM patches the shared page; the private instruction stays, and the guest is stuck."""
     foreign, native = foreign_hypercall(shadowed)
     code = b"\xb8\x63\0\0\0" + foreign + b"\xc3"  # mov $99, %eax; hypercall; ret
     at = 5
@@ -384,7 +384,7 @@ def test_the_other_vendors_hypercall(shadowed: Shadowed) -> None:
 
 @rule("private.shadow.hypercall-patch.quirk")
 def test_the_other_vendors_hypercall_unmended(shadowed: Shadowed) -> None:
-    """With the quirk off, KVM writes nothing, and the guest gets an invalid opcode at once."""
+    """With the quirk off KVM patches nothing, and the guest gets an invalid opcode at once."""
     vm = shadowed.rig.vm
     if not vm.check_extension(DISABLE_QUIRKS2) & FIX_HYPERCALL:
         missing("disable-quirks2", "the quirk can't be switched off")

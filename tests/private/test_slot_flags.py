@@ -1,4 +1,4 @@
-"""Private slots with something special: read-only, with a dirty log, in another address space."""
+"""Private slots that are read-only, have a dirty log, or are in another address space."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def flagged(rig: Rig) -> Flagged:
 @only("restrictedmem")
 @pytest.mark.parametrize("first", ["read", "write"])
 def test_a_private_write_to_a_read_only_slot(flagged: Flagged, first: str) -> None:
-    """Exit 38, private, and nothing of what was to be written; reads work, the page stays."""
+    """The write is exit 38, private, without the data; reads work, and the page does not change."""
     guest, at = flagged.guest, GPA + 7 * PAGE
     flagged.bind(0)
     guest.write(at, b"before")
@@ -91,7 +91,7 @@ def test_a_private_write_to_a_read_only_slot(flagged: Flagged, first: str) -> No
 @rule("v9.readonly.shared-write")
 @only("restrictedmem")
 def test_a_shared_write_to_a_read_only_slot(flagged: Flagged) -> None:
-    """It is MMIO, the exit has the data; reads work, the host's page stays."""
+    """The write is MMIO with the data; reads work, and the host's page does not change."""
     guest, at = flagged.guest, GPA + 7 * PAGE
     flagged.bind(READONLY)
     flagged.memory.write(MEMORY_OFFSET + 7 * PAGE, b"before")
@@ -108,7 +108,7 @@ def test_a_shared_write_to_a_read_only_slot(flagged: Flagged) -> None:
 @rule("v9.readonly.shared-write")
 @only("restrictedmem")
 def test_a_shared_write_where_there_is_no_memory(flagged: Flagged) -> None:
-    """It is MMIO all the same, before anybody looks for memory: only a read finds none."""
+    """The write is MMIO too, as KVM does not look for memory; a read finds that there is none."""
     rig, guest, at = flagged.rig, flagged.guest, GPA + 7 * PAGE
     rig.abi.bind(rig.vm, GPA, SIZE, flagged.file, flags=READONLY)
     rig.convert(at, PAGE, private=False)
@@ -125,7 +125,7 @@ def test_a_shared_write_where_there_is_no_memory(flagged: Flagged) -> None:
 @only("guest_memfd")
 @pytest.mark.parametrize("flags", [LOG, READONLY, LOG | READONLY])
 def test_guest_memfd_takes_no_flags(flagged: Flagged, flags: int) -> None:
-    """LOG_DIRTY_PAGES and READONLY are EINVAL beside GUEST_MEMFD, and neither can come later."""
+    """LOG_DIRTY_PAGES and READONLY are EINVAL with GUEST_MEMFD, and can't be added later."""
     assert answer(lambda: flagged.bind(flags)) == "EINVAL"
     flagged.bind(0)
     assert answer(lambda: flagged.bind(flags)) == "EINVAL"
@@ -153,7 +153,7 @@ WRITTEN = {0, 1, 5, 63, 64, 127, 128, PAGES - 1}
 @only("restrictedmem")
 @pytest.mark.parametrize("kind", ["private", "ordinary"])
 def test_dirty_log(flagged: Flagged, kind: str) -> None:
-    """Each page that was written since the last look, as an ordinary slot has it too.
+    """The log has each page that was written since the last call, as for an ordinary slot.
 
     A page that is mapped for a read is mapped to be written, and counts as such that once.
     """
@@ -180,7 +180,7 @@ def test_dirty_log(flagged: Flagged, kind: str) -> None:
 @rule("v9.dirty-log.converted", "v9.dirty-log.shared")
 @only("restrictedmem")
 def test_dirty_log_of_converted_pages(flagged: Flagged) -> None:
-    """The log is the gfn's, whichever kind of memory was written; converting writes nothing."""
+    """The log is kept by gfn, for both kinds of memory; a conversion does not mark pages."""
     guest, vm = flagged.guest, flagged.rig.vm
     flagged.bind(LOG)
     guest.touch(GPA, PAGE, PAGES, byte=1)
@@ -197,7 +197,7 @@ def test_dirty_log_of_converted_pages(flagged: Flagged) -> None:
 @rule("v9.dirty-log.kvm-writes")
 @only("restrictedmem")
 def test_dirty_log_of_kvms_own_writes(flagged: Flagged) -> None:
-    """What KVM writes goes into the shadow of a private page: the log says dirty all the same."""
+    """KVM's own writes go to the shared side of a private page; the log has the page too."""
     guest, vm = flagged.guest, flagged.rig.vm
     flagged.bind(LOG)
     guest.fill(GPA, 0x5A, SIZE)
@@ -280,7 +280,7 @@ class SmmMonitor:
         rig.vm.map(memory, SMRAM, slot=SECOND | 1)
 
     def interrupt(self) -> bytes:
-        """What there was at WHERE."""
+        """What was at WHERE."""
         guest, heard = self.rig.guest, []
 
         def serve(_: object, exit_: Any) -> bool:
@@ -299,7 +299,7 @@ class SmmMonitor:
 @pytest.mark.known_defect("notified-in-bytes", "pages-not-zeroed")
 @only("restrictedmem")
 def test_two_address_spaces(rig: Rig) -> None:
-    """Each has a private slot at the same gpa, with a memory of its own; a conversion is for both.
+    """Each space has a private slot at the same gpa with its own memory; a conversion is for both.
 
     Each hole is its file's.
     """
