@@ -73,7 +73,7 @@ class Kvm(Fd):
         capability.  A VM may support less or more: :meth:`Vm.check_extension`.
         """
         result: int = _ioctl(self._fd, _CHECK_EXTENSION, cap)
-        # A number that was cut to 64 bits is larger than any capability, or is none.
+        # The check costs time, and only a number that ctypes has cut to 64 bits needs it.
         if result <= 0 or cap > 0x3FFF_FFFF:
             check_range("cap", cap, 1 << 64)
             if result < 0:

@@ -42,13 +42,14 @@ KICK_SIGNAL: int = signal.SIGRTMIN
 
 
 class Kickable(Protocol):
-    """What the watch kicks."""
+    """A vCPU, for this module."""
 
-    def kick(self) -> None: ...
+    def kick(self) -> None:
+        """Make its run return."""
 
 
 def prepare_thread() -> None:
-    """Make the calling thread one that KICK_SIGNAL interrupts."""
+    """Let KICK_SIGNAL interrupt system calls of the calling thread, and do nothing else."""
     libc.signal_ignored_in_c(KICK_SIGNAL)
     libc.pthread_sigmask_unblock(KICK_SIGNAL)
 
@@ -64,7 +65,7 @@ class SignalsBlocked:
         self._before = libc.signal_mask()
         try:
             libc.block_signals()
-            libc.run_signal_handlers()  # of what has come until then
+            libc.run_signal_handlers()  # for signals that have come until now
         except BaseException:
             libc.set_signal_mask(self._before)
             raise
@@ -73,13 +74,14 @@ class SignalsBlocked:
         libc.set_signal_mask(self._before)
 
 
-# Re-entrant: a signal handler may come in the middle and run, kick or close a vCPU itself.
+# Re-entrant: a signal handler may interrupt the holder and run, kick or close a vCPU itself.
 _lock = threading.RLock()
 _watched: weakref.WeakSet[Kickable] = weakref.WeakSet()
 _watch: _SignalWatch | None = None
 
 
 def in_main_thread() -> bool:
+    """Whether the calling thread is the one that runs Python's signal handlers."""
     return threading.current_thread() is threading.main_thread()
 
 
@@ -93,12 +95,12 @@ def watch(vcpu: Kickable) -> None:
 
 
 def unwatch(vcpu: Kickable) -> None:
-    """The vCPU is closed.  The watch ends with the last one, when the main thread says so."""
+    """Forget a vCPU that is being closed.  The main thread ends the watch with the last one."""
     global _watch
     with _lock:
         _watched.discard(vcpu)
         if _watched or _watch is None or not in_main_thread() or sys.is_finalizing():
-            return  # at the very end the daemon thread can't be waited for: the process takes it
+            return  # at interpreter exit the daemon thread can't be joined; it ends with the process
         ending, _watch = _watch, None
     ending.close()  # not under the lock, which its thread may be waiting for
 
@@ -112,12 +114,12 @@ def _kick_all() -> None:
 
 
 class _SignalWatch:
-    """A pipe as wake-up fd and the thread that reads it."""
+    """A pipe whose write end is the wake-up fd, and the thread that reads it."""
 
     def __init__(self) -> None:
         read, self._write = os.pipe2(os.O_CLOEXEC)
-        #: Closed by whoever is last, the thread or we: it may have begun when its start is
-        #: interrupted, by a signal that came to another thread.
+        # Closed with its last reference, the thread's or ours: when a signal interrupts start(),
+        # the thread may have begun.
         self._read = Fd(read)
         os.set_blocking(self._write, False)
         self._previous = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
@@ -134,25 +136,25 @@ class _SignalWatch:
             if self._previous >= 0:
                 with suppress(OSError):  # its owner may have closed it, or not be reading
                     os.write(self._previous, numbers)
-            # Where the user has a handler of his own for KICK_SIGNAL, a kick comes by here too;
-            # to kick for that would never end.
+            # If the program has a Python handler for KICK_SIGNAL, kicks arrive here too: to kick
+            # because of a kick would never end.
             if numbers.strip(bytes((KICK_SIGNAL,))):
                 _kick_all()
 
     def _restore(self) -> None:
         current = signal.set_wakeup_fd(self._previous, warn_on_full_buffer=False)
-        if current != self._write:  # somebody has set another one since: it stays
+        if current != self._write:  # another one has been set since: it stays
             signal.set_wakeup_fd(current, warn_on_full_buffer=False)
         os.close(self._write)
 
     def close(self) -> None:
-        """Give the wake-up fd back; the thread ends when it has read what came until then."""
+        """Restore the wake-up fd and end the thread, which reads first what has come until now."""
         self._restore()
         self._thread.join()
 
     def forget(self) -> None:
-        """In a child made by fork: it has the pipe, but neither the thread nor our vCPUs."""
-        with suppress(ValueError):  # not the main thread: then the wake-up fd is not ours to set
+        """For a child made by fork, which has the pipe but neither the thread nor our vCPUs."""
+        with suppress(ValueError):  # not in the main thread, which alone may set the wake-up fd
             if signal.set_wakeup_fd(-1) != self._write:
                 return
         self._read.close()

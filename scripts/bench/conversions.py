@@ -98,9 +98,8 @@ def per_page(abi: private.PrivateAbi, kvm: Kvm, page: int, rounds: int) -> dict[
         it.convert(to_private=True)
         if page == LARGE:
             it.guest.touch(GPA, page, count, byte=1)
-            with it.vm.get_stats_fd() as stats:
-                if stats.read()["pages_2m"] < count:
-                    return None
+            if it.vm.stats()["pages_2m"] < count:
+                return None
         for _ in range(rounds):
             for mapped in (False, True):
                 for to_private in (False, True):

@@ -34,12 +34,5 @@ def make_guest(kvm: kvmpriv.Kvm) -> Iterator[MakeGuest]:
 
 
 def start(vcpu: kvmpriv.Vcpu, rip: int = CODE) -> None:
-    """Real mode, every segment 0, at `rip`."""
-    sregs = vcpu.get_sregs()
-    for name in ("cs", "ds", "es", "ss"):
-        segment = getattr(sregs, name)
-        segment.base = segment.selector = 0
-    vcpu.set_sregs(sregs)
-    regs = vcpu.get_regs()
-    regs.rip, regs.rsp, regs.rflags = rip, 0xFFF0, 2
-    vcpu.set_regs(regs)
+    """Real mode, every segment 0, at `rip`, with a stack."""
+    vcpu.start_real_mode(rip, rsp=0xFFF0)

@@ -60,10 +60,7 @@ def test_what_was_filled_ahead_is_read(make_rig: MakeRig, kvm: Kvm, kind: str) -
         guest.load(guest.home, 8)  # what it needs itself is there then
 
         def faults() -> int:
-            with guest.vcpu.get_stats_fd() as stats:
-                taken = stats.read()["pf_taken"]
-            assert isinstance(taken, int)
-            return taken
+            return guest.vcpu.stats()["pf_taken"]
 
         fill = guest_memfd.pre_fault_memory
         done = 0
