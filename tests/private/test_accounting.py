@@ -89,7 +89,7 @@ def costs_of_fds() -> int:
 @pytest.mark.known_defect("fstat")
 @only("restrictedmem")
 def test_blocks(rig: Rig) -> None:
-    """v9: st_blocks counts the pages that the file has, st_size does not (guest_memfd's is 0)."""
+    """st_blocks counts the pages that the file has; st_size does not."""
     file = rig.file(MIB)
     rig.bind(GPA, MIB, file)
 

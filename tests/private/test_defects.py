@@ -29,5 +29,5 @@ def test_known_defect(name: str) -> None:
 
 @rule("suite.defects.all")
 def test_every_defect_is_looked_for() -> None:
-    """The table of the defects and the looks at the kernel name the same."""
+    """Every defect of the table has a detector, and every detector a defect."""
     assert DETECTORS.keys() == DEFECTS.keys()

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("no_leak", "guest_memfd_kvm")
 
 @rule("gm.life.file_before_slot", "gm.slot.unbound")
 def test_file_closed_before_the_slot(gm_vm: Vm) -> None:
-    """Closing the file's last fd takes the memory from the slot, which stays and is deleted."""
+    """Closing the file's last descriptor takes the memory from the slot, which can be deleted."""
     memory = Unevictable()
     with GuestMemfd(gm_vm, BIG) as file:
         fallocate(file, KEEP_SIZE, 0, BIG)
@@ -46,7 +46,7 @@ def test_file_closed_before_the_slot(gm_vm: Vm) -> None:
 
 @rule("gm.life.slot_before_file")
 def test_slot_deleted_before_the_file(gm_vm: Vm) -> None:
-    """Deleting the slot frees nothing while a descriptor is left; the range can be bound again."""
+    """Deleting the slot frees nothing while a descriptor is open; the range can be bound again."""
     memory = Unevictable()
     with GuestMemfd(gm_vm, BIG) as file:
         fallocate(file, KEEP_SIZE, 0, BIG)
@@ -111,7 +111,7 @@ def test_duplicates(gm_vm: Vm) -> None:
 
 @rule("gm.life.scm_rights")
 def test_sent_to_another_process(gm_vm: Vm, vm_type: int) -> None:
-    """Another process may allocate and punch, but not use the file in a VM of its own."""
+    """A process that receives the file can allocate and punch, but not use it in its own VM."""
     memory = Unevictable()
     ours, theirs = socket.socketpair()
 
@@ -133,7 +133,7 @@ def test_sent_to_another_process(gm_vm: Vm, vm_type: int) -> None:
 
 @rule("gm.life.fork")
 def test_fork(gm_slots: GuestMemfdSlots, gm_file: GuestMemfd) -> None:
-    """A forked process has the same file, but may not use its parent's VM: EIO."""
+    """A forked process can use the file, but its parent's VM is EIO."""
     assert gm_slots.set() == "ok"
 
     def child() -> tuple[str, str, str]:
@@ -182,7 +182,7 @@ def test_exec(any_vm: Vm) -> None:
     ids=["prepared", "overlap", "beyond the file", "no file"],
 )
 def test_failures_leak_nothing(gm_vm: Vm, expected: str, wrong: dict[str, int]) -> None:
-    """3,000 slots that can't be made, whatever the reason, leave no reference to the file."""
+    """3,000 slots that can't be made leave no reference to the file."""
     memory, files = Unevictable(), files_open()
     with GuestMemfd(gm_vm, BIG) as file:
         fallocate(file, KEEP_SIZE, 0, BIG)

@@ -89,9 +89,9 @@ def test_capabilities(kvm: Kvm, any_vm: Vm, vm_type: int) -> None:
 
 @rule("gm.cap.vm_types")
 def test_vm_types(kvm: Kvm) -> None:
-    """KVM_CAP_VM_TYPES is a bitmap: types that are in it are made, others are EINVAL."""
+    """KVM_CAP_VM_TYPES is a bitmap: listed types can be made, others are EINVAL."""
     types = kvm.check_extension(gm.KVM_CAP_VM_TYPES)
-    assert types & 1, "default VMs are always there"
+    assert types & 1, "default VMs always exist"
     for number in (*range(2), *range(6, 32), 0xFFFF):
         expected = "ok" if types >> number & 1 else "EINVAL"
         assert answer(lambda n=number: kvm.create_vm(n).close()) == expected, number
@@ -99,7 +99,9 @@ def test_vm_types(kvm: Kvm) -> None:
 
 @rule("gm.cap.flags")
 def test_flags_capability(gm_vm: Vm) -> None:
-    """KVM_CAP_GUEST_MEMFD_FLAGS: nothing before 6.18; INIT_SHARED only where all is shared."""
+    """KVM_CAP_GUEST_MEMFD_FLAGS lists the flags; INIT_SHARED is listed only where all memory is
+    shared.
+    """
     flags = flags_of(gm_vm)
     assert flags in (0, MMAP, MMAP | INIT_SHARED)
     if gm_vm.check_extension(gm.KVM_CAP_MEMORY_ATTRIBUTES) & PRIVATE:
@@ -108,7 +110,7 @@ def test_flags_capability(gm_vm: Vm) -> None:
 
 @rule("gm.successor_of.v9")
 def test_predecessors(any_vm: Vm) -> None:
-    """v9's capability reads 0."""
+    """v9's capability KVM_CAP_PRIVATE_MEM reads 0."""
     assert any_vm.check_extension(224) == 0
 
 
@@ -117,7 +119,7 @@ def test_predecessors(any_vm: Vm) -> None:
 
 @rule("gm.create.size")
 def test_size(any_vm: Vm) -> None:
-    """The size is above 0 and page aligned, else EINVAL."""
+    """A size of 0 or one that is not page aligned is EINVAL."""
     for size in (0, 1, 2, 4, 101, 2048, PAGE - 1, PAGE + 1, NOWHERE, NOWHERE + PAGE, TOP - PAGE):
         assert create(any_vm, size) == "EINVAL", size
     for size in (PAGE, 7 * PAGE, 1 << 40, NOWHERE - PAGE):
@@ -139,7 +141,7 @@ def test_every_size_within_a_page(any_vm: Vm) -> None:
 
 @rule("gm.create.flags")
 def test_flags(any_vm: Vm) -> None:
-    """Flags that KVM_CAP_GUEST_MEMFD_FLAGS lists are granted, alone and together; others EINVAL."""
+    """Each listed flag is accepted, alone and with others; every other flag is EINVAL."""
     known = flags_of(any_vm)
     for flags in (*(1 << bit for bit in range(64)), MMAP | INIT_SHARED, TOP - 1, 0):
         assert create(any_vm, PAGE, flags) == ("EINVAL" if flags & ~known else "ok"), hex(flags)
@@ -160,7 +162,7 @@ def test_reserved(any_vm: Vm) -> None:
 
 @rule("gm.create.pointer")
 def test_create_bad_pointers(any_vm: Vm) -> None:
-    """A struct that can't be read whole is EFAULT."""
+    """A struct that can't be read in full is EFAULT."""
     edge = Edge()
     struct = gm.ffi.new("struct kvm_create_guest_memfd *", {"size": PAGE})
     for address in (0, 1, NOWHERE, edge.put(struct, 63)):
@@ -171,7 +173,7 @@ def test_create_bad_pointers(any_vm: Vm) -> None:
 
 @rule("gm.create.order.efault", "gm.create.order.emfile")
 def test_order_of_creation(any_vm: Vm) -> None:
-    """EFAULT, then EINVAL of size and flags, then EMFILE where no descriptor is left."""
+    """EFAULT comes before EINVAL of size and flags, and that before EMFILE."""
     edge, most = Edge(), resource.getrlimit(resource.RLIMIT_NOFILE)
     good, unaligned = ((PAGE, 0), (PAGE + 1, 0))
     bad = ((0, 0), unaligned, (NOWHERE, 0), (PAGE, UNKNOWN), (PAGE + 1, UNKNOWN))
@@ -242,7 +244,7 @@ def test_operation(gm_file: GuestMemfd, operation: Callable[[int], Any], expecte
 
 @rule("gm.file.size.fixed")
 def test_the_size_is_fixed(gm_file: GuestMemfd) -> None:
-    """ftruncate is EINVAL, whatever the size."""
+    """ftruncate(2) is EINVAL for every size."""
     for size in (0, PAGE, 256 * PAGE, 512 * PAGE, 1, -1):
         assert answer(lambda new=size: os.ftruncate(gm_file.fileno(), new)) == "EINVAL", size
     assert os.fstat(gm_file.fileno()).st_size == 256 * PAGE
@@ -261,7 +263,7 @@ def test_modes(gm_file: GuestMemfd) -> None:
 @rule("gm.file.fallocate.aligned", "gm.file.hole.aligned")
 @pytest.mark.parametrize("mode", [KEEP_SIZE, HOLE], ids=["allocate", "hole"])
 def test_fallocate_alignment(gm_file: GuestMemfd, mode: int) -> None:
-    """Offset and length are page aligned, else EINVAL; so is what is below 0, and length 0."""
+    """Offset and length must be page aligned, not negative, and the length not 0; else EINVAL."""
     odd = [(0, 1), (1, 1), (0, PAGE - 1), (0, PAGE + 1), (1, PAGE), (PAGE - 1, PAGE)]
     odd += [(1, PAGE - 1), (PAGE // 2, PAGE), (PAGE, PAGE // 2), (300 * PAGE, 1)]
     odd += [(0, 0), (-PAGE, PAGE), (0, -PAGE)]
@@ -274,7 +276,7 @@ def test_fallocate_alignment(gm_file: GuestMemfd, mode: int) -> None:
 
 @rule("gm.file.fallocate.beyond_size", "gm.file.hole.beyond_size")
 def test_beyond_the_end(gm_file: GuestMemfd) -> None:
-    """Allocating beyond the end is EINVAL, punching there succeeds."""
+    """An allocation beyond the end is EINVAL; a hole there succeeds."""
     end = 256 * PAGE
     for offset, length in ((end, PAGE), (end - PAGE, 2 * PAGE), (1 << 40, PAGE), (0, end + PAGE)):
         said = [
@@ -287,7 +289,9 @@ def test_beyond_the_end(gm_file: GuestMemfd) -> None:
 
 @rule("gm.file.fallocate.order")
 def test_order_of_fallocate(gm_file: GuestMemfd) -> None:
-    """EINVAL of length 0 and what is negative, EOPNOTSUPP of the mode, EINVAL of what is odd."""
+    """EINVAL of length 0 and negative values, then EOPNOTSUPP of the mode, then EINVAL of
+    alignment.
+    """
     modes = [0, PUNCH_HOLE, ZERO, ZERO | KEEP_SIZE, COLLAPSE, UNSHARE | KEEP_SIZE, 1 << 30]
     rows = {
         (0, 0): ["EINVAL", "EINVAL"],
@@ -309,10 +313,10 @@ def test_order_of_fallocate(gm_file: GuestMemfd) -> None:
 
 @rule("gm.pages.allocated", "gm.pages.freed")
 def test_pages(gm_vm: Vm) -> None:
-    """fallocate makes unevictable pages, once; a hole and the last close free them."""
+    """fallocate(2) allocates unevictable pages once; a hole and the last close free them."""
     memory = Unevictable()
     with GuestMemfd(gm_vm, BIG) as file:
-        assert memory.is_about(0), "a size alone costs nothing"
+        assert memory.is_about(0), "a size alone allocates nothing"
         for _ in range(2):
             fallocate(file, KEEP_SIZE, 0, BIG)
             assert memory.is_about(BIG)
@@ -340,7 +344,7 @@ def mappable(gm_vm: Vm) -> Iterator[GuestMemfd]:
 
 @rule("gm.mmap.shared", "gm.mmap.hole")
 def test_mapped(mappable: GuestMemfd) -> None:
-    """A file with MMAP and INIT_SHARED is mapped, written and read; a hole reads 0 afterwards."""
+    """A file with MMAP and INIT_SHARED can be mapped, written and read; a hole reads as zeros."""
     with (
         HostMemory(4 * PAGE, fd=mappable.fileno()) as one,
         HostMemory(2 * PAGE, fd=mappable.fileno(), offset=2 * PAGE) as two,
@@ -356,7 +360,7 @@ def test_mapped(mappable: GuestMemfd) -> None:
 
 @rule("gm.mmap.private")
 def test_mapped_private(mappable: GuestMemfd) -> None:
-    """MAP_PRIVATE is EINVAL."""
+    """mmap(2) with MAP_PRIVATE is EINVAL."""
     for prot in (PROT_READ, PROT_READ | PROT_WRITE):
         private, shared = mapping(prot, MAP_PRIVATE), mapping(prot, MAP_SHARED)
         assert answer(lambda do=private: do(mappable.fileno())) == "EINVAL"
@@ -367,7 +371,7 @@ def touched(fd: int, offset: int, *, write: bool) -> int:
     """The signal that ends a process that touches a mapping of 8 pages, or 0."""
 
     def touch() -> None:
-        # The binding's mapping would ask for the size first.
+        # HostMemory would read the file's size first.
         address = call("mmap", 0, 8 * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0)
         page = k.ffi.buffer(k.ffi.cast("char *", address + offset), 1)
         if write:
@@ -382,7 +386,7 @@ def touched(fd: int, offset: int, *, write: bool) -> int:
 @rule("gm.mmap.beyond_size")
 @pytest.mark.parametrize("write", [False, True], ids=["read", "write"])
 def test_mapped_beyond_the_end(mappable: GuestMemfd, write: bool) -> None:
-    """A mapping may be longer than the file; touching what is beyond is SIGBUS."""
+    """A mapping may be longer than the file; touching what is beyond the end is SIGBUS."""
     fd = mappable.fileno()
     assert [touched(fd, at * PAGE, write=write) for at in (0, 3, 4, 7)] == [0, 0, 7, 7]
 
@@ -390,7 +394,7 @@ def test_mapped_beyond_the_end(mappable: GuestMemfd, write: bool) -> None:
 @rule("gm.mmap.not_shared")
 @pytest.mark.parametrize("write", [False, True], ids=["read", "write"])
 def test_mapped_without_init_shared(gm_vm: Vm, write: bool) -> None:
-    """A file with MMAP alone is mapped, but touching the mapping is SIGBUS."""
+    """A file with MMAP alone can be mapped; touching the mapping is SIGBUS."""
     if not flags_of(gm_vm) & MMAP:
         missing("guest-memfd-flags", "KVM_CAP_GUEST_MEMFD_FLAGS lacks MMAP")
     with GuestMemfd(gm_vm, 4 * PAGE, MMAP) as file:
@@ -399,7 +403,7 @@ def test_mapped_without_init_shared(gm_vm: Vm, write: bool) -> None:
 
 @rule("gm.mmap.flag")
 def test_shared_without_mmap(mappable: GuestMemfd, gm_vm: Vm) -> None:
-    """A file with INIT_SHARED alone is ENODEV to mmap."""
+    """mmap(2) of a file with INIT_SHARED and without MMAP is ENODEV."""
     shared = mapping(PROT_READ, MAP_SHARED)
     with GuestMemfd(gm_vm, 4 * PAGE, INIT_SHARED) as file:
         assert answer(lambda: shared(file.fileno())) == "ENODEV"
@@ -411,7 +415,7 @@ def test_shared_without_mmap(mappable: GuestMemfd, gm_vm: Vm) -> None:
 
 @rule("gm.slot.vm_type")
 def test_which_vms_take_slots(any_vm: Vm, memory: HostMemory) -> None:
-    """KVM_MEM_GUEST_MEMFD is EINVAL where the VM's KVM_CAP_GUEST_MEMFD is 0."""
+    """KVM_MEM_GUEST_MEMFD is EINVAL for a VM whose KVM_CAP_GUEST_MEMFD is 0."""
     with GuestMemfd(any_vm, 256 * PAGE) as file:
         slots = GuestMemfdSlots(any_vm, file, memory.userspace_addr)
         taken = any_vm.check_extension(gm.KVM_CAP_GUEST_MEMFD)
@@ -421,7 +425,9 @@ def test_which_vms_take_slots(any_vm: Vm, memory: HostMemory) -> None:
 
 @rule("gm.slot.old_ioctl")
 def test_the_old_ioctl(gm_slots: GuestMemfdSlots) -> None:
-    """KVM_SET_USER_MEMORY_REGION refuses KVM_MEM_GUEST_MEMFD: EINVAL; it deletes such slots."""
+    """KVM_SET_USER_MEMORY_REGION with KVM_MEM_GUEST_MEMFD is EINVAL; without it deletes such
+    slots.
+    """
     new, gm_slots.request = gm_slots.request, k.KVM_SET_USER_MEMORY_REGION
     assert gm_slots.set() == "EINVAL"
     gm_slots.accepts(flags=0)
@@ -434,7 +440,9 @@ def test_the_old_ioctl(gm_slots: GuestMemfdSlots) -> None:
 
 @rule("gm.slot.copy")
 def test_copied(gm_slots: GuestMemfdSlots) -> None:
-    """KVM_SET_USER_MEMORY_REGION2 copies 160 bytes for any slot: with one less EFAULT."""
+    """KVM_SET_USER_MEMORY_REGION2 copies 160 bytes for every slot: with one byte less it is
+    EFAULT.
+    """
     edge = Edge()
     for flags in (GUEST_MEMFD, 0):
         struct = gm_slots.struct(flags=flags)
@@ -449,7 +457,7 @@ def test_copied(gm_slots: GuestMemfdSlots) -> None:
 
 @rule("gm.slot.order.efault")
 def test_efault_comes_first(gm_slots: GuestMemfdSlots) -> None:
-    """A struct that can't be copied is EFAULT, whatever else is wrong with it."""
+    """EFAULT comes before every other refusal."""
     edge = Edge()
     with gm_slots.held():
         for expected, wrong in (
@@ -487,7 +495,7 @@ def test_flags_beside_guest_memfd(gm_slots: GuestMemfdSlots, beside: int) -> Non
     "name", ["memory_size", "guest_phys_addr", "userspace_addr", "guest_memfd_offset"]
 )
 def test_alignment(gm_slots: GuestMemfdSlots, name: str) -> None:
-    """Size, addresses and offset are page aligned, else EINVAL."""
+    """A size, address or offset that is not page aligned is EINVAL."""
     good = gm_slots.good[name]
     for off in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4095):
         assert gm_slots.set(**{name: good + off}) == "EINVAL", off
@@ -497,7 +505,7 @@ def test_alignment(gm_slots: GuestMemfdSlots, name: str) -> None:
 
 @rule("gm.slot.offset.each")
 def test_every_offset_within_a_page(gm_slots: GuestMemfdSlots) -> None:
-    """Each offset from 1 to 4095 is EINVAL."""
+    """Each guest_memfd_offset from 1 to 4095 is EINVAL."""
     struct, said = gm_slots.struct(), []
     for offset in range(1, PAGE):
         struct.guest_memfd_offset = offset
@@ -509,7 +517,7 @@ def test_every_offset_within_a_page(gm_slots: GuestMemfdSlots) -> None:
 
 @rule("gm.slot.offset.range")
 def test_offset_range(gm_slots: GuestMemfdSlots) -> None:
-    """offset + size is within the file, and neither negative nor wrapping; else EINVAL."""
+    """offset + size beyond the file, and an offset that is negative or wraps, is EINVAL."""
     end, size = 256 * PAGE, 16 * PAGE
     for offset in (end - size + PAGE, end, 1 << 40, NOWHERE, TOP - PAGE, TOP - size):
         assert gm_slots.set(guest_memfd_offset=offset) == "EINVAL", hex(offset)
@@ -519,7 +527,7 @@ def test_offset_range(gm_slots: GuestMemfdSlots) -> None:
 
 @rule("gm.slot.file.ebadf")
 def test_closed_descriptors(gm_slots: GuestMemfdSlots, gm_file: GuestMemfd) -> None:
-    """A descriptor that is not open, or O_PATH, is EBADF."""
+    """A guest_memfd descriptor that is not open or is O_PATH is EBADF."""
     closed = os.dup(0)
     os.close(closed)
     path = os.open(f"/proc/self/fd/{gm_file.fileno()}", os.O_PATH)
@@ -546,7 +554,7 @@ def test_other_files(gm_slots: GuestMemfdSlots, kvm: Kvm) -> None:
 
 @rule("gm.slot.file.other_vm")
 def test_another_vms_file(gm_slots: GuestMemfdSlots, guest_memfd_kvm: Kvm, vm_type: int) -> None:
-    """A file made for another VM is EINVAL."""
+    """A file of another VM is EINVAL."""
     with (
         guest_memfd_kvm.create_vm(vm_type) as other,
         GuestMemfd(other, 256 * PAGE) as file,
@@ -556,7 +564,7 @@ def test_another_vms_file(gm_slots: GuestMemfdSlots, guest_memfd_kvm: Kvm, vm_ty
 
 @rule("gm.slot.overlap.guest")
 def test_guest_overlap(gm_slots: GuestMemfdSlots) -> None:
-    """A guest range that overlaps another slot's is EEXIST; beside it is fine."""
+    """A guest range that overlaps another slot's is EEXIST; adjacent slots succeed."""
     base, size = 4 * GIB, 16 * PAGE
     with gm_slots.held(guest_memfd_offset=0):
         for address, length in (
@@ -575,7 +583,9 @@ def test_guest_overlap(gm_slots: GuestMemfdSlots) -> None:
 
 @rule("gm.slot.overlap.file")
 def test_file_overlap(gm_slots: GuestMemfdSlots) -> None:
-    """A range of the file is in one slot at most: always the same errno of FILE_OVERLAP."""
+    """A range of the file can be in one slot only; the errno (EINVAL or EEXIST) is always the
+    same.
+    """
     other = {"slot": 4, "guest_phys_addr": 5 * GIB}
     said = set()
     with gm_slots.held():
@@ -591,7 +601,7 @@ def test_file_overlap(gm_slots: GuestMemfdSlots) -> None:
 
 @rule("gm.slot.order.eexist")
 def test_order_around_eexist(gm_slots: GuestMemfdSlots) -> None:
-    """EINVAL of flags and alignment, then EEXIST of the guest range, then what the file says."""
+    """EINVAL of flags and alignment comes before EEXIST, and EEXIST before refusals of the file."""
     with gm_slots.held():
         for wrong in (
             {"flags": GUEST_MEMFD | UNKNOWN},
@@ -613,7 +623,7 @@ def test_order_around_eexist(gm_slots: GuestMemfdSlots) -> None:
 
 @rule("gm.slot.order.immutable")
 def test_immutable_comes_before_eexist(gm_slots: GuestMemfdSlots) -> None:
-    """A slot with a file set anew onto another's range is EINVAL, not EEXIST."""
+    """EINVAL of a change to a guest_memfd slot comes before EEXIST of an overlap."""
     there = {"guest_phys_addr": 5 * GIB, "guest_memfd_offset": 0}
     for flags in (GUEST_MEMFD, 0):
         with gm_slots.held(slot=4, flags=flags, **there):
@@ -625,7 +635,7 @@ def test_immutable_comes_before_eexist(gm_slots: GuestMemfdSlots) -> None:
 
 @rule("gm.slot.order.number")
 def test_the_number_comes_before_eexist(gm_slots: GuestMemfdSlots) -> None:
-    """A slot that overlaps another, and whose number is too large, is EINVAL, not EEXIST."""
+    """EINVAL of a slot number that is too large comes before EEXIST of an overlap."""
     limit = gm_slots.vm.check_extension(k.KVM_CAP_NR_MEMSLOTS)
     with gm_slots.held():
         for number in (limit, 0xFFFF):
@@ -637,7 +647,7 @@ def test_the_number_comes_before_eexist(gm_slots: GuestMemfdSlots) -> None:
 
 @rule("gm.slot.order.ebadf")
 def test_order_around_ebadf(gm_slots: GuestMemfdSlots) -> None:
-    """EINVAL of flags and alignment, then EBADF, then EINVAL of an offset beyond the file."""
+    """EINVAL of flags and alignment comes before EBADF, and EBADF before EINVAL of the offset."""
     bad = {"guest_memfd": 0xFFFFFFFF}
     for wrong in (
         {"flags": GUEST_MEMFD | UNKNOWN},
@@ -669,7 +679,7 @@ def test_order_around_ebadf(gm_slots: GuestMemfdSlots) -> None:
     ids=lambda changes: next(iter(changes), "nothing"),
 )
 def test_slots_do_not_change(gm_slots: GuestMemfdSlots, changes: dict[str, int]) -> None:
-    """A guest_memfd slot that exists can't be set again in any way: EINVAL."""
+    """Setting a guest_memfd slot that exists in any way is EINVAL."""
     assert gm_slots.set() == "ok"
     assert gm_slots.set(**changes) == "EINVAL"
     assert gm_slots.delete() == "ok"
@@ -701,7 +711,7 @@ def test_ordinary_slots_do_not_get_a_file(gm_slots: GuestMemfdSlots) -> None:
 def test_deletion(gm_slots: GuestMemfdSlots) -> None:
     """memory_size 0 deletes the slot, whatever fd and flag are; a second time is EINVAL."""
     for changes in ({}, {"flags": 0}, {"guest_memfd": 0xFFFFFFFF}, {"userspace_addr": 0}):
-        assert gm_slots.delete(**changes) == "EINVAL", "nothing there"
+        assert gm_slots.delete(**changes) == "EINVAL", "the slot does not exist"
         assert gm_slots.set() == "ok"
         assert gm_slots.delete(slot=4, **changes) == "EINVAL"
         assert gm_slots.delete(**changes) == "ok"
@@ -718,7 +728,9 @@ def test_unchecked(gm_slots: GuestMemfdSlots) -> None:
 
 @rule("gm.slot.id")
 def test_slot_numbers(gm_slots: GuestMemfdSlots) -> None:
-    """The slot's number is below KVM_CAP_NR_MEMSLOTS and its address space exists, else EINVAL."""
+    """A slot number of KVM_CAP_NR_MEMSLOTS or more, or an address space that does not exist, is
+    EINVAL.
+    """
     limit = gm_slots.vm.check_extension(k.KVM_CAP_NR_MEMSLOTS)
     spaces = max(1, gm_slots.vm.check_extension(k.KVM_CAP_MULTI_ADDRESS_SPACE))
     for number in (limit, 0xFFFF, spaces << 16 | 3):
@@ -729,7 +741,7 @@ def test_slot_numbers(gm_slots: GuestMemfdSlots) -> None:
 
 @rule("gm.slot.gpa.wrap")
 def test_guest_range(gm_slots: GuestMemfdSlots) -> None:
-    """guest_phys_addr + memory_size neither wraps nor goes beyond what can be mapped: EINVAL."""
+    """A guest_phys_addr + memory_size that wraps or exceeds what KVM can map is EINVAL."""
     for address in (TOP - PAGE, TOP - 16 * PAGE, 1 << 52):
         gm_slots.refuses("EINVAL", guest_phys_addr=address)
 
@@ -745,7 +757,7 @@ def attributes(vm: Vm, address: int, size: int, value: int = PRIVATE, flags: int
 
 @rule("gm.attr.not_built_in", "gm.attr.vm_type")
 def test_which_vms_have_attributes(kvm: Kvm, any_vm: Vm) -> None:
-    """ENOTTY where no attribute is built in, EINVAL for PRIVATE where the VM can't have it."""
+    """ENOTTY if no attribute is built in; EINVAL for PRIVATE if the VM type does not have it."""
     if not kvm.check_extension(gm.KVM_CAP_MEMORY_ATTRIBUTES):
         said = [attributes(any_vm, 0, PAGE, value) for value in (PRIVATE, 0, 1)]
         assert said == ["ENOTTY"] * 3
@@ -765,7 +777,7 @@ def test_attributes_without_a_slot(attributes_vm: Vm) -> None:
 
 @rule("gm.attr.flags", "gm.attr.unknown")
 def test_attribute_flags(attributes_vm: Vm) -> None:
-    """Any flag is EINVAL, and any attribute but PRIVATE."""
+    """Every flag is EINVAL, and every attribute but PRIVATE."""
     for bit in range(64):
         assert attributes(attributes_vm, 0, PAGE, flags=1 << bit) == "EINVAL", bit
         expected = "ok" if 1 << bit == PRIVATE else "EINVAL"
@@ -777,7 +789,7 @@ def test_attribute_flags(attributes_vm: Vm) -> None:
 @rule("gm.attr.size", "gm.attr.wrap", "gm.attr.align")
 @pytest.mark.parametrize("value", [PRIVATE, 0], ids=["private", "shared"])
 def test_attribute_ranges(attributes_vm: Vm, value: int) -> None:
-    """Size 0, a range that wraps, and what is not page aligned are EINVAL."""
+    """A size of 0, a range that wraps, and one that is not page aligned are EINVAL."""
     for address, size in (
         (0, 0),
         (PAGE, 0),
@@ -798,7 +810,7 @@ def test_attribute_ranges(attributes_vm: Vm, value: int) -> None:
 
 @rule("gm.attr.pointer")
 def test_attribute_pointers(attributes_vm: Vm) -> None:
-    """A struct that can't be read whole is EFAULT."""
+    """A struct that can't be read in full is EFAULT."""
     edge = Edge()
     struct = gm.ffi.new("struct kvm_memory_attributes *", (0, PAGE, PRIVATE, 0))
     request = gm.KVM_SET_MEMORY_ATTRIBUTES
@@ -810,7 +822,7 @@ def test_attribute_pointers(attributes_vm: Vm) -> None:
 
 @rule("gm.attr.order.efault")
 def test_attribute_efault_comes_first(attributes_vm: Vm) -> None:
-    """A struct that can't be copied is EFAULT, whatever else is wrong with it."""
+    """EFAULT comes before every other refusal."""
     edge, request = Edge(), gm.KVM_SET_MEMORY_ATTRIBUTES
     for wrong, expected in (
         ((1, PAGE, PRIVATE, 0), "EINVAL"),
@@ -825,7 +837,7 @@ def test_attribute_efault_comes_first(attributes_vm: Vm) -> None:
     edge.close()
 
 
-# -- filling ahead -------------------------------------------------------------------------------
+# -- pre-faulting --------------------------------------------------------------------------------
 
 
 def pre_fault(vcpu: Vcpu, gpa: int, size: int, **more: Any) -> tuple[str, int, int]:
@@ -837,7 +849,7 @@ def pre_fault(vcpu: Vcpu, gpa: int, size: int, **more: Any) -> tuple[str, int, i
 
 @rule("gm.prefault.range", "gm.prefault.flags")
 def test_pre_fault_ranges(gm_slots: GuestMemfdSlots, gm_vcpu: Vcpu) -> None:
-    """Flags, size 0, a range that wraps or is not page aligned are EINVAL."""
+    """Flags, a size of 0, a range that wraps, and one that is not page aligned are EINVAL."""
     base = gm_slots.good["guest_phys_addr"]
     with gm_slots.held():
         for bad in (
@@ -858,7 +870,7 @@ def test_pre_fault_ranges(gm_slots: GuestMemfdSlots, gm_vcpu: Vcpu) -> None:
 
 @rule("gm.prefault.no_slot")
 def test_pre_fault_without_a_slot(gm_slots: GuestMemfdSlots, gm_vcpu: Vcpu) -> None:
-    """ENOENT where no slot is; a range that leaves the slot is filled as far as that reaches."""
+    """Without a slot it is ENOENT; a range that leaves the slot is filled to the slot's end."""
     base, size = gm_slots.good["guest_phys_addr"], gm_slots.good["memory_size"]
     assert pre_fault(gm_vcpu, base, PAGE) == ("ENOENT", base, PAGE)
     with gm_slots.held():
@@ -870,7 +882,7 @@ def test_pre_fault_without_a_slot(gm_slots: GuestMemfdSlots, gm_vcpu: Vcpu) -> N
 
 @rule("gm.prefault.order.enoent", "gm.prefault.order.efault")
 def test_pre_fault_order(gm_slots: GuestMemfdSlots, gm_vcpu: Vcpu) -> None:
-    """EFAULT, then EINVAL of flags, size and alignment, then ENOENT where no slot is."""
+    """EFAULT comes before EINVAL of flags, size and alignment, and that before ENOENT."""
     edge, base = Edge(), gm_slots.good["guest_phys_addr"]
     bad = ({"flags": 1}, {"size": 0}, {"size": 1}, {"gpa": base + 1}, {"size": TOP - PAGE})
     for there in (False, True):

@@ -76,7 +76,7 @@ def test_private_and_shared_are_two_memories(private: OneSlotRig) -> None:
 @rule("faults.fresh-pages-are-zero")
 @pytest.mark.known_defect("pages-not-zeroed", "notified-in-bytes")
 def test_fresh_private_pages_are_zero(private: OneSlotRig) -> None:
-    """Whatever those pages were before: at first touch, after fallocate, after a hole."""
+    """A private page is zero at first touch, after fallocate(2) and after a hole."""
     # Fill the host's free memory with something to be found, and let go of it.
     with HostMemory(64 * MIB) as secrets:
         secrets.write(0, b"\xa5" * (64 * MIB))
@@ -95,7 +95,7 @@ def test_fresh_private_pages_are_zero(private: OneSlotRig) -> None:
     ("first", "count"), [(0, 1), (5, 1), (1, 3), (511, 2), (512, 512), (1535, 1)]
 )
 def test_a_hole_takes_just_its_pages(private: OneSlotRig, first: int, count: int) -> None:
-    """The guest finds zeros in the hole and all else as it was, on both sides of it."""
+    """After a hole the guest reads zeros in it and the old content on both sides of it."""
     private.guest.fill(GPA, 0x5A, SIZE)
     private.punch_hole(GPA + first * PAGE, count * PAGE)
     start, end = first * PAGE, (first + count) * PAGE
@@ -179,7 +179,7 @@ def test_two_slots_of_one_file(private: OneSlotRig) -> None:
 
 @rule("convert.range-across-slots")
 def test_ranges_across_pages(private: OneSlotRig) -> None:
-    """One access that begins in a shared page and ends in a private one reaches both."""
+    """One access across a shared and a private page reaches both memories."""
     private.convert(GPA, PAGE, private=False)
     private.guest.write(GPA + PAGE - 3, b"abcdef")
     assert private.shared.read(PAGE - 3, 6) == b"abc\0\0\0"
@@ -208,7 +208,7 @@ def test_the_marker_is_nowhere_in_the_process(private: OneSlotRig) -> None:
 
 @rule("dirty-log.private-writes")
 def test_dirty_logging(v9_guest: OneSlotRig) -> None:
-    """v9 logs writes to private pages."""
+    """KVM logs the guest's writes to private pages of a slot with LOG_DIRTY_PAGES."""
     v9_guest.slot.delete()
     v9_guest.bind_again(1, GPA, SIZE, OFFSET, v9_guest.shared, k.KVM_MEM_LOG_DIRTY_PAGES)
     v9_guest.guest.write(GPA + 9 * PAGE, b"dirty")
@@ -224,7 +224,7 @@ def test_dirty_logging(v9_guest: OneSlotRig) -> None:
 @pytest.mark.known_defect("pages-not-zeroed")
 @pytest.mark.parametrize("wants", [False, True], ids=["wants shared", "wants private"])
 def test_a_guest_that_wants_the_other_kind_exits(v9_guest: OneSlotRig, wants: bool) -> None:
-    """Exit 38 with gpa, 4096 bytes and the wish, KVM_RUN returning 0; until it is converted."""
+    """Exit 38 has the gpa, 4096 bytes and the wanted kind; it repeats until a conversion."""
     gpa = GPA + 7 * PAGE
     v9_guest.shared.write(7 * PAGE, b"hosts")
     v9_guest.guest.write(gpa, b"guest")
@@ -275,7 +275,9 @@ def test_implicit_conversion_by_a_server(v9_guest: OneSlotRig) -> None:
 
 @rule("v9.hypercall.errors")
 def test_the_hypercalls_errors(v9_guest: OneSlotRig) -> None:
-    """-EINVAL for a bad range, also with the wish bits; -1000 without them, when not enabled."""
+    """KVM answers -EINVAL for a bad range, also with the wish bits, and -1000 if the exit is not
+    enabled.
+    """
     call, wish = v9_guest.guest.hypercall, 1 << 8
     for attributes in (wish, 1 << 9, wish | 1 << 9):
         assert call(k.KVM_HC_MAP_GPA_RANGE, GPA, 1, attributes) == 0
@@ -298,7 +300,7 @@ def test_the_hypercalls_errors(v9_guest: OneSlotRig) -> None:
 
 @rule("v9.fault.unmapped-userspace-addr")
 def test_shared_memory_that_is_not_mapped(v9_guest: OneSlotRig) -> None:
-    """userspace_addr 0: private memory works, a shared access makes KVM_RUN fail with EFAULT."""
+    """With userspace_addr 0 private accesses succeed, and for a shared one KVM_RUN is EFAULT."""
     gpa = GPA + SIZE
     v9_guest.bind_again(2, gpa, MIB, 0, None)
     v9_guest.guest.write(gpa, b"works")
@@ -326,7 +328,7 @@ def test_a_plain_slot_ignores_the_state(v9_guest: OneSlotRig) -> None:
 @rule("v9.fault.no-page")
 @pytest.mark.known_defect("no-page-spins")
 def test_a_page_that_can_not_be_had(v9_guest: OneSlotRig) -> None:
-    """restricted_offset 1<<63, for which there is no page: KVM_RUN fails, and does not spin."""
+    """If the file can have no page for a gfn, KVM_RUN fails and does not spin."""
     gpa = GPA + SIZE
     v9_guest.bind_again(2, gpa, MIB, 1 << 63, None)
     with pytest.raises(OSError, match="KVM_RUN") as failure:
@@ -356,7 +358,7 @@ def test_a_write_to_read_only_private_memory(v9_guest: OneSlotRig) -> None:
 @rule("gm.fault.exit")
 @pytest.mark.parametrize("make", ["guest_memfd"], indirect=True)
 def test_private_memory_without_a_slot_for_it(make: MakeGuest) -> None:
-    """A private gfn in a plain slot is exit 39, and KVM_RUN fails with EFAULT."""
+    """An access to a private gfn in an ordinary slot is exit 39, and KVM_RUN fails with EFAULT."""
     private = make()
     with HostMemory(MIB) as memory:
         private.vm.map(memory, 0, slot=5)
@@ -422,7 +424,7 @@ def test_holes_against_faults(make: MakeGuest) -> None:
 @rule("race.conversion-against-fault")
 @pytest.mark.known_defect("notified-in-bytes", "pages-not-zeroed")
 def test_conversions_against_faults(make: MakeGuest) -> None:
-    """Every write lands in one of the two memories, whatever the moment of the conversion."""
+    """A write during a conversion reaches one of the two memories."""
     private = make(cpus=2)
     errors: list[BaseException] = []
     stop = threading.Event()

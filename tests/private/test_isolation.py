@@ -45,13 +45,13 @@ pytestmark = pytest.mark.usefixtures("no_leak")
 
 PAGES = 16
 SIZE = PAGES * PAGE
-#: No two of them alike, so that one taken for another shows.
+#: All different, so that a wrong one is noticed.
 GPA, OFFSET, MEMORY_OFFSET = 4 * GIB + 3 * PAGE, 5 * PAGE, 2 * PAGE
-#: Which page is made shared, and which one holds the private marker.
+#: The offset of the page that is made shared, and of the one with the private marker.
 SHARED, PRIVATE = 3 * PAGE, 7 * PAGE
-#: What all else of private memory is filled with.
+#: The fill byte of the rest of private memory.
 FILLED = 0x33
-#: Where in its page a marker is.
+#: The offset of a marker in its page.
 AT = 40
 
 
@@ -83,8 +83,8 @@ class Scene:
     def judge(self, seen: bytes) -> None:
         """Check what a read of the slot's shared side found."""
         assert len(seen) == SIZE
-        assert seen.find(self.shared.value()) == SHARED + AT, "the control, in shared memory"
-        assert seen.find(self.host) == PRIVATE + AT, "the host finds what it has put there"
+        assert seen.find(self.shared.value()) == SHARED + AT, "the twin, in shared memory"
+        assert seen.find(self.host) == PRIVATE + AT, "the host finds its own marker"
         assert seen.find(self.private.value()) == -1
         self.is_untouched()
 
@@ -283,7 +283,7 @@ def test_changes_of_the_mapping(scene: Scene, way: Callable[[int, int, bytes], N
     """The host's writes reach the guest only in shared pages."""
     new = os.urandom(SIZE)
     way(os.getpid(), scene.address, new)
-    assert scene.guest.read(GPA + SHARED, PAGE) == new[SHARED : SHARED + PAGE], "the control"
+    assert scene.guest.read(GPA + SHARED, PAGE) == new[SHARED : SHARED + PAGE], "the twin"
     scene.is_untouched()
     for page in range(PAGES):
         if page * PAGE not in (SHARED, PRIVATE):
@@ -375,7 +375,7 @@ def _mapped_into_slot(fd: int) -> bytes:
         return memory.read(0, SIZE)
 
 
-#: name -> what reads the file from OFFSET on; those that go on from where the file is come last.
+#: Name -> how to read the file from OFFSET on; ways that use the file position come last.
 FILE_LOOKS: dict[str, Callable[[int], bytes]] = {
     "pread": lambda fd: _read_into("pread64", fd, offset=True),
     "preadv": lambda fd: _readv_into("preadv", fd, OFFSET),
@@ -433,7 +433,7 @@ def _give_to(fd: int, data: bytes) -> int:
 
 
 def _send_to(fd: int, data: bytes) -> int:
-    """sendfile(2) writes where the file is: from OFFSET on, if it can be told so."""
+    """sendfile(2) writes at the file position: OFFSET, if lseek(2) can set it."""
     source = os.memfd_create("source")
     try:
         os.pwrite(source, data, 0)
@@ -477,7 +477,7 @@ FILE_CHANGES: dict[str, Callable[[int, bytes], int]] = {
     "writev": lambda fd, data: _writev_from("writev", fd, data),
 }
 
-#: What the files of private memory answer.
+#: The errno of each way to read or write a private file, by ABI.
 REFUSALS = {
     "restrictedmem": {
         "EINVAL": "read readv write writev splice vmsplice-gift sendfile",
@@ -502,7 +502,7 @@ def refusal(abi: PrivateAbi, name: str) -> str:
 
 @contextmanager
 def twin() -> Iterator[int]:
-    """A file for shared memory, which the host can read and write."""
+    """A file for shared memory, which the host can read and write: the twin."""
     fd = os.memfd_create("twin")
     try:
         os.ftruncate(fd, OFFSET + SIZE + PAGE)
@@ -513,9 +513,9 @@ def twin() -> Iterator[int]:
 
 
 @rule(*(f"private.isolation.file.{name}" for name in FILE_LOOKS))
-@pytest.mark.known_defect("fstat")  # Python's mmap asks for the size
+@pytest.mark.known_defect("fstat")  # Python's mmap calls fstat
 def test_looks_at_the_file(rig: Rig) -> None:
-    """No way of reading finds a private page in its file; all do in a file of shared memory."""
+    """No way to read the file returns a private page; the twin: each returns a shared one."""
     scene = Scene(rig)
     found, said = {}, {}
     with twin() as fd, HostMemory(SIZE, fd=fd, offset=OFFSET) as shared:
@@ -526,15 +526,15 @@ def test_looks_at_the_file(rig: Rig) -> None:
             found[name] = look(fd).find(scene.private.value())
             said[name] = answer(lambda: look(scene.file.fileno()))  # noqa: B023
         slot.delete()
-    assert found == dict.fromkeys(FILE_LOOKS, PRIVATE + AT), "the control"
+    assert found == dict.fromkeys(FILE_LOOKS, PRIVATE + AT), "the twin"
     assert said == {name: refusal(rig.abi, name) for name in FILE_LOOKS}
     scene.is_untouched()
 
 
 @rule(*(f"private.isolation.file.change.{name}" for name in FILE_CHANGES))
-@pytest.mark.known_defect("fstat")  # Python's mmap asks for the size
+@pytest.mark.known_defect("fstat")  # Python's mmap calls fstat
 def test_changes_of_the_file(rig: Rig) -> None:
-    """No way of writing changes a private page by its file; all do in a file of shared memory."""
+    """No way to write the file changes a private page; the twin: each changes a shared one."""
     scene = Scene(rig)
     said = {}
     with twin() as fd, HostMemory(SIZE, fd=fd, offset=OFFSET) as shared:
@@ -543,7 +543,7 @@ def test_changes_of_the_file(rig: Rig) -> None:
             new = os.urandom(SIZE)
             os.lseek(fd, OFFSET, os.SEEK_SET)
             assert change(fd, new) == SIZE, name
-            assert scene.guest.read(8 * GIB, SIZE) == new, f"the control, by {name}"
+            assert scene.guest.read(8 * GIB, SIZE) == new, f"the twin, by {name}"
             said[name] = answer(lambda: change(scene.file.fileno(), new))  # noqa: B023
             scene.is_untouched()
         slot.delete()
@@ -613,7 +613,7 @@ def test_core_dump(request: pytest.FixtureRequest) -> None:
     if limit == 0:
         missing("core-dumps", "RLIMIT_CORE allows none")
     read_end, write_end = os.pipe()
-    # Made here, so that the process that dies has the halves of the markers, as we have.
+    # Made before the fork, so that the child has the halves of the markers, too.
     shared, hidden, host = Marker(), Marker(), os.urandom(16).hex().encode()
 
     def die() -> None:
@@ -641,13 +641,13 @@ def test_core_dump(request: pytest.FixtureRequest) -> None:
     os.close(read_end)
     os.close(write_end)
     seen = core.read(address, SIZE)
-    assert seen.find(shared.value()) == SHARED + AT, "the control, in shared memory"
-    assert seen.find(host) == PRIVATE + AT, "what the host has put there"
+    assert seen.find(shared.value()) == SHARED + AT, "the twin, in shared memory"
+    assert seen.find(host) == PRIVATE + AT, "the host's own marker"
     assert core.data.count(shared.value()) == 1
     assert core.data.find(hidden.value()) == -1
 
 
-# -- the kernel's own memory: it is hidden, not gone ---------------------------------------------
+# -- the kernel's memory: the page is hidden, not gone -------------------------------------------
 
 
 class Kcore:
@@ -665,7 +665,7 @@ class Kcore:
             kind, _, offset, virtual, physical, size, _, _ = struct.unpack_from(
                 "<IIQQQQQQ", headers, 56 * number
             )
-            # The kernel's image is there a second time; vmalloc's addresses have no physical one.
+            # The kernel's image is mapped twice; vmalloc addresses have no fixed physical address.
             if kind == 1 and physical != (1 << 64) - 1 and virtual < 0xFFFFFFFF80000000:
                 self.ram.append((physical, size, offset))
 
@@ -676,7 +676,7 @@ class Kcore:
         raise AssertionError(f"no memory at {physical:#x}")
 
     def find(self, what: bytes, likely: Collection[int]) -> Iterator[int]:
-        """The physical addresses of `what`, which crosses no page; near `likely` ones first."""
+        """The physical addresses of `what`, which is within a page; `likely` pages first."""
         step = 1 << 20
         chunks = [
             (start + at, min(step, length - at), offset + at)
@@ -720,18 +720,18 @@ def test_found_in_the_kernels_memory(scene: Scene) -> None:
         missing("scripts-vm", "only there all memory is searched")
     if os.geteuid():
         missing("root", "/proc/kcore can't be read")
-    # Where the kernel takes pages from for itself, KVM has had struct kvm_run from, too.
+    # KVM allocated struct kvm_run from the same pool of pages.
     likely = [frame * PAGE for frame in frames(address_of(scene.guest.vcpu.kvm_run), 2 * PAGE)]
     assert likely
-    assert all(likely), "no page frame numbers are to be seen"
+    assert all(likely), "page frame numbers can't be read"
     scene.judge(scene.memory.read(MEMORY_OFFSET, SIZE))
     ours = frames_of_this_process()
     kcore = Kcore()
     try:
         for found in kcore.find(scene.private.value(), likely):
             if found // PAGE in ours or found % PAGE != AT:
-                continue  # what is searched for is ours, and so is what has been read
-            # The page itself, or a copy?  What the guest writes now shows.
+                continue  # this process's own copy of what is searched for
+            # Is it the page itself or a copy?  A write of the guest changes only the page.
             scene.guest.store(GPA + PRIVATE, 8, number := int.from_bytes(os.urandom(8), "little"))
             if kcore.read(found - AT, 8) == number.to_bytes(8, "little"):
                 break

@@ -182,7 +182,7 @@ def test_split_layout(rig: Rig) -> None:
 @rule("private.layout.gpa-0", "private.layout.last-gpa")
 @holes
 def test_both_ends_of_the_address_space(rig: Rig, kvm: Kvm) -> None:
-    """Slots at 0 and up to the processor's last address work; one page beyond is EINVAL."""
+    """Slots at gpa 0 and up to the processor's last address work; one page beyond is EINVAL."""
     (bits,) = {entry.eax & 0xFF for entry in kvm.get_supported_cpuid() if entry[0] == 0x80000008}
     size = 4 * PAGE
     top = (1 << bits) - size

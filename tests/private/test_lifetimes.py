@@ -86,8 +86,9 @@ def kind(request: pytest.FixtureRequest, kvm: Kvm) -> Iterator[Kind]:
 def test_every_order(kind: Kind, order: tuple[str, ...]) -> None:
     """File, slot, VM and vCPU are closed in any order: memory is freed when nothing refers to it.
 
-    v9: with the file's last fd and the last slot of a living VM; guest_memfd: with the file's last
-    fd.  The VM goes with its last fd, a vCPU's too; guest_memfd: and with its files.
+    v9: with the file's last descriptor and the last slot of a living VM.  guest_memfd: with the
+    file's last descriptor.  A VM ends with its last descriptor, those of vCPUs included, and with
+    guest_memfd those of its files.
     """
     memory, before = Unevictable(), vms_alive()
     vm = kind.make_vm()
@@ -175,7 +176,9 @@ def running(rig: Rig, file: PrivateFile) -> Iterator[tuple[Slots, Runner]]:
 
 @rule("life.running.file")
 def test_file_closed_under_a_running_guest(rig: Rig) -> None:
-    """v9: the guest never notices.  guest_memfd: its memory is gone at once, it exits."""
+    """Closing the file under a running guest changes nothing (v9) or takes its memory at once
+    (guest_memfd).
+    """
     memory, file = Unevictable(), rig.abi.create_file(rig.vm, BIG)
     with running(rig, file) as (slots, runner):
         assert runner.goes_on()
@@ -228,7 +231,7 @@ def test_vm_closed_under_a_running_guest(rig: Rig) -> None:
         assert memory.is_about(BIG)
         runner.end()
         assert runner.stopped is None
-    rig.vm.slots.clear()  # without the VM's fd nobody deletes them
+    rig.vm.slots.clear()  # without the VM's descriptor they can't be deleted
     rig.guest.vcpu.close()
     file.close()
     assert memory.is_about(0)
@@ -241,7 +244,7 @@ def test_vm_closed_under_a_running_guest(rig: Rig) -> None:
 @rule("life.two_slots", "slots.two.one-range")
 @pytest.mark.known_defect("notified-in-bytes", "pages-not-zeroed")
 def test_a_range_in_two_slots(rig: Rig) -> None:
-    """v9: it is the same memory at both, a hole takes it from both.  guest_memfd: refused."""
+    """v9: both slots have the same memory, a hole empties both.  guest_memfd: EINVAL or EEXIST."""
     file, other = rig.file(2 * MIB), GPA + GIB
     first = rig.bind(GPA, MIB, file)
     if not rig.behaviour.shares_files:
@@ -251,7 +254,7 @@ def test_a_range_in_two_slots(rig: Rig) -> None:
         assert said <= FILE_OVERLAP
         second = rig.bind(other, MIB, file, MIB)
         rig.guest.write(GPA, b"first")
-        assert rig.guest.read(other, 5) == bytes(5), "the twin has a range of its own"
+        assert rig.guest.read(other, 5) == bytes(5), "the twin has its own range"
         file.punch_hole(MIB, MIB)
         assert rig.guest.read(GPA, 5) == b"first"
         second.delete()
@@ -268,7 +271,7 @@ def test_a_range_in_two_slots(rig: Rig) -> None:
     assert rig.guest.read(other + 8 * PAGE, 6) == b"second"
     rig.guest.write(other, b"third")
     file.punch_hole(8 * PAGE, PAGE)
-    assert rig.guest.read(other + 8 * PAGE, 6) == bytes(6), "the one that is left is told"
+    assert rig.guest.read(other + 8 * PAGE, 6) == bytes(6), "the remaining one is notified"
     rig.bind(GPA, MIB, file, 0)
     assert rig.guest.read(GPA, 5) == b"third"
     second.delete()
@@ -277,7 +280,7 @@ def test_a_range_in_two_slots(rig: Rig) -> None:
 @rule("life.two_vms", "slots.two.vms")
 @pytest.mark.known_defect("notified-in-bytes", "pages-not-zeroed")
 def test_a_file_in_two_vms(make_rig: MakeRig) -> None:
-    """v9: the VMs share the memory, holes reach both.  guest_memfd: another VM's file is EINVAL."""
+    """v9: both VMs have the same memory, a hole empties both.  guest_memfd: EINVAL."""
     one, two = make_rig(), make_rig()
     file = one.file(MIB)
     one.bind(GPA, MIB, file)
@@ -286,7 +289,7 @@ def test_a_file_in_two_vms(make_rig: MakeRig) -> None:
             two.bind(GPA, MIB, file)
         two.bind(GPA, MIB, two.file(MIB))
         one.guest.write(GPA, b"first")
-        assert two.guest.read(GPA, 5) == bytes(5), "the twin has a file of its own"
+        assert two.guest.read(GPA, 5) == bytes(5), "the twin has its own file"
         return
     slot = two.bind(GPA, MIB, file)
     one.guest.write(GPA, b"first")
@@ -299,7 +302,7 @@ def test_a_file_in_two_vms(make_rig: MakeRig) -> None:
     one.vm.close()
     assert two.guest.read(GPA, 6) == b"second"
     file.punch_hole(0, PAGE)
-    assert two.guest.read(GPA, 6) == bytes(6), "the one that is left is told"
+    assert two.guest.read(GPA, 6) == bytes(6), "the remaining one is notified"
     slot.delete()
 
 
@@ -348,7 +351,7 @@ def test_a_child_keeps_what_it_inherits(kind: Kind, how: str) -> None:
 
 @rule("life.scm_rights.last", "life.scm_rights.unread")
 def test_sent_and_closed(kind: Kind) -> None:
-    """A file on its way lives; unread, it goes with the socket, read, with its reader."""
+    """A file in a socket's queue lives until the socket or its receiver closes it."""
     memory = Unevictable()
     vm = kind.make_vm()
 
@@ -378,7 +381,7 @@ def test_sent_and_closed(kind: Kind) -> None:
 @rule("life.killed.anywhere")
 @pytest.mark.known_defect("notified-in-bytes")
 def test_killed_in_the_middle(make_rig: MakeRig) -> None:
-    """A process killed while its guest runs and its memory changes leaves nothing behind."""
+    """A process killed while its guest runs and its memory changes leaves nothing allocated."""
     memory, before = Unevictable(), vms_alive()
     abi = make_rig().abi
     with_rig = vms_alive()

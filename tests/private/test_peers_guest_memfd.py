@@ -96,7 +96,9 @@ def mappable_vm(gm_vm: Vm) -> Vm:
 @rule("gm.mmap.guest")
 @pytest.mark.usefixtures("guest_memfd_kvm")
 def test_a_guest_in_a_mapped_file(mappable_vm: Vm, kvm: Kvm) -> None:
-    """Guest and host see the same bytes through slot and mapping; a hole is empty for both."""
+    """Guest and host see the same bytes through slot and mapping, and the same zeros after a
+    hole.
+    """
     vm, size = mappable_vm, 8 * PAGE
     with (
         GuestMemfd(vm, size, MMAP | INIT_SHARED) as file,

@@ -54,7 +54,7 @@ def slots_of(rig: Rig, file: private.PrivateFile, userspace_addr: int) -> Slots:
 
 @rule("slots.none")
 def test_no_slot_at_all(rig: Rig, kvm: Kvm) -> None:
-    """KVM_RUN without any slot is an internal error, with few pages for KVM's own tables, too."""
+    """KVM_RUN of a VM without slots is an internal error, with few MMU pages too."""
     rig.guest.slot.delete()
     rans = 0
     with kvm.create_vm() as other:
@@ -73,7 +73,9 @@ def test_no_slot_at_all(rig: Rig, kvm: Kvm) -> None:
 @pytest.mark.usefixtures("one_cpu")
 @pytest.mark.timeout(300)
 def test_as_many_slots_as_there_can_be(rig: Rig) -> None:
-    """Every number below KVM_CAP_NR_MEMSLOTS is a slot, private or not; the next one is EINVAL."""
+    """Every number below KVM_CAP_NR_MEMSLOTS can be a slot, private or not; the next one is
+    EINVAL.
+    """
     limit = rig.vm.check_extension(k.KVM_CAP_NR_MEMSLOTS)
     assert limit > 500
     memory, file = rig.memory(limit * PAGE), rig.file(limit * PAGE)
@@ -262,7 +264,7 @@ def more_exits(guest: Guest) -> bool:
 
 @rule("slots.private-deleted-in-use", "slots.private-not-moved-in-use", "faults.deleted-slot")
 def test_a_private_slot_deleted_in_use(rig: Rig) -> None:
-    """A private access without a slot: guest_memfd's fault exit, v9's MMIO; until it is back."""
+    """Without its slot a private access is a fault exit (guest_memfd) or MMIO (v9)."""
     mmio = rig.behaviour.mmio_without_slot
     memory, file = rig.memory(512 * PAGE), rig.file(1024 * PAGE)
     memory.write(0, (2).to_bytes(8, "little"))
@@ -301,7 +303,7 @@ def test_a_private_slot_deleted_in_use(rig: Rig) -> None:
 
 @rule("v9.slot.align.offset.each")
 def test_every_offset_within_a_page(slots: RestrictedSlots) -> None:
-    """v9: each restricted_offset from 1 to 4095 is EINVAL."""
+    """Each restricted_offset from 1 to 4095 is EINVAL."""
     struct, said = slots.struct(), []
     for offset in range(1, PAGE):
         struct.restricted_offset = offset
@@ -313,7 +315,7 @@ def test_every_offset_within_a_page(slots: RestrictedSlots) -> None:
 
 @rule("v9.file.size.aligned.each", "v9.file.hole.aligned.each")
 def test_every_size_within_a_page(file: RestrictedMem) -> None:
-    """v9: each size, and each hole's offset and length, from 1 to 4095 is EINVAL."""
+    """Each size, and each offset and length of a hole, from 1 to 4095 is EINVAL."""
     tried = []
     for odd in range(1, PAGE):
         tried.append(answer(partial(file.ftruncate, odd)))

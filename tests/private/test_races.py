@@ -37,7 +37,7 @@ def settles(rig: Rig, gpa: int = GPA) -> None:
 
 @rule("race.hole-against-fault.each", "race.allocation-against-fault")
 def test_no_hole_is_refilled_with_what_was(make_rig: MakeRig) -> None:
-    """While another vCPU faults and pages are allocated around it, each hole reads as zeros."""
+    """Each hole reads as zeros while another vCPU faults and pages are allocated around it."""
     rig = make_rig(cpus=2)
     file = rig.file(SIZE)
     rig.bind(GPA, SIZE, file)
@@ -186,7 +186,7 @@ def test_conversions_against_each_other(rig: Rig) -> None:
 def test_slots_against_two_vcpus(make_rig: MakeRig) -> None:
     """A slot is made and deleted under two vCPUs: each write is in the file, or is reported once.
 
-    Told of by v9, as MMIO; guest_memfd's fault comes before the write, which is made again.
+    v9 reports the write as MMIO.  guest_memfd faults before the write, which is then repeated.
     """
     rig = make_rig(cpus=2)
     file = rig.file(SIZE)

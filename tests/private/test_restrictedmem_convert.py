@@ -58,7 +58,7 @@ def test_across_slots(slots: RestrictedSlots, request_: int) -> None:
 @rule("v9.convert.size")
 @both_ways
 def test_size_0(private_vm: Vm, request_: int) -> None:
-    """A range of size 0 is EINVAL."""
+    """A conversion of size 0 is EINVAL."""
     for gpa in (0, PAGE, 4 * GIB, TOP - PAGE):
         assert convert(private_vm, request_, gpa, 0) == "EINVAL"
     assert convert(private_vm, request_, PAGE, PAGE) == "ok"
@@ -67,7 +67,7 @@ def test_size_0(private_vm: Vm, request_: int) -> None:
 @rule("v9.convert.align")
 @both_ways
 def test_alignment(private_vm: Vm, request_: int) -> None:
-    """gpa and size are page aligned, else EINVAL."""
+    """A gpa or size that is not page aligned is EINVAL."""
     tried = 0
     for off in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4095):
         assert convert(private_vm, request_, PAGE + off, PAGE) == "EINVAL", off
@@ -82,7 +82,7 @@ def test_alignment(private_vm: Vm, request_: int) -> None:
 @rule("v9.convert.wrap", "v9.convert.last_page")
 @both_ways
 def test_wrap(private_vm: Vm, request_: int) -> None:
-    """gpa + size stays below 2^64, else EINVAL: the very last page can't be converted."""
+    """gpa + size must be below 2^64, else EINVAL: the last page can't be converted."""
     for gpa, size in (
         (TOP - PAGE, PAGE),
         (TOP - PAGE, 2 * PAGE),
@@ -117,7 +117,7 @@ def test_the_struct_is_not_written_to(private_vm: Vm, request_: int) -> None:
 @rule("v9.hook.off.convert")
 @both_ways
 def test_where_private_is_refused(refusing_vm: Vm, request_: int) -> None:
-    """With the hook off conversion is ENOTTY, for a good range as for a bad one."""
+    """If the arch hook refuses the VM, a conversion is ENOTTY for every range."""
     for gpa, size in ((0, PAGE), (PAGE, 0), (1, PAGE), (TOP - PAGE, PAGE)):
         assert convert(refusing_vm, request_, gpa, size) == "ENOTTY", (gpa, size)
 
@@ -125,7 +125,7 @@ def test_where_private_is_refused(refusing_vm: Vm, request_: int) -> None:
 @rule("v9.hook.off.convert.pointer")
 @both_ways
 def test_bad_pointers_where_private_is_refused(refusing_vm: Vm, request_: int) -> None:
-    """With the hook off a bad pointer is EFAULT on AMD, which copies first, else ENOTTY."""
+    """If the arch hook refuses the VM, a bad pointer is EFAULT on AMD and ENOTTY elsewhere."""
     from pathlib import Path
 
     amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()

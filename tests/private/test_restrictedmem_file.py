@@ -89,7 +89,7 @@ def test_only_32_bits_of_the_flags_count() -> None:
 
 @rule("v9.syscall.order.emfile")
 def test_flags_come_before_emfile() -> None:
-    """With no descriptor free, a bad flag is EINVAL, no flag EMFILE."""
+    """With no free descriptor a bad flag is still EINVAL; flags 0 is EMFILE."""
     with limit(resource.RLIMIT_NOFILE, 3):
         assert (made(1), made(0)) == ("EINVAL", "EMFILE")
     assert made(0) == "ok"
@@ -97,13 +97,13 @@ def test_flags_come_before_emfile() -> None:
 
 @rule("v9.syscall.order.enfile")
 def test_flags_come_before_enfile() -> None:
-    """With no file left in the system, a bad flag is EINVAL, no flag ENFILE."""
+    """With no free file in the system a bad flag is still EINVAL; flags 0 is ENFILE."""
     file_max = Path("/proc/sys/fs/file-max")
     if os.geteuid():
         missing("root", "fs.file-max can't be lowered")
 
     def ask() -> tuple[str, str]:
-        os.seteuid(65534)  # the privileged are above the limit
+        os.seteuid(65534)  # the limit does not apply to root
         return made(1), made(0)
 
     before = file_max.read_text()
@@ -145,17 +145,17 @@ def test_identity() -> None:
 
 @rule("v9.file.cloexec")
 def test_not_close_on_exec() -> None:
-    """The system call's descriptor is not close-on-exec."""
+    """The descriptor is not close-on-exec."""
     fd = memfd_restricted()
     try:
         assert fcntl.fcntl(fd, fcntl.F_GETFD) == 0
     finally:
         os.close(fd)
-    with RestrictedMem() as file:  # what a caller has to add
+    with RestrictedMem() as file:  # the binding adds it
         assert fcntl.fcntl(file.fileno(), fcntl.F_GETFD) == fcntl.FD_CLOEXEC
 
 
-# -- what the file refuses and what it grants ----------------------------------------------------
+# -- operations on the file ---------------------------------------------------------------------
 
 OPERATIONS = operations(
     "v9.file",
@@ -200,7 +200,7 @@ def test_the_operations_on_an_ordinary_memfd() -> None:
     }
     said = {}
     for name, operation in ALL_OPERATIONS.items():
-        if name.startswith("xattr"):  # what a memfd has of these differs from kernel to kernel
+        if name.startswith("xattr"):  # kernels differ in the attributes of a memfd
             continue
         fd = os.memfd_create("twin", os.MFD_ALLOW_SEALING)
         try:
@@ -218,9 +218,9 @@ def test_the_operations_on_an_ordinary_memfd() -> None:
 
 @rule("v9.file.size.once")
 def test_the_size_is_set_once() -> None:
-    """When the size is not 0, every ftruncate is EPERM, also to the same size or to 0."""
+    """While the size is not 0, every ftruncate(2) is EPERM, also to the same size and to 0."""
     with RestrictedMem() as file:
-        assert answer(lambda: file.ftruncate(0)) == "ok"  # sets nothing
+        assert answer(lambda: file.ftruncate(0)) == "ok"  # does not set the size
         assert answer(lambda: file.ftruncate(0)) == "ok"
         assert answer(lambda: file.ftruncate(16 * PAGE)) == "ok"
         for size in (16 * PAGE, 0, PAGE, 32 * PAGE, 1, 16 * PAGE + 1):
@@ -230,7 +230,7 @@ def test_the_size_is_set_once() -> None:
 @rule("v9.file.size.aligned")
 @pytest.mark.parametrize("size", [1, 101, PAGE - 1, PAGE + 1, (1 << 62) + 1])
 def test_the_size_is_page_aligned(file: RestrictedMem, size: int) -> None:
-    """A size that is not page aligned is EINVAL, and does not count as set."""
+    """A size that is not page aligned is EINVAL and does not count as set."""
     assert answer(lambda: file.ftruncate(size)) == "EINVAL"
     assert answer(lambda: file.ftruncate(size // PAGE * PAGE + PAGE)) == "ok"
 
@@ -247,7 +247,7 @@ def test_a_negative_size(file: RestrictedMem) -> None:
 
 @rule("v9.file.size.path")
 def test_truncate_by_path(file: RestrictedMem) -> None:
-    """truncate(2) by /proc/self/fd follows the same rules."""
+    """truncate(2) by /proc/self/fd/N follows the rules of ftruncate(2)."""
     path = f"/proc/self/fd/{file.fileno()}"
     assert answer(lambda: os.truncate(path, 1)) == "EINVAL"
     assert answer(lambda: os.truncate(path, PAGE)) == "ok"
@@ -276,7 +276,9 @@ def has_size(file: RestrictedMem) -> bool:
 @rule("v9.file.fallocate.grows")
 @pytest.mark.parametrize(("offset", "length"), [(0, PAGE), (0, 101), (3, 5), (PAGE, 7 * PAGE)])
 def test_allocation_sets_the_size(file: RestrictedMem, offset: int, length: int) -> None:
-    """Mode 0 grows the file, aligned or not, and that counts as setting the size."""
+    """fallocate(2) with mode 0 grows the file to any end, aligned or not, and that sets the
+    size.
+    """
     fallocate(file, 0, offset, length)
     assert has_size(file)
 
@@ -284,7 +286,7 @@ def test_allocation_sets_the_size(file: RestrictedMem, offset: int, length: int)
 @rule("v9.file.fallocate.keep_size")
 @pytest.mark.parametrize(("offset", "length"), [(0, PAGE), (0, 101), (3, 5), (PAGE, 7 * PAGE)])
 def test_allocation_that_keeps_the_size(file: RestrictedMem, offset: int, length: int) -> None:
-    """KEEP_SIZE allocates and leaves the size as it is."""
+    """fallocate(2) with KEEP_SIZE allocates pages and does not change the size."""
     fallocate(file, KEEP_SIZE, offset, length)
     assert not has_size(file)
 
@@ -300,7 +302,7 @@ def test_allocation_beyond_a_set_size(sized: RestrictedMem) -> None:
 @rule("v9.file.fallocate.range")
 @pytest.mark.parametrize("mode", [0, KEEP_SIZE, HOLE, PUNCH_HOLE, ZERO, 1 << 20])
 def test_bad_range(file: RestrictedMem, mode: int) -> None:
-    """A length of 0 or less and a negative offset are EINVAL, whatever the mode."""
+    """A length of 0 or less and a negative offset are EINVAL in every mode."""
     for offset, length in ((0, 0), (0, -PAGE), (-PAGE, PAGE), (-PAGE, -PAGE), (PAGE, 0)):
         assert answer(lambda a=offset, b=length: fallocate(file, mode, a, b)) == "EINVAL"
     expected = "ok" if mode in (0, KEEP_SIZE, HOLE) else "EOPNOTSUPP"
@@ -310,7 +312,7 @@ def test_bad_range(file: RestrictedMem, mode: int) -> None:
 @rule("v9.file.fallocate.overflow")
 @pytest.mark.parametrize("mode", [0, KEEP_SIZE, HOLE])
 def test_range_that_overflows(file: RestrictedMem, mode: int) -> None:
-    """offset + length beyond the largest file size is EFBIG."""
+    """offset + length above the largest file size is EFBIG."""
     top = (1 << 63) - PAGE
     for offset, length in ((top, PAGE), (top, 2 * PAGE), (PAGE, top)):
         assert answer(lambda a=offset, b=length: fallocate(file, mode, a, b)) == "EFBIG"
@@ -320,7 +322,7 @@ def test_range_that_overflows(file: RestrictedMem, mode: int) -> None:
 @rule("v9.file.fallocate.limit")
 @pytest.mark.parametrize("mode", [0, KEEP_SIZE])
 def test_allocation_obeys_rlimit_fsize(file: RestrictedMem, mode: int) -> None:
-    """Allocating beyond RLIMIT_FSIZE is EFBIG."""
+    """An allocation beyond RLIMIT_FSIZE is EFBIG."""
     with limit(resource.RLIMIT_FSIZE, 8 * PAGE):
         assert answer(lambda: fallocate(file, mode, 0, 9 * PAGE)) == "EFBIG"
         assert not has_size(file) if mode == KEEP_SIZE else True
@@ -349,7 +351,7 @@ def test_holes_are_page_aligned(sized: RestrictedMem, offset: int, length: int) 
 
 @rule("v9.file.hole.beyond_size")
 def test_holes_beyond_the_end(sized: RestrictedMem) -> None:
-    """A hole beyond the end succeeds, and the size stays."""
+    """A hole beyond the end succeeds and does not change the size."""
     for offset, length in ((16 * PAGE, PAGE), (8 * PAGE, 64 * PAGE), (1 << 40, 1 << 40)):
         assert answer(lambda a=offset, b=length: fallocate(sized, HOLE, a, b)) == "ok"
     with RestrictedMem() as empty:
@@ -360,14 +362,14 @@ def test_holes_beyond_the_end(sized: RestrictedMem) -> None:
 @rule("v9.file.hole.keep_size")
 @pytest.mark.parametrize("length", [PAGE, 1])
 def test_holes_keep_the_size(sized: RestrictedMem, length: int) -> None:
-    """PUNCH_HOLE without KEEP_SIZE is EOPNOTSUPP, also when the range is not aligned."""
+    """PUNCH_HOLE without KEEP_SIZE is EOPNOTSUPP, also for a range that is not aligned."""
     assert answer(lambda: fallocate(sized, PUNCH_HOLE, 0, length)) == "EOPNOTSUPP"
     assert answer(lambda: fallocate(sized, HOLE, 0, PAGE)) == "ok"
 
 
 @rule("v9.file.fallocate.modes")
 def test_other_modes(sized: RestrictedMem) -> None:
-    """Every other mode is EOPNOTSUPP, and PUNCH_HOLE with COLLAPSE_RANGE and KEEP_SIZE EINVAL."""
+    """Every other mode is EOPNOTSUPP; PUNCH_HOLE with COLLAPSE_RANGE and KEEP_SIZE is EINVAL."""
     others = [4, COLLAPSE, ZERO, ZERO | KEEP_SIZE, INSERT, UNSHARE, UNSHARE | KEEP_SIZE]
     others += [1 << bit for bit in range(7, 32)]
     said = [answer(lambda m=mode: fallocate(sized, m, 0, PAGE)) for mode in others]
@@ -382,11 +384,11 @@ def test_other_modes(sized: RestrictedMem) -> None:
 @rule("v9.pages.allocated", "v9.pages.unevictable", "v9.pages.freed")
 @pytest.mark.parametrize("mode", [0, KEEP_SIZE], ids=["grow", "keep_size"])
 def test_pages(mode: int) -> None:
-    """fallocate makes unevictable, not locked pages; a hole and the last close free them."""
+    """fallocate(2) allocates unevictable, not locked pages; a hole and the last close free them."""
     memory, locked = Unevictable(), meminfo("Mlocked")
     with RestrictedMem() as file:
         file.ftruncate(BIG)
-        assert memory.is_about(0), "a size alone costs nothing"
+        assert memory.is_about(0), "a size alone allocates nothing"
         fallocate(file, mode, 0, BIG)
         assert memory.is_about(BIG)
         assert abs(meminfo("Mlocked") - locked) < MIB
@@ -394,7 +396,7 @@ def test_pages(mode: int) -> None:
         assert memory.is_about(BIG // 2)
         fallocate(file, mode, 0, BIG)
         fallocate(file, mode, 0, BIG)
-        assert memory.is_about(BIG), "nothing is held twice"
+        assert memory.is_about(BIG), "no page is held twice"
         other = os.dup(file.fileno())
     try:
         assert memory.is_about(BIG), "a duplicate keeps the pages"
@@ -405,7 +407,7 @@ def test_pages(mode: int) -> None:
 
 @rule("v9.pages.two_files")
 def test_two_files_differ() -> None:
-    """Each call makes a file of its own: sizes and pages are not shared."""
+    """Each call of memfd_restricted(2) makes a file with its own size and pages."""
     memory = Unevictable()
     with RestrictedMem() as one, RestrictedMem() as two:
         fallocate(one, 0, 0, BIG)

@@ -47,7 +47,7 @@ def test_file_closed_before_the_slot(slots: RestrictedSlots) -> None:
 
 @rule("v9.life.slot_before_file")
 def test_slot_deleted_before_the_file(slots: RestrictedSlots) -> None:
-    """Deleting the slot frees nothing while a descriptor is left."""
+    """Deleting the slot frees nothing while a descriptor is open."""
     memory = Unevictable()
     with RestrictedMem() as file:
         fallocate(file, 0, 0, BIG)
@@ -59,7 +59,7 @@ def test_slot_deleted_before_the_file(slots: RestrictedSlots) -> None:
 
 @rule("v9.life.vm_with_slots", "v9.slot.vm_uncounted")
 def test_vm_closed_with_slots(make_private_vm: Callable[[], Vm]) -> None:
-    """Closing the VM's last fd frees VM and file with the slots in it."""
+    """Closing the VM's last descriptor frees the VM and the files in its slots."""
     memory, before = Unevictable(), vms_alive()
     vm = make_private_vm()
     (name,) = vms_alive() - before
@@ -77,7 +77,7 @@ def test_vm_closed_with_slots(make_private_vm: Callable[[], Vm]) -> None:
 
 @rule("v9.life.vm_before_file")
 def test_vm_closed_before_the_file(make_private_vm: Callable[[], Vm]) -> None:
-    """A file outlives the VMs that used it, and can still be allocated and punched."""
+    """A file outlives the VMs that used it and can still be allocated and punched."""
     memory, before = Unevictable(), vms_alive()
     vm = make_private_vm()
     (name,) = vms_alive() - before
@@ -94,7 +94,7 @@ def test_vm_closed_before_the_file(make_private_vm: Callable[[], Vm]) -> None:
 
 @rule("v9.life.vcpu_keeps_vm")
 def test_vcpu_outlives_the_vm_fd(make_private_vm: Callable[[], Vm]) -> None:
-    """A vCPU's fd keeps the VM with its slots and their files."""
+    """A vCPU's descriptor keeps the VM, its slots and their files."""
     memory = Unevictable()
     vm = make_private_vm()
     with vm.create_vcpu() as vcpu:
@@ -139,7 +139,7 @@ def test_two_vms_on_one_file(make_private_vm: Callable[[], Vm]) -> None:
 
 @rule("v9.life.dup")
 def test_duplicates(slots: RestrictedSlots) -> None:
-    """A slot made through a duplicate needs neither descriptor."""
+    """A slot made by a duplicate descriptor needs neither descriptor afterwards."""
     memory = Unevictable()
     with RestrictedMem() as file:
         fallocate(file, 0, 0, BIG)
@@ -154,7 +154,7 @@ def test_duplicates(slots: RestrictedSlots) -> None:
 
 @rule("v9.life.scm_rights")
 def test_sent_to_another_process(kvm: Kvm, make_private_vm: Callable[[], Vm]) -> None:
-    """A file sent over a socket is the same file: the receiver's VM may use it."""
+    """A file received over a socket is the same file, and the receiver's VM can use it."""
     memory = Unevictable()
     ours, theirs = socket.socketpair()
 
@@ -177,7 +177,7 @@ def test_sent_to_another_process(kvm: Kvm, make_private_vm: Callable[[], Vm]) ->
 
 @rule("v9.life.fork")
 def test_fork(slots: RestrictedSlots, file: RestrictedMem) -> None:
-    """A forked process has the same file, but may not use its parent's VM: EIO."""
+    """A forked process can use the file, but its parent's VM is EIO."""
     assert slots.set() == "ok"
 
     def child() -> tuple[str, str, str, str]:
@@ -195,7 +195,7 @@ def test_fork(slots: RestrictedSlots, file: RestrictedMem) -> None:
 @rule("v9.life.killed")
 @pytest.mark.usefixtures("make_private_vm")
 def test_killed() -> None:
-    """A process killed with VM, slots and files open leaves nothing behind."""
+    """A process killed with VM, slots and files open leaves no VM and no pages."""
     memory, before = Unevictable(), vms_alive()
     read_end, write_end = os.pipe()
     pid = os.fork()
@@ -253,7 +253,7 @@ def test_exec(v9: None) -> None:
 
 @rule("v9.life.slot_cycle")
 def test_made_and_deleted(slots: RestrictedSlots, file: RestrictedMem) -> None:
-    """300 slots made and deleted, holes punched between, leave nothing behind."""
+    """300 slots made and deleted with holes between them leave nothing allocated."""
     memory = Unevictable()
     fallocate(file, 0, 0, BIG)
     made, gone = slots.struct(), slots.struct(memory_size=0)
@@ -281,7 +281,9 @@ def test_host_memory_goes_first(slots: RestrictedSlots, memory: HostMemory) -> N
 @rule("v9.race.slot_against_hole")
 @pytest.mark.dangerous("known defect notifiers-unlocked: a slot that comes or goes is a BUG")
 def test_slots_against_holes(slots: RestrictedSlots, file: RestrictedMem) -> None:
-    """Slots made and deleted while another thread changes the file: all succeed, no report."""
+    """Slots made and deleted while another thread changes the file succeed, and the kernel
+    reports nothing.
+    """
 
     def change() -> None:
         fallocate(file, KEEP_SIZE, 0, MIB)

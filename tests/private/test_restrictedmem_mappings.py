@@ -70,7 +70,7 @@ def test_a_hole_unmaps_just_its_pages(rig: Rig) -> None:
 @pytest.mark.known_defect("size-0-frees", "pages-not-zeroed")
 @v9
 def test_a_file_emptied_by_its_size(rig: Rig) -> None:
-    """ftruncate to 0 of a file without a size frees what is in it, under a guest that has it."""
+    """ftruncate(2) to 0 of a file without a size frees its pages and unmaps them from the guest."""
     file = rig.stack.enter_context(RestrictedMem())
     rig.bind(GPA, MIB, file, OFFSET)
     for _ in range(3):
@@ -104,7 +104,7 @@ def test_neighbours_of_a_fault(rig: Rig) -> None:
 @pytest.mark.known_defect("fstat")
 @pytest.mark.usefixtures("v9")
 def test_the_file_that_stat_tells_of() -> None:
-    """Device and inode are the file's own: not those of shmem, which has the pages."""
+    """fstat(2) reports the device and inode of the file, not those of the shmem file behind it."""
     ordinary = os.memfd_create("ordinary")
     try:
         with RestrictedMem() as one, RestrictedMem() as two:
@@ -202,7 +202,9 @@ def test_large_mappings(make_rig: MakeRig) -> None:
 @rule("v9.large.alike")
 @v9
 def test_large_pages_that_lie_otherwise(large: Rig) -> None:
-    """Where guest range and file do not lie alike, a large page is mapped by its small ones."""
+    """If guest range and file range are not aligned alike, a large page is mapped with small
+    pages.
+    """
     at, size = GPA + PAGE, 3 * LARGE
     bind_large(large, size, apart=PAGE)
     assert gained(large, lambda: large.guest.fill(at, 0x5A, size)) == 0
@@ -219,7 +221,7 @@ def test_large_pages_that_lie_otherwise(large: Rig) -> None:
 @pytest.mark.known_defect("pages-not-zeroed")
 @v9
 def test_fresh_large_pages_are_zero(large: Rig) -> None:
-    """All of a large page is zero at first touch."""
+    """A large page is all zeros at first touch."""
     secrets = large.memory(128 * MIB)
     secrets.madvise(mmap.MADV_HUGEPAGE)
     secrets.write(0, b"\xa5" * secrets.size)
@@ -236,7 +238,7 @@ def test_fresh_large_pages_are_zero(large: Rig) -> None:
 @v9
 @pytest.mark.parametrize("emptied", [False, True], ids=["fresh", "emptied"])
 def test_a_hole_in_a_large_page(large: Rig, emptied: bool) -> None:
-    """A hole in a large page beyond the file's size takes its page and no other."""
+    """A hole in a large page beyond the file's size frees its own pages only."""
     file, _, _ = bind_large(large, 2 * LARGE)
     if emptied:
         large.guest.fill(GPA, 0x77, LARGE)
@@ -256,7 +258,9 @@ def test_a_hole_in_a_large_page(large: Rig, emptied: bool) -> None:
 @v9
 @pytest.mark.parametrize("page", [0, 1, 200, 510, 511])
 def test_parts_of_a_large_page(large: Rig, page: int) -> None:
-    """With one page of it shared, a large page is mapped by small ones, and the next one is not."""
+    """A large page with one shared page is mapped with small pages; the next large page is not
+    affected.
+    """
     _, memory, start = bind_large(large, 2 * LARGE)
     fill_large(large, 2 * LARGE)
     memory.write(start + page * PAGE, b"\x11" * PAGE)
@@ -322,7 +326,7 @@ def unmap(rig: Rig, *, private: bool) -> None:
 @rule("private.race.read-against-hole")
 @pytest.mark.known_defect("notified-in-bytes", "pages-not-zeroed")
 def test_reads_against_holes(make_rig: MakeRig) -> None:
-    """Reads that are under way while a hole is made leave no mapping of what was there before."""
+    """Reads during a hole leave no mapping of the old page."""
     rig, size = make_rig(cpus=2), READ * PAGE
     file = rig.file(OFFSET + MIB)
     rig.bind(GPA, size, file, OFFSET)
@@ -340,7 +344,7 @@ def test_reads_against_holes(make_rig: MakeRig) -> None:
 
 @rule("private.race.read-against-host")
 def test_reads_against_the_hosts_own_holes(make_rig: MakeRig) -> None:
-    """Reads of shared memory while the host gives it back leave no mapping of what was there."""
+    """Reads of shared memory while the host frees it leave no mapping of the old page."""
     rig, size = make_rig(cpus=2), READ * PAGE
     memory = rig.memory(size)
     rig.bind(GPA, size, rig.file(MIB), memory=memory)
@@ -355,7 +359,7 @@ def test_reads_against_the_hosts_own_holes(make_rig: MakeRig) -> None:
 
 @rule("private.race.read-against-conversion")
 def test_reads_against_conversions(make_rig: MakeRig) -> None:
-    """Reads that are under way during a conversion leave no mapping of the other kind."""
+    """Reads during a conversion leave no mapping of the other memory."""
     rig, size = make_rig(cpus=2), READ * PAGE
     memory = rig.memory(size)
     rig.bind(GPA, size, rig.file(MIB), memory=memory)
@@ -376,7 +380,7 @@ def test_reads_against_conversions(make_rig: MakeRig) -> None:
 @v9
 @pytest.mark.parametrize("beside", [0, 511], ids=["before", "behind"])
 def test_reads_beside_holes_in_a_large_page(large: Rig, beside: int) -> None:
-    """A read of another part of a large page while a hole is made in it brings nothing back."""
+    """A read of another part of a large page, while a hole is made in it, maps nothing stale."""
     others = shmem_huge_pages()
     file, _, _ = bind_large(large, LARGE)
     over, reads = threading.Event(), [0]

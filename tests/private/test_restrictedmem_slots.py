@@ -1,4 +1,4 @@
-"""v9: KVM_SET_USER_MEMORY_REGION with KVM_MEM_PRIVATE, each check in its order."""
+"""v9: KVM_SET_USER_MEMORY_REGION with KVM_MEM_PRIVATE, check by check in the kernel's order."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def either(request: pytest.FixtureRequest) -> RestrictedSlots:
 
 @rule("v9.cap.advertised", "v9.hook.on", "v9.hook.off")
 def test_capability(kvm: Kvm, either: RestrictedSlots, request: pytest.FixtureRequest) -> None:
-    """KVM_CAP_PRIVATE_MEM is 1 on /dev/kvm and on VMs, whether or not these accept the flag."""
+    """KVM_CAP_PRIVATE_MEM is 1 on /dev/kvm and on every VM, whether or not it accepts the flag."""
     assert kvm.check_extension(rm.KVM_CAP_PRIVATE_MEM) == 1
     assert either.vm.check_extension(rm.KVM_CAP_PRIVATE_MEM) == 1
     accepted = request.node.callspec.params["either"] == "accepted"
@@ -71,7 +71,7 @@ def test_enable_cap(either: RestrictedSlots) -> None:
 
 @rule("v9.successors")
 def test_successors(kvm: Kvm, either: RestrictedSlots) -> None:
-    """The ioctls of later generations are ENOTTY, VM type 1 is EINVAL."""
+    """The ioctls of later ABIs are ENOTTY, and VM type 1 is EINVAL."""
     space = k.ffi.new("char[160]")
     for request in (
         gm.KVM_SET_USER_MEMORY_REGION2,
@@ -86,7 +86,7 @@ def test_successors(kvm: Kvm, either: RestrictedSlots) -> None:
 
 @rule("v9.hook.off.slot", "v9.slot.flags.hook")
 def test_refused(refused_slots: RestrictedSlots) -> None:
-    """Where the hook says no, KVM_MEM_PRIVATE is EINVAL, alone and beside other flags."""
+    """If the arch hook refuses the VM, KVM_MEM_PRIVATE is EINVAL, alone and beside other flags."""
     for beside in (0, LOG, READONLY, LOG | READONLY):
         refused_slots.refuses("EINVAL", {"flags": beside}, flags=PRIVATE | beside)
     refused_slots.refuses("EINVAL", {"flags": 0}, restricted_fd=0xFFFFFFFF)
@@ -100,7 +100,7 @@ def test_refused(refused_slots: RestrictedSlots) -> None:
     ("flags", "enough"), [(PRIVATE, 160), (0, 32)], ids=["private", "ordinary"]
 )
 def test_copied(slots: RestrictedSlots, edge: Edge, flags: int, enough: int) -> None:
-    """A private slot's struct is 160 bytes, another's 32: with one byte less EFAULT."""
+    """KVM copies 160 bytes for a private slot, 32 for another: one byte less is EFAULT."""
     struct = slots.struct(flags=flags)
     for readable in (1, 4, 7, 8, 9, 31, 32, 33, 40, 44, 159, 160):
         said = slots.set_at(edge.put(struct, readable))
@@ -111,7 +111,7 @@ def test_copied(slots: RestrictedSlots, edge: Edge, flags: int, enough: int) -> 
 
 @rule("v9.slot.order.efault")
 def test_efault_comes_first(either: RestrictedSlots, edge: Edge) -> None:
-    """Whatever else is wrong, a struct that can't be copied is EFAULT, also with the hook off."""
+    """EFAULT comes before every other refusal, also when the arch hook refuses the VM."""
     wrong: dict[str, dict[str, int]] = {
         "flags": {"flags": PRIVATE | UNKNOWN},
         "size": {"memory_size": 1},
@@ -128,14 +128,14 @@ def test_efault_comes_first(either: RestrictedSlots, edge: Edge) -> None:
     assert either.set_at(edge.put(either.struct(flags=UNKNOWN), 31)) == "EFAULT"
     assert either.set_at(edge.put(either.struct(flags=UNKNOWN), 32)) == "EINVAL"
     assert either.set_at(edge.put(either.struct(flags=0), 32)) == "ok"
-    # An overlap, too, comes after it.
+    # EEXIST of an overlap comes after it, too.
     other = edge.put(either.struct(slot=4), 159)
     assert either.set_at(other) == "EFAULT"
 
 
 @rule("v9.slot.copy.pointer")
 def test_bad_pointers(either: RestrictedSlots) -> None:
-    """A pointer to nothing, to the kernel or to no address at all is EFAULT."""
+    """A pointer to unmapped memory, to kernel memory or to no valid address is EFAULT."""
     for address in (0, 1, NOWHERE, 0xFFFF888000000000, TOP - 4, TOP - 160):
         assert either.set_at(address) == "EFAULT", hex(address)
     assert either.set(flags=0) == "ok"
@@ -172,7 +172,7 @@ def as_descriptor_0(file: RestrictedMem) -> Iterator[None]:
 def test_flags_that_change(
     slots: RestrictedSlots, file: RestrictedMem, first: int, late: int, expected: str
 ) -> None:
-    """PRIVATE in the copy must be as at the first look, else EINVAL; all else is the copy's."""
+    """If KVM_MEM_PRIVATE in the copy differs from what KVM read first, it returns EINVAL."""
     with as_descriptor_0(file):
         assert set_with_late_flags(slots, late, flags=first) == expected
     if expected == "ok":
@@ -183,13 +183,13 @@ def test_flags_that_change(
         assert said == ("ok" if late & LOG else "ENOENT"), "the copy's flags count"
         assert slots.delete() == "ok"
     else:
-        assert slots.delete() == "EINVAL", "nothing was made"
+        assert slots.delete() == "EINVAL", "no slot was made"
         slots.accepts(flags=first & ~UNKNOWN)
 
 
 @rule("v9.slot.copy.recheck.race", "v9.slot.copy.zero")
 def test_flags_under_attack(slots: RestrictedSlots, edge: Edge, file: RestrictedMem) -> None:
-    """A thread that flips PRIVATE gets no private slot out of 32 bytes, whatever its timing."""
+    """A thread that flips PRIVATE never gets a private slot from a 32-byte copy."""
     over = threading.Event()
     address = edge.put(slots.struct(flags=UNKNOWN, userspace_addr=0), 32)
     at = address - edge.memory.userspace_addr + 4
@@ -214,7 +214,7 @@ def test_flags_under_attack(slots: RestrictedSlots, edge: Edge, file: Restricted
         thread.join()
     assert set(said) == {"EINVAL", "EFAULT"}, said
     assert sum(said.values()) == 4000
-    assert slots.delete() == "EINVAL", "nothing was made"
+    assert slots.delete() == "EINVAL", "no slot was made"
 
 
 @rule("v9.slot.copy.readonly_struct")
@@ -231,7 +231,7 @@ def test_the_struct_is_not_written_to(slots: RestrictedSlots) -> None:
 
 @rule("v9.slot.flags.unknown")
 def test_unknown_flags(either: RestrictedSlots) -> None:
-    """Each flag but LOG_DIRTY_PAGES, READONLY and PRIVATE is EINVAL."""
+    """Every flag but LOG_DIRTY_PAGES, READONLY and PRIVATE is EINVAL."""
     for bit in range(3, 32):
         assert either.set(flags=1 << bit) == "EINVAL", bit
         assert either.set(flags=PRIVATE | 1 << bit) == "EINVAL", bit
@@ -242,7 +242,7 @@ def test_unknown_flags(either: RestrictedSlots) -> None:
 @rule("v9.slot.flags.beside")
 @pytest.mark.parametrize("beside", [0, LOG, READONLY, LOG | READONLY])
 def test_flags_beside_private(slots: RestrictedSlots, beside: int) -> None:
-    """LOG_DIRTY_PAGES and READONLY may stand beside PRIVATE when the slot is made."""
+    """LOG_DIRTY_PAGES and READONLY may be set beside PRIVATE when the slot is made."""
     slots.accepts(flags=PRIVATE | beside)
 
 
@@ -254,7 +254,7 @@ BITS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4095]
 @rule("v9.slot.align.size", "v9.slot.align.gpa", "v9.slot.align.userspace_addr")
 @pytest.mark.parametrize("name", ["memory_size", "guest_phys_addr", "userspace_addr"])
 def test_alignment(slots: RestrictedSlots, name: str) -> None:
-    """memory_size, guest_phys_addr and userspace_addr are page aligned, else EINVAL."""
+    """memory_size, guest_phys_addr and userspace_addr must be page aligned, else EINVAL."""
     good = slots.good[name]
     for off in BITS:
         assert slots.set(**{name: good + off}) == "EINVAL", off
@@ -264,7 +264,9 @@ def test_alignment(slots: RestrictedSlots, name: str) -> None:
 
 @rule("v9.slot.align.offset")
 def test_offset_alignment(slots: RestrictedSlots) -> None:
-    """A private slot's restricted_offset is page aligned, else EINVAL; another's is not read."""
+    """A private slot's restricted_offset that is not page aligned is EINVAL; an ordinary slot's
+    is not read.
+    """
     for off in BITS:
         assert slots.set(restricted_offset=off) == "EINVAL", off
     assert slots.asked == 13
@@ -274,7 +276,9 @@ def test_offset_alignment(slots: RestrictedSlots) -> None:
 
 @rule("v9.slot.userspace_addr.range")
 def test_userspace_addr_in_user_space(slots: RestrictedSlots) -> None:
-    """userspace_addr and what follows it is a user range, else EINVAL; it need not be mapped."""
+    """userspace_addr to userspace_addr + memory_size must be a user range, else EINVAL; it need
+    not be mapped.
+    """
     for address in (NOWHERE, 0xFFFF888000000000, TOP - 16 * PAGE, TOP - PAGE):
         assert slots.set(userspace_addr=address) == "EINVAL", hex(address)
     for address in (0, PAGE, 1 << 40):
@@ -283,7 +287,7 @@ def test_userspace_addr_in_user_space(slots: RestrictedSlots) -> None:
 
 @rule("v9.slot.offset.wrap")
 def test_offset_that_wraps(slots: RestrictedSlots) -> None:
-    """restricted_offset + memory_size up to 2^64 - 4096 is fine, 2^64 and above EINVAL."""
+    """restricted_offset + memory_size of 2^64 or more is EINVAL."""
     size = slots.good["memory_size"]
     for offset in (TOP - size, TOP - size + PAGE, TOP - PAGE):
         assert slots.set(restricted_offset=offset) == "EINVAL", hex(offset)
@@ -297,7 +301,7 @@ def test_offset_that_wraps(slots: RestrictedSlots) -> None:
 
 @rule("v9.slot.id")
 def test_slot_numbers(slots: RestrictedSlots) -> None:
-    """The slot's number is below KVM_CAP_NR_MEMSLOTS, else EINVAL."""
+    """A slot number of KVM_CAP_NR_MEMSLOTS or more is EINVAL."""
     limit = slots.vm.check_extension(k.KVM_CAP_NR_MEMSLOTS)
     for number in (limit, limit + 1, 0xFFFF):
         assert slots.set(slot=number) == "EINVAL", number
@@ -307,7 +311,7 @@ def test_slot_numbers(slots: RestrictedSlots) -> None:
 
 @rule("v9.slot.address_space")
 def test_address_spaces(slots: RestrictedSlots) -> None:
-    """The address space is below KVM_CAP_MULTI_ADDRESS_SPACE, else EINVAL."""
+    """An address space of KVM_CAP_MULTI_ADDRESS_SPACE or more is EINVAL."""
     spaces = max(1, slots.vm.check_extension(k.KVM_CAP_MULTI_ADDRESS_SPACE))
     for number in (spaces, 0xFFFF):
         assert slots.set(slot=number << 16 | 3) == "EINVAL", number
@@ -316,7 +320,7 @@ def test_address_spaces(slots: RestrictedSlots) -> None:
 
 @rule("v9.slot.gpa.wrap")
 def test_guest_range_that_wraps(slots: RestrictedSlots) -> None:
-    """guest_phys_addr + memory_size does not wrap, else EINVAL."""
+    """A guest_phys_addr + memory_size that wraps is EINVAL."""
     for address in (TOP - PAGE, TOP - 16 * PAGE, TOP - 8 * PAGE):
         assert slots.set(guest_phys_addr=address) == "EINVAL", hex(address)
     slots.refuses("EINVAL", {"guest_phys_addr": 1 << 34}, guest_phys_addr=TOP - PAGE)
@@ -324,9 +328,9 @@ def test_guest_range_that_wraps(slots: RestrictedSlots) -> None:
 
 @rule("v9.slot.pages")
 def test_too_many_pages(slots: RestrictedSlots) -> None:
-    """A slot has at most 2^31 - 1 pages, else EINVAL."""
+    """A slot of more than 2^31 - 1 pages is EINVAL."""
     whole = {"slot": 4, "guest_phys_addr": 0, "userspace_addr": 0}
-    # Few hosts can address so much; with another slot in the way it need not be prepared.
+    # Few hosts can address so much; the overlap is refused before the slot is prepared.
     with slots.held():
         for pages in (1 << 31, (1 << 31) + 1, 1 << 33):
             assert slots.set(**whole, memory_size=pages * PAGE) == "EINVAL"
@@ -340,7 +344,7 @@ def test_too_many_pages(slots: RestrictedSlots) -> None:
 @rule("v9.slot.delete", "v9.slot.delete.missing")
 @pytest.mark.parametrize("flags", [PRIVATE, 0])
 def test_deletion(slots: RestrictedSlots, flags: int) -> None:
-    """memory_size 0 deletes the slot, with PRIVATE or without; one that is not there is EINVAL."""
+    """memory_size 0 deletes the slot, with or without PRIVATE; without a slot it is EINVAL."""
     assert slots.delete(flags=flags) == "EINVAL"
     assert slots.set() == "ok"
     assert slots.delete(flags=flags, slot=4) == "EINVAL"
@@ -363,10 +367,12 @@ def test_deletion(slots: RestrictedSlots, flags: int) -> None:
     ids=str,
 )
 def test_checks_before_deletion(slots: RestrictedSlots, wrong: dict[str, int]) -> None:
-    """Checks 1 to 5 hold for a deletion, too: EINVAL, and the slot stays."""
+    """The checks of flags, alignment, ranges and slot number apply to a deletion; the slot
+    stays.
+    """
     assert slots.set() == "ok"
     assert slots.delete(**wrong) == "EINVAL"
-    assert slots.set(slot=4) == "EEXIST", "the slot is still there"
+    assert slots.set(slot=4) == "EEXIST", "the slot still exists"
     assert slots.delete() == "ok"
     assert slots.set(slot=4) == "ok"
 
@@ -392,7 +398,7 @@ def test_not_looked_at_by_deletion(slots: RestrictedSlots, changes: dict[str, in
 
 @rule("v9.hook.off.delete")
 def test_deletion_where_private_is_refused(refused_slots: RestrictedSlots) -> None:
-    """With the hook off, deleting with KVM_MEM_PRIVATE is EINVAL."""
+    """If the arch hook refuses the VM, a deletion with KVM_MEM_PRIVATE is EINVAL."""
     assert refused_slots.set(flags=0) == "ok"
     assert refused_slots.delete() == "EINVAL"
     assert refused_slots.delete(flags=0) == "ok"
@@ -415,7 +421,7 @@ CHANGES: dict[str, dict[str, int]] = {
 @rule("v9.slot.immutable")
 @pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
 def test_private_slots_do_not_change(slots: RestrictedSlots, changes: dict[str, int]) -> None:
-    """A slot that exists can't be set with PRIVATE: EINVAL; deleted and made anew it can."""
+    """Setting a slot that exists with KVM_MEM_PRIVATE is EINVAL; deleted, it can be made again."""
     assert slots.set() == "ok"
     assert slots.set(**changes) == "EINVAL"
     assert slots.delete() == "ok"
@@ -425,7 +431,7 @@ def test_private_slots_do_not_change(slots: RestrictedSlots, changes: dict[str, 
 
 @rule("v9.slot.immutable.ordinary")
 def test_ordinary_slots_do_not_become_private(slots: RestrictedSlots) -> None:
-    """PRIVATE for an ordinary slot that exists is EINVAL; other changes of it are fine."""
+    """Setting KVM_MEM_PRIVATE for an ordinary slot that exists is EINVAL; other changes succeed."""
     assert slots.set(flags=0) == "ok"
     assert slots.set() == "EINVAL"
     assert slots.set(flags=LOG) == "ok"
@@ -445,7 +451,7 @@ def test_ordinary_slots_do_not_become_private(slots: RestrictedSlots) -> None:
 def test_private_slots_do_not_become_ordinary(
     slots: RestrictedSlots, changes: dict[str, int]
 ) -> None:
-    """Setting a private slot without PRIVATE is EINVAL."""
+    """Setting a private slot without KVM_MEM_PRIVATE is EINVAL."""
     assert slots.set() == "ok"
     assert slots.set(**{"flags": 0, **changes}) == "EINVAL"
     assert slots.delete() == "ok"
@@ -468,7 +474,7 @@ OVERLAPS = {
 @pytest.mark.parametrize(("address", "size"), OVERLAPS.values(), ids=OVERLAPS)
 @pytest.mark.parametrize("there", [PRIVATE, 0], ids=["beside private", "beside ordinary"])
 def test_overlap(slots: RestrictedSlots, there: int, address: int, size: int) -> None:
-    """A slot whose guest range overlaps another's is EEXIST, of whatever kind both are."""
+    """A slot whose guest range overlaps another slot's is EEXIST, private or not."""
     new = {"slot": 4, "guest_phys_addr": address, "memory_size": size}
     with slots.held(flags=there):
         assert slots.set(**new) == "EEXIST"
@@ -503,7 +509,7 @@ EINVALS: dict[str, dict[str, int]] = {
 @rule("v9.slot.order.eexist")
 @pytest.mark.parametrize("wrong", EINVALS.values(), ids=EINVALS)
 def test_einval_comes_before_eexist(slots: RestrictedSlots, wrong: dict[str, int]) -> None:
-    """A slot that overlaps another, and breaks a rule of checks 2 to 5, is EINVAL."""
+    """EINVAL of flags, alignment and ranges comes before EEXIST of an overlap."""
     with slots.held():
         assert slots.set(slot=4, **wrong) == "EINVAL"
         assert slots.set(slot=4) == "EEXIST"
@@ -511,7 +517,7 @@ def test_einval_comes_before_eexist(slots: RestrictedSlots, wrong: dict[str, int
 
 @rule("v9.slot.order.eexist.number")
 def test_bad_number_comes_before_eexist(slots: RestrictedSlots) -> None:
-    """A slot that overlaps another, and whose number is too large, is EINVAL."""
+    """EINVAL of a slot number that is too large comes before EEXIST of an overlap."""
     with slots.held():
         assert slots.set(slot=0xFFFF) == "EINVAL"
         assert slots.set(slot=4) == "EEXIST"
@@ -519,7 +525,7 @@ def test_bad_number_comes_before_eexist(slots: RestrictedSlots) -> None:
 
 @rule("v9.slot.order.immutable")
 def test_immutable_comes_before_eexist(slots: RestrictedSlots) -> None:
-    """A private slot set anew onto another's range is EINVAL."""
+    """EINVAL of a change to a private slot comes before EEXIST of an overlap."""
     with slots.held(), slots.held(slot=4, guest_phys_addr=5 * GIB):
         assert slots.set(slot=4) == "EINVAL"
         assert slots.set(slot=5) == "EEXIST"
@@ -527,7 +533,9 @@ def test_immutable_comes_before_eexist(slots: RestrictedSlots) -> None:
 
 @rule("v9.hook.off.order")
 def test_hook_comes_before_eexist(refused_slots: RestrictedSlots) -> None:
-    """With the hook off, PRIVATE onto another slot's range is EINVAL."""
+    """If the arch hook refuses the VM, KVM_MEM_PRIVATE onto another slot's range is EINVAL, not
+    EEXIST.
+    """
     with refused_slots.held(flags=0):
         assert refused_slots.set(slot=4) == "EINVAL"
         assert refused_slots.set(slot=4, flags=0) == "EEXIST"
@@ -540,7 +548,7 @@ def test_hook_comes_before_eexist(refused_slots: RestrictedSlots) -> None:
 
 @rule("v9.slot.file")
 def test_other_files(slots: RestrictedSlots, kvm: Kvm, file: RestrictedMem) -> None:
-    """A descriptor that is not open, or of another kind of file, or O_PATH, is EINVAL."""
+    """A restricted_fd that is not open, is O_PATH, or is not a restrictedmem file is EINVAL."""
     closed = os.dup(0)
     os.close(closed)
     for number in (0xFFFFFFFF, 0x7FFFFFFF, closed, 1 << 20):
@@ -556,7 +564,7 @@ def test_other_files(slots: RestrictedSlots, kvm: Kvm, file: RestrictedMem) -> N
     try:
         for number in (*opened, kvm.fileno(), slots.vm.fileno()):
             assert slots.set(restricted_fd=number) == "EINVAL", number
-            slots.accepts(restricted_fd=number, flags=0)  # an ordinary slot has no use for it
+            slots.accepts(restricted_fd=number, flags=0)  # an ordinary slot does not use it
     finally:
         for number in opened:
             os.close(number)
@@ -577,7 +585,7 @@ def test_duplicates(slots: RestrictedSlots, file: RestrictedMem) -> None:
 
 @rule("v9.slot.order.file")
 def test_eexist_comes_before_the_file(slots: RestrictedSlots) -> None:
-    """A slot that overlaps another, and whose fd is bad, is EEXIST."""
+    """EEXIST of an overlap comes before EINVAL of a bad restricted_fd."""
     with slots.held():
         assert slots.set(slot=4, restricted_fd=0xFFFFFFFF) == "EEXIST"
         assert slots.set(slot=4, restricted_fd=slots.vm.fileno()) == "EEXIST"
@@ -587,7 +595,7 @@ def test_eexist_comes_before_the_file(slots: RestrictedSlots) -> None:
 
 @rule("v9.slot.unchecked.file_size")
 def test_the_file_size_is_not_checked(slots: RestrictedSlots, file: RestrictedMem) -> None:
-    """A slot may reach beyond the file's end, and begin there."""
+    """A slot may begin and end beyond the file's size."""
     slots.accepts(restricted_offset=0)
     file.ftruncate(PAGE)
     for offset in (0, PAGE, 1 << 40):
@@ -602,7 +610,7 @@ def test_padding_is_not_checked(slots: RestrictedSlots) -> None:
 
 @rule("v9.slot.unchecked.shared_range")
 def test_a_range_in_two_slots(slots: RestrictedSlots) -> None:
-    """The same range of a file may be in two slots, wholly or in part."""
+    """Two slots may use the same range of one file, in whole or in part."""
     with slots.held():
         slots.accepts(slot=4, guest_phys_addr=5 * GIB)
         slots.accepts(slot=4, guest_phys_addr=5 * GIB, restricted_offset=40 * PAGE)
@@ -612,7 +620,7 @@ def test_a_range_in_two_slots(slots: RestrictedSlots) -> None:
 def test_a_range_in_two_vms(
     make_private_vm: Callable[[], Vm], file: RestrictedMem, memory: HostMemory
 ) -> None:
-    """The same range of a file may be in the slots of two VMs."""
+    """Slots of two VMs may use the same range of one file."""
     one, two = (RestrictedSlots(make_private_vm(), file, memory.userspace_addr) for _ in range(2))
     with one.held(), two.held():
         assert (one.set(slot=4), two.set(slot=4)) == ("EEXIST", "EEXIST")
@@ -634,7 +642,7 @@ def test_every_slot(slots: RestrictedSlots) -> None:
     slots.accepts()
 
 
-# -- 10: what fails half-way ---------------------------------------------------------------------
+# -- 10: failing half-way -----------------------------------------------------------------------
 
 FAILURES: dict[str, dict[str, int]] = {
     "prepared": {"guest_phys_addr": 1 << 52},
@@ -647,7 +655,7 @@ FAILURES: dict[str, dict[str, int]] = {
 @rule("v9.slot.failure.leaks_nothing", "v9.slot.prepare")
 @pytest.mark.parametrize("wrong", FAILURES.values(), ids=FAILURES)
 def test_failures_leak_nothing(slots: RestrictedSlots, wrong: dict[str, int]) -> None:
-    """3,000 slots that can't be made, whatever the reason, leave no reference to the file."""
+    """3,000 slots that can't be made, for whatever reason, leave no reference to the file."""
     memory, files = Unevictable(), files_open()
     expected: dict[str, int] = {}
     with RestrictedMem() as file:
@@ -663,9 +671,9 @@ def test_failures_leak_nothing(slots: RestrictedSlots, wrong: dict[str, int]) ->
             said = slots.set_at(address_of(struct))
             expected[said] = expected.get(said, 0) + 1
         assert expected == {"EEXIST" if wrong == {"slot": 4} else "EINVAL": 3000}
-        # A notifier that was left behind would be called here.
+        # This calls every notifier that is still registered.
         fallocate(file, 3, 0, PAGE)
         slots.accepts(slot=4, guest_phys_addr=5 * GIB, restricted_fd=fd)
         assert memory.is_about(BIG)
-    assert memory.is_about(0), "the file is gone with its last descriptor"
+    assert memory.is_about(0), "the file is freed with its last descriptor"
     assert abs(files_open() - files) < 200

@@ -123,7 +123,9 @@ def test_a_read_only_slot_keeps_the_secret(rig: Rig) -> None:
 @rule("v9.hypercall.enabled_errors")
 @v9
 def test_the_errors_of_an_enabled_hypercall(rig: Rig) -> None:
-    """KVM answers -EINVAL itself: unaligned gpa, no page, a wrap of the page's number."""
+    """With the exit enabled KVM itself answers -EINVAL: gpa not aligned, 0 pages, a page number
+    that wraps.
+    """
     rig.vm.enable_cap(k.KVM_CAP_EXIT_HYPERCALL, 1 << CALL)
     encrypted = k.KVM_MAP_GPA_RANGE_ENCRYPTED
     refused = ((GPA + 1, 1), (GPA + 2048, 1), (GPA, 0), (GPA, TOP - 1), (PAGE, TOP - 1))

@@ -122,7 +122,7 @@ CHOICES: dict[str, tuple[bytes, list[Any], int]] = {
 def test_the_host_chooses_the_instruction(shadowed: Shadowed, name: str) -> None:
     """For private code that accesses MMIO, KVM executes what the host wrote to the same address.
 
-    Leak: a register that the guest never meant to show.  Injection: a value that it never loaded.
+    Leak: the exit shows another register.  Injection: the guest gets a value that it never loaded.
     """
     bytes_, exits, result = CHOICES[name]
     if not decodes_itself():
@@ -138,7 +138,7 @@ def test_the_host_chooses_the_instruction(shadowed: Shadowed, name: str) -> None
 
 @rule("private.shadow.decode.length")
 def test_the_host_chooses_where_the_guest_goes_on(shadowed: Shadowed) -> None:
-    """CPUID in private code: its length is that of the host's instruction, the next one skipped."""
+    """For CPUID in private code, KVM takes the instruction's length from the host's bytes."""
     setting = b"\xb8\x11\x11\x11\x11"  # mov $0x11111111, %eax
     code = b"\xb8\0\0\0\x40" + b"\x0f\xa2" + setting + b"\xc3"
     longer = b"\xb8\0\0\0\x40" + b"\x48\xc7\xc0\0\0\0\0" + b"\xc3"
@@ -181,7 +181,7 @@ def test_emulated_reads(shadowed: Shadowed) -> None:
 
 @rule("private.shadow.emulation.write")
 def test_emulated_writes(shadowed: Shadowed) -> None:
-    """String input into private memory lands where the host reads it; the guest misses it."""
+    """String input into private memory goes to the shared page; the guest does not see it."""
     shared_code(shadowed, INSL)
     shadowed.guest.write(DATA, b"mine")
     shadowed.host_writes(DATA, b"host")

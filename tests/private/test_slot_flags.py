@@ -155,7 +155,7 @@ WRITTEN = {0, 1, 5, 63, 64, 127, 128, PAGES - 1}
 def test_dirty_log(flagged: Flagged, kind: str) -> None:
     """The log has each page that was written since the last call, as for an ordinary slot.
 
-    A page that is mapped for a read is mapped to be written, and counts as such that once.
+    KVM maps a page that is read as writable, and the log counts it once as written.
     """
     guest, vm = flagged.guest, flagged.rig.vm
     if kind == "private":
@@ -211,7 +211,7 @@ def test_dirty_log_of_kvms_own_writes(flagged: Flagged) -> None:
 @rule("v9.dirty-log.clear")
 @only("restrictedmem")
 def test_dirty_log_cleared_by_hand(flagged: Flagged) -> None:
-    """With MANUAL_DIRTY_LOG_PROTECT2 a look clears nothing; KVM_CLEAR_DIRTY_LOG does, by range."""
+    """With KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 only KVM_CLEAR_DIRTY_LOG clears bits, by range."""
     guest, vm = flagged.guest, flagged.rig.vm
     if not vm.check_extension(k.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2):
         missing("manual-dirty-log", "the log clears itself")
@@ -234,7 +234,7 @@ def test_dirty_log_cleared_by_hand(flagged: Flagged) -> None:
 @rule("v9.dirty-log.small-pages")
 @only("restrictedmem")
 def test_dirty_log_by_small_pages(rig: Rig) -> None:
-    """Where the file has large pages, a logged slot is mapped in small ones: one bit a page."""
+    """A slot with a dirty log is mapped with 4 KiB pages only, so that a bit is a page."""
     gpa = 8 * GIB
     memory, start = rig.large_memory(LARGE)
     with huge_pages():
@@ -301,7 +301,7 @@ class SmmMonitor:
 def test_two_address_spaces(rig: Rig) -> None:
     """Each space has a private slot at the same gpa with its own memory; a conversion is for both.
 
-    Each hole is its file's.
+    A hole affects the slots of its file.
     """
     vm, guest = rig.vm, rig.guest
     if vm.check_extension(k.KVM_CAP_MULTI_ADDRESS_SPACE) != 2 or not vm.check_extension(
@@ -346,7 +346,7 @@ def test_two_address_spaces(rig: Rig) -> None:
 @rule("v9.address-space.overlap", "v9.address-space.delete")
 @only("restrictedmem")
 def test_slots_of_two_address_spaces(rig: Rig) -> None:
-    """The same range, of guest and of file, may be in both; EEXIST is within one alone."""
+    """The same guest range and file range may be in both; EEXIST applies within one."""
     if rig.vm.check_extension(k.KVM_CAP_MULTI_ADDRESS_SPACE) != 2:
         missing("second-address-space", "KVM_CAP_MULTI_ADDRESS_SPACE is not 2")
     file = rig.file(4 * PAGE)
@@ -368,7 +368,7 @@ def test_slots_of_two_address_spaces(rig: Rig) -> None:
 @rule("gm.address-space")
 @only("guest_memfd")
 def test_guest_memfd_has_one_address_space(rig: Rig) -> None:
-    """A VM that has private memory has no second address space: its slots are EINVAL."""
+    """A VM with private memory has no second address space: its slots are EINVAL."""
     assert rig.vm.check_extension(k.KVM_CAP_MULTI_ADDRESS_SPACE) == 1
     file, memory = rig.file(4 * PAGE), rig.memory(4 * PAGE)
     assert answer(lambda: rig.bind(WHERE, PAGE, file, 0, slot=SECOND | 5)) == "EINVAL"
