@@ -1,13 +1,14 @@
 """Guests: bare machine code (`Machine`), single commands from Python (`Puppet`), Linux (`linux`).
 
 `Machine` runs a flat binary or an ELF file.  `Puppet` is a guest that executes one command at a
-time.  :mod:`kvmpriv.guest.linux` boots Linux; it has to be imported.
+time.  :mod:`kvmpriv.guest.linux` boots Linux.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from . import linux
     from .bare import EXIT_PORT, SERIAL_PORT, Machine
     from .crash import GuestCrash, GuestTimeout
     from .image import Image, ImageError, Mode, Segment, load_elf, load_flat, load_image
@@ -27,6 +28,7 @@ __all__ = [
     "Puppet",
     "PuppetCpu",
     "Segment",
+    "linux",
     "load_elf",
     "load_flat",
     "load_image",
@@ -60,6 +62,8 @@ _LAZY = {
 if not TYPE_CHECKING:  # a type checker would believe that every name exists
 
     def __getattr__(name: str) -> object:
+        if name == "linux":
+            return import_module(".linux", __name__)
         if name not in _LAZY:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         value = getattr(import_module(f".{_LAZY[name]}", __name__), name)

@@ -2,15 +2,35 @@
 
 from .output import is_same_file, write_page
 from .page import page
-from .record import Event, Recorder, Recording, TraceError, read
+from .record import (
+    About,
+    ConversionEvent,
+    EndEvent,
+    Event,
+    ExitEvent,
+    RangeAbout,
+    Recorder,
+    Recording,
+    SampleEvent,
+    TraceError,
+    UseAbout,
+    read,
+)
 from .summary import Summary, summarize, text
 
 __all__ = [
+    "About",
+    "ConversionEvent",
+    "EndEvent",
     "Event",
+    "ExitEvent",
+    "RangeAbout",
     "Recorder",
     "Recording",
+    "SampleEvent",
     "Summary",
     "TraceError",
+    "UseAbout",
     "is_same_file",
     "page",
     "read",

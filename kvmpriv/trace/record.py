@@ -8,22 +8,120 @@ recording began.  A run that was cut off is a shorter file.
 from __future__ import annotations
 
 import json
-import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import NamedTuple, TextIO, TypeAlias, TypedDict, cast, final
 
 from ..terminal import printable
 
-__all__ = ["Event", "Recorder", "Recording", "TraceError", "read"]
+__all__ = [
+    "About",
+    "ConversionEvent",
+    "EndEvent",
+    "Event",
+    "ExitEvent",
+    "RangeAbout",
+    "Recorder",
+    "Recording",
+    "SampleEvent",
+    "TraceError",
+    "UseAbout",
+    "read",
+]
 
 VERSION = 1
 _LINE_MAX = 1 << 20
 
-#: A line of a recording: the names of its fields, and their values as JSON has them.
-Event = Mapping[str, Any]
+
+class RangeAbout(TypedDict):
+    """A range of the guest's RAM: addresses and sizes in bytes, `kind` "shared" or "private"."""
+
+    gpa: int
+    size: int
+    kind: str
+    purpose: str
+
+
+class _About(TypedDict):
+    kvmpriv_trace: int
+    what: str
+    cpus: int
+    ranges: list[RangeAbout]
+
+
+@final
+class About(_About, total=False):
+    """The first line: the format's version, what ran, the number of vCPUs, RAM, and the ABI."""
+
+    private_abi: str | None
+
+
+class _Timed(TypedDict):
+    t: float
+
+
+class _ExitEvent(_Timed):
+    cpu: int
+    exit: str
+
+
+@final
+class ExitEvent(_ExitEvent, total=False):
+    """An exit to user space of the vCPU `cpu`, at a port or an address if it has one."""
+
+    port: int
+    gpa: int
+    write: bool
+
+
+@final
+class ConversionEvent(_Timed):
+    """A conversion to `convert` ("private" or "shared") that the vCPU `cpu` asked for.
+
+    `by` is "hypercall" or "fault"; `gpa` and `size` are in bytes.
+    """
+
+    cpu: int
+    convert: str
+    gpa: int
+    size: int
+    by: str
+
+
+class UseAbout(TypedDict):
+    """What a range uses, in bytes: what the host can read, and what is private."""
+
+    resident: int
+    private: int
+
+
+class _SampleEvent(_Timed):
+    memory: list[UseAbout]
+    rss: int
+    cpu: list[float]
+
+
+@final
+class SampleEvent(_SampleEvent, total=False):
+    """Memory in bytes, by range and of the process, and CPU time in seconds, by vCPU."""
+
+    shared: int
+    others: float
+
+
+@final
+class EndEvent(_Timed):
+    """How the guest ended, its exit status, and why."""
+
+    end: str
+    status: int
+    why: str
+
+
+#: Any line but the first.  ``"exit" in event`` tells the kinds apart.
+Event: TypeAlias = ExitEvent | ConversionEvent | SampleEvent | EndEvent
 
 
 class TraceError(ValueError):
@@ -71,8 +169,8 @@ class Recorder:
 class Recording(NamedTuple):
     """What a file contains."""
 
-    #: The first line: ``what``, ``cpus``, ``ranges`` and ``private_abi``.
-    about: Event
+    #: The first line.
+    about: About
     #: All other lines, in order.
     events: Sequence[Event]
     #: True if the file ends in the middle of a line.
@@ -81,19 +179,26 @@ class Recording(NamedTuple):
 
 # -- which lines are valid -----------------------------------------------------------------------
 
-_Check = Callable[[Any], bool]
+_Check = Callable[[object], bool]
 
 
 def _is_int(low: int, high: int) -> _Check:
     # A bool is an int in Python, but not in the file.
-    return lambda value: type(value) is int and low <= value <= high
+    return lambda value: (
+        isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+    )
 
 
-def _is_seconds(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value <= 1e12 and math.isfinite(value)
+def _is_bool(value: object) -> bool:
+    return isinstance(value, bool)
 
 
-def _is_text(value: Any) -> bool:
+def _is_seconds(value: object) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and 0 <= cast("float", value) <= 1e12  # neither NaN nor infinite
+
+
+def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
@@ -110,7 +215,10 @@ def _has(**fields: _Check) -> _Check:
 
 
 def _may_have(**fields: _Check) -> _Check:
-    return lambda value: all(check(value[name]) for name, check in fields.items() if name in value)
+    return lambda value: (
+        isinstance(value, dict)
+        and all(check(value[name]) for name, check in fields.items() if name in value)
+    )
 
 
 _is_address = _is_size = _is_int(0, (1 << 64) - 1)
@@ -134,14 +242,12 @@ _EVENTS: dict[str, _Check] = {
     "end": _has(end=_is_text, status=_is_status, why=_is_text),
 }
 _has_time = _has(t=_is_seconds)
-_is_place = _may_have(
-    port=_is_int(0, 0xFFFF), gpa=_is_address, write=lambda value: isinstance(value, bool)
-)
+_is_place = _may_have(port=_is_int(0, 0xFFFF), gpa=_is_address, write=_is_bool)
 
 
-def _is_event(entry: Any, ranges: int) -> bool:
+def _is_event(entry: object, ranges: int) -> bool:
     """True if `entry` is an event with all its fields; `ranges` is how many the run has."""
-    if not _has_time(entry):
+    if not isinstance(entry, dict) or not _has_time(entry):
         return False
     for kind, check in _EVENTS.items():
         if kind in entry:
@@ -150,7 +256,7 @@ def _is_event(entry: Any, ranges: int) -> bool:
     return False
 
 
-def _clean(value: Any) -> Any:
+def _clean(value: object) -> object:
     """The same with control characters in strings escaped, so that they can be printed."""
     if isinstance(value, str):
         return "\n".join(map(printable, value.split("\n")))
@@ -161,7 +267,7 @@ def _clean(value: Any) -> Any:
     return value
 
 
-def _parse(line: bytes) -> Any:
+def _parse(line: bytes) -> object:
     try:
         return _clean(json.loads(line))
     except (ValueError, RecursionError):
@@ -174,7 +280,7 @@ def read(path: Path) -> Recording:
     TraceError if the file is not one, OSError if it can't be read.  Control characters in its
     strings are escaped, but for line breaks.
     """
-    about: Event | None = None
+    about: About | None = None
     ranges = 0
     events: list[Event] = []
     cut_off = False
@@ -189,13 +295,13 @@ def read(path: Path) -> Recording:
                 entry = _parse(line)
                 if not _is_event(entry, ranges):
                     raise TraceError(f"line {number}: not an event: {line[:60]!r}")
-                events.append(entry)
+                events.append(cast("Event", entry))
     if about is None:
         raise TraceError("the file is empty")
     return Recording(about, events, cut_off)
 
 
-def _read_about(line: bytes) -> Event:
+def _read_about(line: bytes) -> About:
     about = _parse(line) if line.endswith(b"\n") else None
     if not isinstance(about, dict) or "kvmpriv_trace" not in about:
         raise TraceError("not a recording of `kvmpriv boot --trace`")
@@ -205,4 +311,4 @@ def _read_about(line: bytes) -> Event:
         raise TraceError(f"a recording of version {shown}; this kvmpriv reads version {VERSION}")
     if not _is_about(about) or not _is_abi(about):
         raise TraceError("line 1: it does not describe a run")
-    return about
+    return cast("About", about)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ..terminal import format_size
-from .record import Event, Recording
+from .record import ConversionEvent, EndEvent, Recording, SampleEvent
 
 __all__ = ["Summary", "summarize", "text"]
 
@@ -24,20 +24,20 @@ class Summary(NamedTuple):
     exits: Counter[str]
     #: For each kind of exit, how many there are at each port or address.
     places: dict[str, Counter[str]]
-    conversions: list[Event]
+    conversions: list[ConversionEvent]
     #: What memory and CPU time was in use, in order.
-    samples: list[Event]
+    samples: list[SampleEvent]
     #: How the guest ended; None if the recording was cut off.
-    end: Event | None
+    end: EndEvent | None
 
 
 def summarize(recording: Recording) -> Summary:
     """Count the events of a recording."""
     exits: Counter[str] = Counter()
     places: dict[str, Counter[str]] = {}
-    conversions: list[Event] = []
-    samples: list[Event] = []
-    end: Event | None = None
+    conversions: list[ConversionEvent] = []
+    samples: list[SampleEvent] = []
+    end: EndEvent | None = None
     seconds = 0.0
     for event in recording.events:
         seconds = max(seconds, event["t"])

@@ -117,7 +117,7 @@ def refusals(kvm: Kvm) -> dict[str, str]:
         try:
             private.choose(kvm, name)
         except OSError as error:
-            found[name] = error.strerror
+            found[name] = str(error.strerror)
     return found
 
 
@@ -261,7 +261,7 @@ def test_a_terminal_is_as_it_was(image: Path, how: signal.Signals, status: int) 
         import fcntl
 
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-        os.execv(command[0], [str(word) for word in command])
+        os.execv(sys.executable, [str(word) for word in command])
     seen = b""
     while b"up\r\n" not in seen:
         seen += os.read(ours, 4096)
@@ -469,7 +469,7 @@ def test_devices_are_closed_when_there_is_no_machine(kvm: Kvm, no_leak: object) 
     ):
         device = Closed()
         with pytest.raises(ArgumentError, match=words):
-            LinuxMachine(kvm, image, plan(32 << 20), devices=[device], **options)  # type: ignore[arg-type]
+            LinuxMachine(kvm, image, plan(32 << 20), devices=[device], **options)
         assert device.closed
     many = [Closed() for _ in range(9)]
     with pytest.raises(ArgumentError, match="up to 8 virtio devices, not 9"):

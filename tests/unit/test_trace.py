@@ -26,7 +26,7 @@ RANGES = [
     {"gpa": 0, "size": 128 << 20, "kind": "shared", "purpose": "kernel <and> rings"},
     {"gpa": 4 << 30, "size": 384 << 20, "kind": "private", "purpose": "applications"},
 ]
-ABOUT: dict[str, Any] = {
+ABOUT: Any = {
     "kvmpriv_trace": 1,
     "what": "Linux 6.1 & more",
     "cpus": 2,
@@ -40,7 +40,7 @@ def sample(at: float, shared: int, private: int) -> dict[str, Any]:
     return {"t": at, "memory": memory, "rss": shared + (50 << 20), "cpu": [at / 2, 0.25]}
 
 
-EVENTS: list[dict[str, Any]] = [
+EVENTS: list[Any] = [
     sample(0.0, 0, 0),
     *({"t": 0.1 + n / 100, "cpu": 0, "exit": "KVM_EXIT_IO", "port": 0x3F8} for n in range(5)),
     {"t": 0.2, "cpu": 1, "exit": "KVM_EXIT_MMIO", "gpa": 0xD0000000, "write": True},
@@ -233,7 +233,8 @@ def test_a_page_in_a_folder_that_can_not_be_written_to(path: Path, tmp_path: Pat
 
 
 def test_a_page_that_can_not_be_drawn_leaves_nothing(tmp_path: Path) -> None:
-    recording = trace.Recording(ABOUT, [{"t": 0, "exit": "x", "cpu": 0}, {"t": "a"}], cut_off=False)
+    events: list[Any] = [{"t": 0, "exit": "x", "cpu": 0}, {"t": "a"}]
+    recording = trace.Recording(ABOUT, events, cut_off=False)
     with pytest.raises(TypeError):
         trace.write_page(recording, tmp_path / "page.html")
     assert list(tmp_path.iterdir()) == []
@@ -413,8 +414,8 @@ def test_a_full_disk_ends_the_recording_and_no_more() -> None:
 
 
 @given(st.lists(st.sampled_from(EVENTS)), st.lists(st.floats(0, 1e6), min_size=20))
-def test_any_recording_can_be_drawn(events: list[dict[str, Any]], times: list[float]) -> None:
-    chosen = [{**event, "t": at} for event, at in zip(events, times, strict=False)]
+def test_any_recording_can_be_drawn(events: list[Any], times: list[float]) -> None:
+    chosen: list[Any] = [{**event, "t": at} for event, at in zip(events, times, strict=False)]
     recording = trace.Recording(ABOUT, chosen, cut_off=False)
     assert list(trace.text(recording))
     page = io.StringIO()

@@ -9,7 +9,6 @@ import termios
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import Any
 
 from ...exit_status import ExitStatus
 from .outcome import Interrupted, Outcome
@@ -71,7 +70,7 @@ class _Raw:
 
     def __enter__(self) -> None:
         self._before = termios.tcgetattr(self._fd)
-        raw: list[Any] = termios.tcgetattr(self._fd)
+        raw = termios.tcgetattr(self._fd)
         raw[0] &= ~(termios.BRKINT | termios.ICRNL | termios.INPCK | termios.ISTRIP | termios.IXON)
         # Output processing stays on: messages of this process need carriage returns.
         raw[2] = raw[2] & ~(termios.CSIZE | termios.PARENB) | termios.CS8
