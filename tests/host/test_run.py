@@ -69,7 +69,7 @@ def test_output_is_passed_on_as_it_is(tmp_path: Path) -> None:
         "f3 6e  f4"  # rep outsb; hlt
     )
     image = write(tmp_path / "image", code + every)
-    done = run(image, text=False)
+    done = subprocess.run([*RUN, image], capture_output=True)
     assert done.stdout == every
     assert done.returncode == 0
 

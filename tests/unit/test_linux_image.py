@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import struct
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -145,7 +146,8 @@ def test_any_bytes(data: bytes, as_elf: bool) -> None:
 
 @given(st.data())
 def test_a_damaged_kernel_is_refused_or_stays_where_it_may(data: st.DataObject) -> None:
-    make = data.draw(st.sampled_from((bzimage, vmlinux)))
+    makers: tuple[Callable[[], bytes], ...] = (bzimage, vmlinux)
+    make = data.draw(st.sampled_from(makers))
     good = bytearray(make())
     header = st.integers(0x1F1, 0x267) if make is bzimage else st.integers(0, 119)
     for _ in range(data.draw(st.integers(1, 4))):
@@ -286,7 +288,12 @@ def test_guest_memory_is_checked_at_every_edge() -> None:
 
 
 def test_an_initrd_is_what_cpio_reads(tmp_path: Path) -> None:
-    files = {"init": b"#!/bin/sh\n", "a/b/c": b"x" * 4097, "a/link": "b/c", "empty": b""}
+    files: dict[str, bytes | str] = {
+        "init": b"#!/bin/sh\n",
+        "a/b/c": b"x" * 4097,
+        "a/link": "b/c",
+        "empty": b"",
+    }
     done = subprocess.run(
         ["busybox", "cpio", "-idm"], input=initrd.pack(files), cwd=tmp_path, capture_output=True
     )

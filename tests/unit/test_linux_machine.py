@@ -27,7 +27,7 @@ def test_struct_kvm_run_is_laid_out_as_the_dispatcher_reads_it() -> None:
     io = (1, 4, 0x1234, 0x567890AB, 0x1122334455667788)
     assert served._IO.unpack_from(raw, served._UNION) == io
     run.mmio.phys_addr, run.mmio.len, run.mmio.is_write = 0x8877665544332211, 4, 1
-    run.mmio.data = bytes(range(8))
+    run.mmio.data[0:8] = bytes(range(8))
     mmio = (0x8877665544332211, bytes(range(8)), 4, 1)
     assert served._MMIO.unpack_from(raw, served._UNION) == mmio
     assert bytes(raw[served._MMIO_DATA : served._MMIO_DATA + 8]) == bytes(range(8))

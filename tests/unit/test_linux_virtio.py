@@ -385,6 +385,11 @@ def test_net_whose_tap_is_gone(driver: MakeDriver) -> None:
     assert not one.stopped
 
 
+def out_of_order(one: Driver) -> None:
+    one.describe(0, 0, BASE, 1, WRITE | NEXT, 1)
+    one.describe(0, 1, BASE, 1, 0, 0)
+
+
 HOSTILE: dict[str, tuple[Callable[[Driver], None], str]] = {
     "circle": (lambda one: one.describe(0, 0, BASE, 1, WRITE | NEXT, 0), "in a circle"),
     "far": (lambda one: one.describe(0, 0, BASE, 1, WRITE | NEXT, 8), "descriptor 8 of 8"),
@@ -410,10 +415,7 @@ HOSTILE: dict[str, tuple[Callable[[Driver], None], str]] = {
         "indirect descriptor (0)",
     ),
     "order": (
-        lambda one: [
-            one.describe(0, 0, BASE, 1, WRITE | NEXT, 1),
-            one.describe(0, 1, BASE, 1, 0, 0),
-        ][0],
+        out_of_order,
         "put descriptor 1, to be read, after one to be written",
     ),
 }

@@ -84,7 +84,7 @@ class Jobs:
 
     def run(self, name: str) -> dict[str, Boot]:
         (self._folder / "jobs.json").write_text(json.dumps(self._jobs))
-        command = [SCRIPTS / "vm", name, "-q", "--timeout", "900"]
+        command: list[str | Path] = [SCRIPTS / "vm", name, "-q", "--timeout", "900"]
         command += ["--output-dir", self._folder, "--", sys.executable]
         done = subprocess.run(
             [*command, ROOT / "tests/vm/boot_jobs.py", self._folder],
