@@ -61,7 +61,7 @@ class Laid:
 
     def __init__(self, rig: Rig, layout: Layout) -> None:
         self.rig, self.layout = rig, layout
-        # A page more at both ends, that nobody may touch.
+        # One more page at both ends, which must not change.
         self.memory = rig.memory(layout.memory_offset + layout.size + PAGE)
         self.file = rig.file(layout.offset + layout.size + LARGE)
         self.slot = rig.bind(
@@ -141,7 +141,8 @@ LOW, HIGH = 2 * GIB, 4 * GIB
 
 
 @rule("private.layout.split")
-@pytest.mark.timeout(600)  # 6.12 converts page by page, which a debug kernel watches
+@pytest.mark.timeout(600)  # 6.12 converts page by page, slowly in a debug kernel
+@pytest.mark.known_defect("far-conversion")  # looked for after the harmless ones below
 @holes
 def test_split_layout(rig: Rig) -> None:
     """QEMU's layout: 2 GiB at 0, and the rest of the file at 4 GiB."""
@@ -353,7 +354,7 @@ def test_guest_memfd_has_small_pages(make_rig: MakeRig) -> None:
     large_slot(rig)
     small, large = rig.mapped()
     rig.abi.populate(guest.vcpu, GPA, LARGE)
-    assert rig.mapped() == (small + 512, large), "nobody has touched them"
+    assert rig.mapped() == (small + 512, large), "pre-faulted, not touched"
     guest.fill(GPA, 0x22, SIZE)
     assert rig.mapped() == (small + SIZE // PAGE, large)
     rig.convert(GPA + LARGE + 5 * PAGE, PAGE, private=False)

@@ -101,7 +101,7 @@ def test_every_order(kind: Kind, order: tuple[str, ...]) -> None:
     there = {"file", "slot", "vm", "vcpu"}
     for what in order:
         if what == "slot":
-            if "vm" not in there:  # without the VM's fd nobody can delete it
+            if "vm" not in there:  # without the VM's descriptor it can't be deleted
                 there.discard(what)
                 continue
             assert slots.delete() == "ok"

@@ -29,7 +29,7 @@ from .support.rules import rule
 from .support.slot_requests import FILE_OVERLAP
 from .support.syscalls import answer
 
-#: Seconds, where nobody has said.
+#: Seconds of a search, unless the environment sets them.
 SECONDS = 10.0
 _LIMIT = float(os.environ.get("KVMPRIV_MODEL_SECONDS") or SECONDS)
 _STEPS = int(os.environ.get("KVMPRIV_MODEL_STEPS") or 0) or None

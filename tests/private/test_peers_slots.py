@@ -215,7 +215,7 @@ def test_a_slot_moved_in_use(inhabited: tuple[Vm, Guest]) -> None:
             assert watch.sees(rounds + 1)
         assert watch.error is None
         found = [value for value in watch.seen if value != NOBODY]
-        # One that reads the page, then nobody, then the same page has not seen a change.
+        # A guest that reads a page, then MMIO, then the same page has seen no change.
         found = [value for at, value in enumerate(found) if at == 0 or found[at - 1] != value]
         assert found == [value for number in range(1, rounds + 1) for value in (number, 1000)] + [
             rounds + 1
@@ -274,7 +274,7 @@ def test_a_private_slot_deleted_in_use(rig: Rig) -> None:
     with watching(rig.guest, GPA) as watch:
         for number in range(1, 6):
             assert watch.sees(1)
-            # A private slot does not move, whoever uses it.
+            # A private slot can't be moved.
             assert (
                 slots.set(slot=10, guest_phys_addr=GPA - PAGE, memory_size=512 * PAGE) == "EINVAL"
             )

@@ -128,7 +128,7 @@ def test_a_file_that_is_refused_is_let_go_of(slots: RestrictedSlots) -> None:
             os.read(read_end, 1)
         assert slots.set(restricted_fd=write_end) == "EINVAL"
         os.close(write_end)
-        assert os.read(read_end, 1) == b"", "nobody has the other end any more"
+        assert os.read(read_end, 1) == b"", "the other end is still open"
     finally:
         os.close(read_end)
     slots.accepts()

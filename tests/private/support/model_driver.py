@@ -1,7 +1,7 @@
-"""Takes the steps of the model on the running kernel: kvmpriv alone, no test framework.
+"""Takes the steps of the model on the running kernel, with kvmpriv and no test framework.
 
-Its text is the first part of every script that replays a failure: what follows it there are
-calls of :func:`replay`.
+The text of this module is the first part of every script that replays a failure; the steps and a
+call of :func:`replay` follow it there.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from kvmpriv.guest.puppet import GuestCrash, GuestExit, Puppet, PuppetCpu
 from kvmpriv.private import guest_memfd, restrictedmem
 
 PAGE, MIB = 4096, 1 << 20
-#: The host's memory begins at a multiple of 2 MiB; a file is as large as its offsets are far.
+#: Host memory begins at a multiple of 2 MiB; a file is as large as the largest offset.
 MEMORY_SIZE, FILE_SIZE = 8 * MIB, (2 << 30) + 8 * MIB
-#: Where the puppet's home is: its slot, which no step touches.
+#: The number of the puppet's own slot, which no step uses.
 HOME_SLOT = 9
-#: Of processor time, in seconds, for a step: a vCPU that makes no progress takes it all.
+#: Seconds of CPU time for a step: a vCPU that makes no progress uses them up.
 PATIENCE = 60
 
 _SHMEM = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
@@ -42,17 +42,17 @@ _SET_SLOT: dict[str, Callable[..., object]] = {
 
 
 class Stuck(BaseException):
-    """A step took longer than any should."""
+    """A step exceeded PATIENCE."""
 
 
 class Driver:
-    """A VM with two vCPUs, two files, memory of the host, and what is asked of them."""
+    """A VM with vCPUs, two files and host memory, and a method for each step."""
 
     def __init__(self, abi: str, *, cpus: int = 2) -> None:
         with ExitStack() as stack:
             kvm = stack.enter_context(Kvm())
             self.abi = private.ABIS[abi]
-            #: What is not this process's own, and has to be put back whatever happens.
+            #: Settings of the system, which must be restored in any case.
             self.settings = stack.enter_context(ExitStack())
             self.settings.enter_context(_large_pages())
             self.vm = stack.enter_context(self.abi.create_vm(kvm))
@@ -67,7 +67,7 @@ class Driver:
                     cpuid=kvm.get_supported_cpuid(),
                 )
             )
-            #: vCPU -> what is wrong instead of what its last exit says.
+            #: vCPU -> the fault that counts instead of its last exit.
             self._found: dict[int, MemoryFaultExit] = {}
             for number, cpu in enumerate(self.guest.cpus):
                 cpu.serve = self._server(number, cpu.serve)
@@ -75,7 +75,7 @@ class Driver:
             stack.callback(self._close_files)
             for _ in range(2):
                 self.files.append(self.abi.create_file(self.vm, FILE_SIZE))
-            #: The vCPUs that are in the middle of a step: its name, and whether MMIO stopped it.
+            #: vCPU in the middle of a step -> the step's name, and whether MMIO stopped it.
             self.stopped: dict[int, tuple[str, bool]] = {}
             read_end, write_end = os.pipe()
             stack.callback(os.close, read_end)
@@ -94,11 +94,11 @@ class Driver:
     def _server(
         self, number: int, known: Callable[[PuppetCpu, Any], bool] | None
     ) -> Callable[[PuppetCpu, Any], bool]:
-        """Serves raw slots, too, which kvmpriv does not know for private-capable.
+        """A `serve` that also serves slots of the raw call, which kvmpriv does not know.
 
-        That is what 6.12 forgets, where it remembers that there was no memory (serve_conversion):
-        then a fault says that the guest wants shared memory.  To map ahead makes KVM look again,
-        and what it finds wrong then, such as a file that is gone, is what counts.
+        Where 6.12 has cached that a gfn has no memory (see serve_conversion), a private access is
+        reported as a shared one.  Pre-faulting makes KVM look again; the fault that it reports
+        then, for example for a closed file, is the one that counts.
         """
 
         def serve(cpu: PuppetCpu, exit_: Any) -> bool:
@@ -118,7 +118,7 @@ class Driver:
         return serve
 
     def do(self, name: str, **arguments: Any) -> Any:
-        """Take a step; what came of it."""
+        """Take a step; returns its outcome."""
         try:
             with _patience():
                 outcome = getattr(self, name)(**arguments)
@@ -254,7 +254,7 @@ class Driver:
         self.memory.madvise(advice, self.base + offset, size)
 
     def shake(self, what: str) -> None:
-        """As root, or not at all: it makes no difference to what is seen."""
+        """Only root can; it changes nothing that guest or host see."""
         if what != "nothing":
             with contextlib.suppress(OSError):
                 Path("/proc/sys/vm", what).write_text("1")
@@ -262,7 +262,7 @@ class Driver:
     # -- the guest ---------------------------------------------------------------------------------
 
     def _cpu(self, number: int) -> PuppetCpu:
-        """A vCPU that is ready for a command."""
+        """A vCPU, made ready for a command."""
         cpu = self.guest.cpus[number]
         if number in self.stopped:
             _, mmio = self.stopped.pop(number)
@@ -323,7 +323,7 @@ class Driver:
 
 @contextmanager
 def _large_pages() -> Iterator[None]:
-    """Have v9's files made of large pages, where we may say so."""
+    """Let shmem, and so v9's files, have large pages, if this user may set that."""
     try:
         before = _SHMEM.read_text().partition("[")[2].partition("]")[0]
         _SHMEM.write_text("always")
@@ -338,9 +338,9 @@ def _large_pages() -> Iterator[None]:
 
 @contextmanager
 def _patience() -> Iterator[None]:
-    """Raises Stuck in the body when it takes too long.
+    """Raise Stuck in the body after PATIENCE seconds of CPU time.
 
-    By processor time: real time is for those who watch over us.
+    Real time is limited by the test's own timeout.
     """
 
     def tired(*_: object) -> None:
@@ -356,7 +356,7 @@ def _patience() -> Iterator[None]:
 
 
 def shown(name: str, arguments: dict[str, Any]) -> str:
-    """A step as it is written down."""
+    """A step as text."""
     words = [
         f"{key}={value:#x}"
         if isinstance(value, int) and value not in (True, False) and value > 9
@@ -367,7 +367,7 @@ def shown(name: str, arguments: dict[str, Any]) -> str:
 
 
 def differ(expected: Any, got: Any) -> str:
-    """What is not as it should be."""
+    """The difference between two outcomes, as text."""
     if isinstance(expected, bytes) and isinstance(got, bytes) and len(expected) == len(got):
         at = next(n for n, (a, b) in enumerate(zip(expected, got, strict=True)) if a != b)
         end = at + 24
@@ -393,11 +393,11 @@ def sparse(size: int, *parts: tuple[int, bytes | tuple[int, int]]) -> bytes:
 
 
 def replay(abi: str, steps: list[tuple[Any, str, dict[str, Any]]]) -> int:
-    """Take steps: (the expected outcome, name, arguments).  0: all is as expected, 1: it is not."""
+    """Take steps (expected outcome, name, arguments); 0: all as expected, 1: not, 77: can't run."""
     try:
         driver = Driver(abi)
     except OSError as error:
-        print(f"can't be tried here: {error}", file=sys.stderr)
+        print(f"this kernel can't run the steps: {error}", file=sys.stderr)
         return 77
     for number, (expected, name, arguments) in enumerate(steps, 1):
         got = driver.do(name, **arguments)

@@ -1,6 +1,6 @@
-"""Hypothesis looks for steps after which the kernel and the model do not agree.
+"""Searches with Hypothesis for steps after which the kernel and the model differ.
 
-A failure is shrunk to the fewest steps, and these are written as a script that needs kvmpriv alone.
+A failure is shrunk to few steps, and they are written as a script that needs only kvmpriv.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from . import model_driver
 from .model import MODELS, PAGE, Model
 from .model_driver import FILE_SIZE, MEMORY_SIZE, Driver, differ, shown
 
-#: The guest's memory: 16 pages across the 4 GiB border, and a large page with its neighbours.
+#: Guest memory: 16 pages across the 4 GiB boundary, and a large page with its neighbours.
 SMALL, SMALL_PAGES = (4 << 30) - 6 * PAGE, 16
 LARGE, LARGE_PAGES = (4 << 30) + (4 << 20), 512
-#: Both, and what is around them.
+#: A range with both, and what is around them.
 ALL, ALL_SIZE = (4 << 30) - (1 << 20), 8 << 20
 SLOTS = 4
 
-#: Of a round, which has a VM of its own.
+#: Examples of a round, which has one VM.
 EXAMPLES = 10
-#: Of a search, whatever time it takes.
+#: The least numbers of a search, however long they take.
 EXAMPLES_MIN, STEPS_MIN = 3, 100
 FEWEST_SECONDS = 300
 
 Step = tuple[str, dict[str, Any]]
-#: As they were taken: (the expected outcome, name, arguments).
+#: Steps that were taken: (expected outcome, name, arguments).
 Steps = list[tuple[Any, str, dict[str, Any]]]
 
 
@@ -43,12 +43,12 @@ Steps = list[tuple[Any, str, dict[str, Any]]]
 
 
 def in_file(gpa: int) -> int:
-    """The place in a file that belongs to a guest physical address, large pages where they fit."""
+    """The file offset for a guest physical address; it allows large pages."""
     return 2 << 30 | (gpa - SMALL if gpa < LARGE - (1 << 20) else (2 << 20) + gpa - LARGE)
 
 
 def in_memory(gpa: int) -> int:
-    """The same for the host's memory."""
+    """The offset in host memory for a guest physical address."""
     return (1 << 20) + gpa - SMALL if gpa < LARGE - (1 << 20) else (4 << 20) + gpa - LARGE
 
 
@@ -91,14 +91,14 @@ cpus = st.integers(0, 1)
 slots = st.integers(0, SLOTS - 1)
 files = st.integers(0, 1)
 sizes = st.sampled_from([8, 1, 2, 4])
-#: An access goes where it was drawn, even where no slot is.
+#: Whether an access keeps its drawn address, even if no slot has it.
 astray = st.sampled_from([False, False, False, True])
-#: By how much an argument is wrong; mostly it is not.
+#: The error that is added to an argument; mostly 0.
 wrong = st.sampled_from([0] * 15 + [1, 8, 2048, PAGE - 1])
 
 
 def content(token: int, size: int) -> bytes:
-    """Bytes that are not zero, and tell where they come from."""
+    """Bytes that are not zero and that differ by their origin."""
     return bytes((token + 7 * at) % 255 + 1 for at in range(size))
 
 
@@ -232,8 +232,8 @@ _HOST: list[st.SearchStrategy[Step]] = [
          memory_ranges, st.booleans()),
 ]  # fmt: skip
 
-#: Mostly none, for it takes long.  Dropping caches takes the machine's own programs from it, and
-#: their root file system is a slow one.
+#: Mostly none, because it takes long.  Dropping caches would drop the machine's own programs, which
+#: are on a slow file system.
 _SHAKES = ["nothing"] * 15 + ["compact_memory"]
 _RARE: list[st.SearchStrategy[Step]] = [
     step("new_file", lambda number: {"number": number}, files),
@@ -264,7 +264,7 @@ def _often(kinds: list[st.SearchStrategy[Step]], times: int) -> list[st.SearchSt
 
 
 def any_step(abi: str) -> st.SearchStrategy[Step]:
-    """A step, of those that the ABI has."""
+    """Any step that the ABI supports."""
     chooses = not ABIS[abi].traits.access_follows_state
     own = [*[_WANT] * 5 * chooses, *[_POPULATE] * 3 * MODELS[abi].can_populate]
     return st.one_of(
@@ -278,7 +278,7 @@ def _bound(slot: int, gpa: int, pages: int, file: int) -> Step:
     return ("bind", bind(slot, (gpa, pages * PAGE), file, 0, 0, 0, False, None))
 
 
-#: What is there at first: nothing; slots side by side; a large one beside them.
+#: The slots at the start: none; adjacent ones; a large one beside them.
 LAYOUTS: list[list[Step]] = [
     [],
     [_bound(0, SMALL, 6, 0), _bound(1, SMALL + 6 * PAGE, 4, 0), _bound(2, SMALL + 12 * PAGE, 4, 1)],
@@ -288,7 +288,7 @@ LAYOUTS: list[list[Step]] = [
 
 
 def examples(abi: str) -> st.SearchStrategy[list[Step]]:
-    # Lists of lists: they are long on average, and shrink to next to nothing all the same.
+    # Lists of lists are long on average, and still shrink to very few steps.
     many = st.lists(st.lists(any_step(abi), min_size=4, max_size=24), max_size=20)
     return st.builds(
         lambda layout, some: [*layout, *(one for few in some for one in few)],
@@ -297,20 +297,20 @@ def examples(abi: str) -> st.SearchStrategy[list[Step]]:
     )
 
 
-# -- what is done with it --------------------------------------------------------------------------
+# -- model and kernel ------------------------------------------------------------------------------
 
 
 class MismatchError(AssertionError):
-    """The kernel did not do what the model says."""
+    """The kernel and the model differ."""
 
 
 @dataclass
 class Machine:
-    """The model and the kernel side by side."""
+    """The model and the kernel, which take the same steps."""
 
     abi: str
     model_class: type[Model]
-    #: What was done since the VM was made: (the expected outcome, name, arguments).
+    #: The steps since the VM was made.
     done: Steps = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -319,7 +319,7 @@ class Machine:
         self.uses_large = False
 
     def do(self, name: str, **arguments: Any) -> Any:
-        """Take a step on both; MismatchError when they do not agree."""
+        """Take a step on both; MismatchError if their outcomes differ."""
         if name == "bind":
             self.uses_large |= arguments["gpa"] > LARGE - (1 << 20)
         elif name == "poke":
@@ -335,7 +335,7 @@ class Machine:
         return got
 
     def take(self, name: str, arguments: dict[str, Any]) -> None:
-        """Take a drawn step, or one like it where it would hit no slot."""
+        """Take a drawn step; one that would miss every slot is changed to hit one."""
         arguments = dict(arguments)
         astray = arguments.pop("astray", False)
         if name == "punch_slot" or (not astray and self.model.ends_in_mmio(name, **arguments)):
@@ -348,7 +348,7 @@ class Machine:
         self.do(name, **arguments)
 
     def failing(self, steps: Steps) -> Steps:
-        """Take the steps up to the one that fails, and return these; none if none does."""
+        """The steps up to the one that fails; empty if none fails."""
         self.done = []
         try:
             for _, name, arguments in steps:
@@ -363,13 +363,13 @@ class Machine:
         self.driver.close()
 
     def undefined(self, name: str, arguments: dict[str, Any]) -> bool:
-        """The model does not say what comes of this step."""
+        """Whether the model does not define the outcome of this step."""
         model = self.model
         split = model.ends_in_mmio(name, **arguments) and model.is_split(name, **arguments)
         return split or model.is_void(name, **arguments)
 
     def _aim(self, name: str, arguments: dict[str, Any]) -> None:
-        """Turn an access to where it hits a slot."""
+        """Change the address of an access so that it hits a slot."""
         slots = list(self.model.slots.values())
         if "gpa" not in arguments or not slots:
             return
@@ -385,7 +385,7 @@ class Machine:
             arguments["size"] = min(arguments["size"], slot.end - gpa)
 
     def begin(self) -> None:
-        """Nothing is bound, written, converted or wished for."""
+        """Start an example: no slot, no content, the default state, no wish."""
         self.uses_large = False
         self.unbind()
         self.do(
@@ -405,7 +405,7 @@ class Machine:
             self.do("delete", slot=slot)
 
     def sweep(self) -> None:
-        """Look at every page, from both sides: as it is, then private, then shared."""
+        """Compare every page on both sides: as it is, then private, then shared."""
         self.look()
         if not self.model.traits.access_follows_state:
             self.do("want", cpu=1, gpa=ALL, size=ALL_SIZE, private=None)
@@ -414,23 +414,23 @@ class Machine:
             self.look()
         for gpa, size in self.areas():
             self.do("look", offset=in_memory(gpa), size=size)
-        # And what no slot has of the files.
+        # And the parts of the files that no slot has.
         self.unbind()
         self.do("convert", gpa=ALL, size=ALL_SIZE, private=True, keep=True)
         for number, file in enumerate(self.model.files):
-            if file.wanted:  # and if it should be empty: that is what holes are for
+            if file.wanted:  # also where the file should be empty: holes are checked by that
                 for gpa, size in self.areas()[: None if file.content.pages else 1]:
                     self.do("bind", **bind(0, (gpa, size), number, 0, None, 0, False, None))
                     self.do("read", cpu=number, gpa=gpa, size=size)
                     self.do("delete", slot=0)
 
     def areas(self) -> list[tuple[int, int]]:
-        """What was used since it began: the large area takes longer than all else together."""
+        """The areas used since begin(): the large one takes longer than all the rest."""
         small, large = (SMALL, SMALL_PAGES * PAGE), (LARGE - PAGE, (LARGE_PAGES + 2) * PAGE)
         return [small, large] if self.uses_large else [small]
 
     def look(self) -> None:
-        """Have the guest read all that it can, and access where what it can't begins and ends."""
+        """Have the guest read all that it can, and access both ends of what it can't."""
         for cpu, slot in enumerate(self.model.slots.values()):
             for gpa, size, stops in self._runs(slot.gpa, slot.end):
                 if stops:
@@ -440,7 +440,7 @@ class Machine:
                     self.do("read", cpu=cpu % 2, gpa=gpa, size=size)
 
     def _runs(self, gpa: int, end: int) -> Iterator[tuple[int, int, bool]]:
-        """Ranges in which the guest stops, or does not."""
+        """Ranges (gpa, size, whether an access stops the guest) from `gpa` to `end`."""
         start, stopping = gpa, False
         for at in range(gpa, end, PAGE):
             stops = self.model.stops(at, write=False) is not None
@@ -453,9 +453,9 @@ class Machine:
 
 @dataclass
 class Report:
-    """What a search came to."""
+    """The result of a search."""
 
-    #: Of the last round: what repeats a failure.
+    #: The seed of the last round, which repeats a failure.
     seed: int
     steps: int = 0
     examples: int = 0
@@ -480,10 +480,10 @@ def search(
     model_class: type[Model] | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Report:
-    """Look for a mismatch until so many steps are taken, or so much time has passed.
+    """Search for a mismatch until `steps` are taken or `seconds` have passed.
 
-    Rounds, each with a VM and a seed of its own: what round N does, `seed` + N does alone.  Time
-    ends a round, too, but not before EXAMPLES_MIN and STEPS_MIN.
+    A search has rounds, each with its own VM and seed: round N does what a search with `seed` + N
+    does first.  Time also ends a round, but not before EXAMPLES_MIN and STEPS_MIN.
     """
     report = Report(seed)
     model_class = model_class or MODELS[abi]
@@ -501,7 +501,7 @@ def search(
         if failed:
             report.shrunk_from = len(failed)
             report.script = write_script(artifacts, abi, whole, f"{report.seed}-whole")
-            tell(f"{report.failure}\n  after {len(whole)} steps, {report.script}; now with fewer")
+            tell(f"{report.failure}\n  after {len(whole)} steps, {report.script}; shrinking it now")
             report.failed = fewest(abi, failed, model_class, shrink_tries)
             if report.failed != whole:
                 report.script = write_script(artifacts, abi, report.failed, str(report.seed))
@@ -521,13 +521,13 @@ def _round(
     shrink_seconds: float,
     ends: float,
 ) -> tuple[Steps, Steps]:
-    """Some examples in one VM; the shrunk steps of one that failed, and all that VM's steps.
+    """Run examples in one VM; the shrunk steps of one that failed, and all steps of that VM.
 
-    After a failure each has a VM of its own: its steps fail alone, or it is not the cause.
+    After a failure each example has its own VM, so that its steps fail alone or are not the cause.
     """
     machine: Machine | None = None
     failed: Steps = []
-    whole: Steps = []  # of the VM in which it failed first, which may have needed what was before
+    whole: Steps = []  # of the VM that failed first, whose earlier steps may be needed
     known: set[str] = set()
     deadline = float("inf")
 
@@ -545,7 +545,7 @@ def _round(
     def agree(some: list[Step]) -> None:
         nonlocal machine, deadline, whole
         if time.monotonic() > deadline and repr(some) not in known:
-            return  # enough of shrinking: whatever has not been tried is not smaller
+            return  # end of shrinking: untried examples count as not smaller
         enough = report.examples >= EXAMPLES_MIN and report.steps >= STEPS_MIN
         if enough and not whole and time.monotonic() > ends:
             return
@@ -565,7 +565,7 @@ def _round(
             report.examples += 1
             machine.sweep()
         except BaseException:
-            # Whatever came of it may be anywhere in that VM.
+            # The failure may have changed anything in that VM.
             deadline = min(deadline, time.monotonic() + shrink_seconds)
             known.add(repr(some))
             failed[:] = machine.done[first:]
@@ -588,13 +588,12 @@ def _round(
 
 
 def fewest(abi: str, steps: Steps, model_class: type[Model], tries: int | None = None) -> Steps:
-    """Leave out every step that the failure does not need, or what is found until patience ends.
+    """Leave out the steps that the failure does not need, within `tries` or FEWEST_SECONDS.
 
-    That is so many tries, or FEWEST_SECONDS: a failure that needs much of what was before it, or
-    does not come each time, would take hours.
+    A failure that needs many earlier steps, or that does not come each time, would take hours.
 
-    Hypothesis goes by what it has drawn, this by what was done, which may be less: to look at one
-    page is a part of looking at all.  Each try has a new VM, so that what is left fails alone.
+    Hypothesis shrinks what it has drawn; this shrinks the steps that were taken, of which a drawn
+    step has several.  Each try has a new VM, so that the remaining steps fail alone.
     """
     deadline = time.monotonic() + FEWEST_SECONDS
     size = len(steps) // 2
@@ -618,14 +617,14 @@ def fewest(abi: str, steps: Steps, model_class: type[Model], tries: int | None =
 
 
 def write_script(folder: Path, abi: str, steps: Steps, which: str) -> Path:
-    """Write steps as a script that needs kvmpriv alone; where it is."""
+    """Write steps as a script that needs only kvmpriv; returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"replay-{abi}-{which}.py"
     driver = Path(model_driver.__file__).read_text(encoding="utf-8")
     _, _, driver = driver.partition('"""\n')  # its docstring speaks of itself
     lines = [
         "#!/usr/bin/env python3",
-        f'"""Private memory by {abi}: steps after which it was not as it should be.',
+        f'"""Private memory by {abi}: steps whose outcomes differed from the model.',
         "",
         "Needs kvmpriv and nothing else.  Exit status: 1 it is not as it should be, 0 it is,",
         "77 it can't be tried here.  The steps are at the end.",
@@ -649,7 +648,7 @@ def write_script(folder: Path, abi: str, steps: Steps, which: str) -> Path:
 
 
 def _literal(value: Any) -> str:
-    """A value as source: addresses in hexadecimal, long bytes by what in them is not zero."""
+    """A value as source: addresses in hexadecimal, long bytes by their parts that are not zero."""
     if isinstance(value, bool) or not isinstance(value, int | tuple | bytes):
         return repr(value)
     if isinstance(value, int):

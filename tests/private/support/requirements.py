@@ -87,7 +87,7 @@ def check_required() -> None:
 
 def missing(name: str, why: str) -> NoReturn:
     """Skip the test for lack of `name`; fail it if KVMPRIV_REQUIRE has that identifier."""
-    assert name in known(), f"{name!r} is not in REQUIREMENTS: nobody could require it"
+    assert name in known(), f"{name!r} is not in REQUIREMENTS: add it there"
     if name in REQUIRED:
         pytest.fail(f"KVMPRIV_REQUIRE={name}, but {why}", pytrace=False)
     pytest.skip(f"{name}: {why}")
