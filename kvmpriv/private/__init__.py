@@ -49,6 +49,9 @@ __all__ = [
     "serve_conversion",
 ]
 
+#: Errnos of a process or a host that has run out of something, which say nothing about the kernel.
+_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
 #: Name -> ABI, in the order in which :func:`choose` tries them.
 ABIS: dict[str, PrivateAbi] = {}
 
@@ -71,8 +74,8 @@ def choose(kvm: Kvm, name: str | None = None) -> PrivateAbi:
     """The first ABI with which this machine has private memory; each is tried, none inferred.
 
     `name`, a key of ABIS, allows only that one.  ArgumentError for an unknown name.  OSError
-    (EOPNOTSUPP) if guests can't have private memory here; the message says what each ABI was
-    refused.
+    (EOPNOTSUPP) if guests can't have private memory here, with what each ABI was refused; EMFILE,
+    ENFILE or ENOMEM if that could not be tried.
     """
     if name is not None and name not in ABIS:
         raise ArgumentError(f"unknown private memory ABI {name!r}: known are {', '.join(ABIS)}")
@@ -81,6 +84,8 @@ def choose(kvm: Kvm, name: str | None = None) -> PrivateAbi:
         try:
             abi.try_out(kvm)
         except OSError as error:
+            if error.errno in _SHORTAGES:
+                raise
             refused.append(f"{abi.name}: {error.strerror}")
         else:
             return abi

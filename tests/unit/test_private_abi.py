@@ -7,10 +7,11 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 
-from kvmpriv import ArgumentError, HostMemory, private
+from kvmpriv import ArgumentError, HostMemory, Kvm, private
 from kvmpriv.faults import FAULT_LAYOUTS, layout_of, register_fault_layout
 from kvmpriv.private import PrivateFile, PrivateSlot, PrivateVm, Traits
 
@@ -158,6 +159,27 @@ def test_registered_in_order_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert before == FAULT_LAYOUTS, "its exit reason had a layout already"
     with pytest.raises(ValueError, match="already called 'noted'"):
         private.register(NotedAbi("noted", VM_TRAITS))
+
+
+@pytest.mark.parametrize("shortage", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_a_shortage_is_not_a_refusal(monkeypatch: pytest.MonkeyPatch, shortage: int) -> None:
+    """choose() reports it as it is: whether there is private memory is not known then."""
+
+    class Refused(NotedAbi):
+        failure = errno.ENOTTY
+
+        def create_vm(self, kvm: Kvm) -> PrivateVm:
+            raise OSError(self.failure, "refused")
+
+    one, other = Refused("one", VM_TRAITS), Refused("other", VM_TRAITS)
+    monkeypatch.setattr(private, "ABIS", {"one": one, "other": other})
+    kvm = cast("Kvm", None)
+    with pytest.raises(OSError, match="no private memory here: one: refused; other: refused"):
+        private.choose(kvm)
+    other.failure = shortage
+    with pytest.raises(OSError, match="refused") as failed:
+        private.choose(kvm)
+    assert failed.value.errno == shortage
 
 
 def test_a_layout_of_ones_own_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
