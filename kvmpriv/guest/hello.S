@@ -1,4 +1,5 @@
-/* The ready guest, in long mode: a greeting, its arguments, who virtualizes it. */
+/* The guest of `kvmpriv run --hello`, in long mode: it prints a greeting, CPUID's name of the
+   hypervisor, and its arguments. */
 	.set	SERIAL, 0x3f8
 	.set	EXIT, 0xf4
 
@@ -17,7 +18,7 @@ _start:
 	lea	mebibytes(%rip), %rsi
 	call	print
 
-	mov	$0x40000000, %eax	/* the hypervisor's leaf: who it is */
+	mov	$0x40000000, %eax	/* the hypervisor's leaf: its name */
 	cpuid
 	lea	signature(%rip), %rdi
 	mov	%ebx, (%rdi)

@@ -169,7 +169,7 @@ def read_file(path: str | os.PathLike[str], limit: int, timeout: float | None = 
     ImageError if it has more, is another kind of file, or does not fit into this process's memory;
     TimeoutError if a pipe has not ended after `timeout` seconds; OSError if it can't be read.
     """
-    # Without O_NONBLOCK the call would wait until somebody opens a pipe for writing.
+    # Without O_NONBLOCK the call would wait until a process opens a pipe for writing.
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     with os.fdopen(fd, "rb", buffering=0) as file:
         information = os.fstat(fd)

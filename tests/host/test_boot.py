@@ -571,3 +571,21 @@ def test_a_device_of_ones_own(kvm: Kvm) -> None:
         machine.ports.add(Doubles(), 0x500, 4)
         machine.mmio.add(Doubles(), 0xE0000000, 8)
         assert machine.run(timeout=20).status == 84
+
+
+def test_a_device_that_raises(kvm: Kvm) -> None:
+    """The guest ends, and the caller of `run` gets the exception."""
+
+    class Broken:
+        def read(self, offset: int, size: int) -> int:
+            raise RuntimeError("the device is broken")
+
+        def write(self, offset: int, size: int, value: int) -> None:
+            raise NotImplementedError
+
+    # mov $0x500, %dx; in; hlt
+    code = bytes.fromhex("66ba0005 ec f4")
+    with LinuxMachine(kvm, load_linux(kernel(code)), plan(32 << 20)) as machine:
+        machine.ports.add(Broken(), 0x500, 1)
+        with pytest.raises(RuntimeError, match="the device is broken"):
+            machine.run(timeout=20)
