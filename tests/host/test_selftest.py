@@ -43,7 +43,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "rule(*ids): rules")
 """
-#: What no suite should do, and what comes of it.
+#: A suite whose tests end in every way.
 TESTS = '''
 import ctypes, os, signal, time, sys
 import pytest
@@ -486,7 +486,7 @@ def test_interrupted(folder: Path, tmp_path: Path, number: int, status: int, for
         while not (children := _children(process.pid)) or not _in(children[0], CLOCK_NANOSLEEP):
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        while not _in(process.pid, SELECT):  # then it has read all that its child has told
+        while not _in(process.pid, SELECT):  # then it has read all that its child has reported
             assert time.monotonic() < deadline
             time.sleep(0.05)
         process.send_signal(number)
@@ -511,7 +511,7 @@ def _children(pid: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-#: System calls of x86-64 as /proc has them of one that waits.
+#: Numbers of system calls (x86-64) in /proc/PID/syscall of a process that waits.
 CLOCK_NANOSLEEP, SELECT = ("230",), ("23", "270")
 
 

@@ -91,7 +91,7 @@ def test_a_write_goes_on_where_it_stopped() -> None:
     model.want(0, GPA + PAGE, PAGE, private=False)
     assert model.write(0, GPA + PAGE - 8, b"12345678abcdefgh") == v9_fault(1, private=False)
     assert model.resume(0) == v9_fault(1, private=False)
-    assert model.read(1, GPA + PAGE - 8, 8) == b"12345678", "what came before is done"
+    assert model.read(1, GPA + PAGE - 8, 8) == b"12345678", "the part before it is written"
     model.convert(GPA + PAGE, PAGE, private=False, keep=True)
     assert model.resume(0) == "ok"
     assert model.look(MEMORY + PAGE, 8) == b"abcdefgh"

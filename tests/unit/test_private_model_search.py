@@ -27,7 +27,7 @@ from private.support.model_search import (
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 ABI = "restrictedmem"
-#: Few, and short: it is not the drawing that is tried here.
+#: Few, and short: these tests are not about the drawing.
 STEPS: list[Step] = [
     ("convert", {"gpa": SMALL, "size": PAGE, "private": False, "keep": True}),
     ("poke", {"offset": 0, "data": b"some"}),
@@ -136,7 +136,7 @@ def test_the_seed_of_a_failure_is_that_of_its_round(kernel: type[Kernel], tmp_pa
     again = search(
         ABI, seed=report.seed, steps=1, artifacts=tmp_path, shrink_seconds=0, shrink_tries=0
     )
-    assert report.seed > 1, "or it shows nothing"
+    assert report.seed > 1, "the failure is not in the first round"
     assert again.failed == report.failed
     assert (again.seed, again.failure) == (report.seed, report.failure)
     assert report.failure.startswith(f"seed {report.seed}")

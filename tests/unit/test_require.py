@@ -14,7 +14,7 @@ from kvmpriv import private
 from private import conftest
 from private.support import requirements
 
-#: One that is not expected would end the test here, too, and as no failure.
+#: An unexpected one would end the test here, and not as a failure.
 OUTCOMES = (pytest.skip.Exception, pytest.fail.Exception)
 #: Calls that skip a test and name nothing that can be required.
 QUIET = ("pytest.skip", "pytest.mark.skip", "pytest.mark.skipif", "pytest.importorskip")
@@ -35,7 +35,7 @@ def test_every_name_is_known_and_used() -> None:
                     names.add(name.value)
     assert len(names) > 30
     assert names <= set(requirements.REQUIREMENTS)
-    assert words >= set(requirements.REQUIREMENTS), "or no test can lack it"
+    assert words >= set(requirements.REQUIREMENTS), "every identifier is used by a test"
 
 
 @pytest.mark.parametrize(

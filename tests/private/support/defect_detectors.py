@@ -379,6 +379,7 @@ def _unlocked() -> str | None:
 
 @_detects("vm-closed-during-hole")
 def _vm_closed() -> str | None:
+    """Passes unless the kernel crashes or complains: the defect has no other effect."""
     with RestrictedMem() as file:
         file.allocate(0, MIB)
         with beside(lambda: file.punch_hole(0, MIB)) as holes:
