@@ -398,7 +398,7 @@ def test_in_a_folder_that_is_deleted(folder: Path, tmp_path: Path) -> None:
     (folder / "test_it.py").write_text(PASSING)
     gone = tmp_path / "gone"
     gone.mkdir()
-    shell = ["sh", "-c", 'cd "$0" && rmdir "$0" && exec "$@"', gone, *command(folder)]
+    shell = ["sh", "-c", 'cd "$0" && rmdir "$0" && exec "$@"', str(gone), *command(folder)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(shell, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (ExitStatus.UNABLE, "")

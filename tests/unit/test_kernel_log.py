@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,7 +34,7 @@ def write(monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
                 while ours.recv(1 << 14):
                     pass
 
-        monkeypatch.setattr(kernel_log.os, "lseek", seek)
+        monkeypatch.setattr(os, "lseek", seek)
         monkeypatch.setattr(conftest.KERNEL_LOG, "_fd", ours.fileno())
         yield lambda record: theirs.send(record.encode())
 
@@ -41,7 +42,8 @@ def write(monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
 @contextmanager
 def a_test() -> Iterator[None]:
     """The body of a test, inside the suite's own fixtures."""
-    around = conftest.untainted.__wrapped__()
+    fixture: Any = conftest.untainted
+    around = fixture.__wrapped__()
     next(around)
     yield
     assert next(around, "the end") == "the end"
@@ -82,7 +84,7 @@ def test_records_that_are_overwritten(write: Write, monkeypatch: pytest.MonkeyPa
             raise errors.pop()
         return read(fd, size)
 
-    monkeypatch.setattr(kernel_log.os, "read", lose)
+    monkeypatch.setattr(os, "read", lose)
     write(f"4,12,345,-;{WARNING}\n")
     assert conftest.KERNEL_LOG.complaints() == [WARNING]
 
