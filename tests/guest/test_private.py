@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from kvmpriv import HostMemory, Kvm, private, uapi
-from kvmpriv.exits import HypercallExit, MemoryFaultExit, MmioExit
+from kvmpriv.exits import ExitReason, HypercallExit, MemoryFaultExit, MmioExit
 from kvmpriv.guest.puppet import GuestExit, Puppet
 from kvmpriv.private import PrivateAbi, PrivateFile, PrivateSlot, PrivateVm
 from private.support.requirements import missing
@@ -36,7 +36,7 @@ def abi(kvm: Kvm) -> PrivateAbi:
     try:
         return private.choose(kvm)
     except OSError as error:
-        missing("private-memory", error.strerror)
+        missing("private-memory", str(error.strerror))
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ def test_choose_where_there_is_none(kvm: Kvm) -> None:
         refused = caught.value
     assert refused.errno == errno.EOPNOTSUPP
     for name in private.ABIS:
-        assert f"{name}: " in refused.strerror
+        assert f"{name}: " in str(refused.strerror)
 
 
 @pytest.mark.usefixtures("abi")
@@ -173,9 +173,9 @@ def test_a_slot_keeps_what_it_uses(
         assert guest.span(GPA, 0, 2 * PAGE) == 2 * PAGE
         guest.convert(GPA, PAGE, private=False)
         guest.write(GPA, b"after")
-        assert view[MIB : MIB + 5] == b"after"
+        assert bytes(view[MIB : MIB + 5]) == b"after"
         guest.convert(GPA, PAGE, private=True)
-        assert view[MIB : MIB + 5] == bytes(5), "its shared side, too, is the slot's to free"
+        assert bytes(view[MIB : MIB + 5]) == bytes(5), "the slot frees its shared pages, too"
         abi.convert(vm, GPA, PAGE, private=False)
         assert guest.read(GPA, 5) == bytes(5)
     view.release()
@@ -433,6 +433,7 @@ def test_hypercalls_that_are_not_served(guest: Puppet, vm: PrivateVm) -> None:
     guest.serve = None
     with pytest.raises(GuestExit) as stopped:
         guest.convert(GPA, PAGE, private=False)
+    assert isinstance(stopped.value.exit, HypercallExit)
     assert stopped.value.exit.nr == uapi.kvm.KVM_HC_MAP_GPA_RANGE
 
 
@@ -490,7 +491,7 @@ def test_a_fault_that_no_conversion_helps(
 
 def test_faults_outside_the_slots_are_not_served(abi: PrivateAbi, vm: PrivateVm) -> None:
     with vm.create_vcpu(9) as vcpu:
-        fault = MemoryFaultExit(39, gpa=0, size=PAGE, private=True, flags=8, errno=14, abi=abi.name)
+        fault = MemoryFaultExit(ExitReason(39), 0, PAGE, True, flags=8, errno=14, abi=abi.name)
         assert private.serve_conversion(vm, vcpu, fault) is False
         abi.bind(vm, 0, PAGE, made := abi.create_file(vm, PAGE))
         made.close()

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from guest.toy_abi import FLAGS, PAGE, ToyAbi, ToyFile
-from kvmpriv import Kvm, private, uapi
-from kvmpriv.exits import HypercallExit, MemoryFaultExit
+from kvmpriv import ClosedError, Kvm, private, uapi
+from kvmpriv.exits import ExitReason, HypercallExit, MemoryFaultExit
 from kvmpriv.guest import Puppet
 from kvmpriv.private import PrivateSlot, PrivateVm
 from private.support.leaks import open_fds
@@ -116,8 +116,8 @@ def test_the_guest_asks(vm: PrivateVm, slot: PrivateSlot) -> None:
 
         def hypercall(attributes: int) -> int:
             args = (GPA + PAGE, 2, attributes, 0, 0, 0)
-            reason = uapi.kvm.KVM_EXIT_HYPERCALL
-            exit_ = HypercallExit(reason, uapi.kvm.KVM_HC_MAP_GPA_RANGE, args, longmode=True)
+            number = uapi.kvm.KVM_HC_MAP_GPA_RANGE
+            exit_ = HypercallExit(ExitReason.HYPERCALL, number, args, longmode=True)
             assert private.serve_conversion(vm, vcpu, exit_)
             return int(vcpu.kvm_run.hypercall.ret)
 
@@ -125,7 +125,7 @@ def test_the_guest_asks(vm: PrivateVm, slot: PrivateSlot) -> None:
         assert {PAGE, 2 * PAGE}.isdisjoint(file.private)
         file.pinned.add(2 * PAGE)
         assert hypercall(uapi.kvm.KVM_MAP_GPA_RANGE_ENCRYPTED) == (1 << 64) - errno.EAGAIN
-        fault = MemoryFaultExit(39, GPA + 2 * PAGE, PAGE, True, 8, errno.EFAULT, "toy")
+        fault = MemoryFaultExit(ExitReason(39), GPA + 2 * PAGE, PAGE, True, 8, errno.EFAULT, "toy")
         served = 0
         while private.serve_conversion(vm, vcpu, fault):
             served += 1
@@ -158,9 +158,12 @@ def test_a_slot_owns_what_was_made_for_it(vm: PrivateVm) -> None:
     assert len(open_fds()) == before
     assert slot.file.closed
     assert slot.memory.closed
-    for use in (slot.allocate, slot.punch_hole, lambda: slot.convert(private=True)):
-        with pytest.raises(ValueError, match="is deleted"):
-            use()
+    with pytest.raises(ClosedError, match="is deleted"):
+        slot.allocate()
+    with pytest.raises(ClosedError, match="is deleted"):
+        slot.punch_hole()
+    with pytest.raises(ClosedError, match="is deleted"):
+        slot.convert(private=True)
 
 
 def test_nothing_is_left_of_what_is_refused(vm: PrivateVm, slot: PrivateSlot) -> None:
