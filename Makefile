@@ -56,7 +56,7 @@ docs: $(SETUP)  ## the API reference from the docstrings, in build/docs; a warni
 	$(BIN)/python scripts/generate/reference.py
 
 bench: $(SETUP)  ## the benchmarks, each beside C or plain Python: a table, and bench.json
-	$(BIN)/python scripts/bench/run.py
+	$(BIN)/python scripts/launch.py bench.run
 
 clean:  ## remove what make has made here
 	rm -rf $(VENV) build dist bench.json .mypy_cache .ruff_cache .pytest_cache .hypothesis

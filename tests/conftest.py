@@ -43,7 +43,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     venv.create(place, with_pip=False)
     (packages,) = place.glob("lib/python*/site-packages")
     (packages / "dependencies.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
-    pip = [sys.executable, "-m", "pip", "--python", place / "bin" / "python", "install"]
+    pip = [sys.executable, "-m", "pip", "--python", str(place / "bin" / "python"), "install"]
     subprocess.run([*pip, "--quiet", "--no-deps", wheel], check=True)
     return place
 

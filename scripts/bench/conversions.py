@@ -1,6 +1,6 @@
 """What conversions cost, run inside a kernel that has private memory; prints JSON for run.py.
 
-Usage: conversions.py CALLS.so [--quick]
+Usage: launch.py bench.conversions CALLS.so [--quick]
 """
 
 from __future__ import annotations
@@ -111,11 +111,12 @@ def per_page(abi: private.PrivateAbi, kvm: Kvm, page: int, rounds: int) -> dict[
     return {"pages": count, **{kind: median(values) for kind, values in found.items()}}
 
 
-def main() -> None:
-    calls = ctypes.CDLL(sys.argv[1])
+def main(arguments: list[str]) -> None:
+    """Measure, and print JSON."""
+    calls = ctypes.CDLL(arguments[0])
     calls.timed.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
     calls.timed.restype = ctypes.c_int64
-    quick = "--quick" in sys.argv
+    quick = "--quick" in arguments
     with Kvm() as kvm:
         abi = private.choose(kvm)
         json.dump(
@@ -127,7 +128,3 @@ def main() -> None:
             },
             sys.stdout,
         )
-
-
-if __name__ == "__main__":
-    main()

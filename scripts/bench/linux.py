@@ -1,6 +1,6 @@
 """Linux brought up by kvmpriv and by QEMU, run inside a kernel of ours; prints JSON for run.py.
 
-Usage: linux.py KERNEL [--quick]
+Usage: launch.py bench.linux KERNEL [--quick]
 
 Each side is a process that is given the same kernel, root file system and memory, and whose
 standard output is the guest's console: QEMU, and linux_guest.py.
@@ -26,7 +26,8 @@ from pyroute2 import netns
 from kvmpriv.guest.linux import initrd
 from kvmpriv.guest.linux.machine import DEFAULT_CMDLINE
 from kvmpriv.guest.linux.tap import GUEST_ADDRESS, HOST_ADDRESS, Tap
-from run import alternate
+
+from .run import alternate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -139,6 +140,7 @@ class Console:
     def __init__(self, process: subprocess.Popen[bytes], began: float) -> None:
         self.process, self.began = process, began
         self._heard = b""
+        self.at = began
 
     def wait(self, sign: bytes, end: bytes) -> tuple[str, float]:
         """Until `sign` and then `end`; what is between them, and the time."""
@@ -188,8 +190,10 @@ def serve(namespace: str, data: bytes, found: dict[str, Any], ready: threading.E
         found["same"] = back == data
 
 
-def main(kernel: str, *, quick: bool) -> None:
-    count = 2 if quick else 5
+def main(arguments: list[str]) -> None:
+    """Measure, and print JSON."""
+    kernel, *options = arguments
+    count = 2 if "--quick" in options else 5
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(kernel), Path(folder))
 
@@ -201,7 +205,3 @@ def main(kernel: str, *, quick: bool) -> None:
             "network": {kind: bench.network(kind) for kind in ("shared", "private", "qemu")},
         }
     json.dump(found, sys.stdout)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], quick="--quick" in sys.argv)

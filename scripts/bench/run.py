@@ -27,21 +27,20 @@ from statistics import median, quantiles
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-import guest
-from kvmpriv import HostMemory, Kvm, Vcpu, private
+from kbuild.paths import ROOT, cache_root
+from kvmpriv import HostMemory, IoExit, Kvm, Vcpu, private
 from kvmpriv.cdefs import guest_memfd as gm
 from kvmpriv.cdefs import kvm as cdefs
 from kvmpriv.guest.mailbox import DONE_PORT
 from kvmpriv.guest.puppet import Puppet
+
+from . import guest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 T = TypeVar("T")
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
-sys.path.append(str(ROOT / "scripts"))
-from kbuild.paths import cache_root  # noqa: E402
 
 #: What kvmpriv stands on: a process that imports it and does nothing.
 BASE = (sys.executable, "-c", "import cffi, ctypes")
@@ -337,7 +336,7 @@ class Bench:
         """In each built kernel that has private memory, run under scripts/vm."""
         for name in private.ABIS:
             built(name)
-            found = self._in_kernel(name, "conversions.py", self._library)
+            found = self._in_kernel(name, "bench.conversions", self._library)
             pairs = [(ours, theirs) for ours, theirs in found["convert_1gib"]["pairs"]]
             costs = [f"{name}: a conversion costs, in ns a page:"]
             for page in ("4 KiB", "2 MiB"):
@@ -355,7 +354,7 @@ class Bench:
     def linux(self) -> Iterator[Result]:
         """A stock kernel brought up beside QEMU's microvm, in each built kernel."""
         for name in private.ABIS:
-            found = self._in_kernel(name, "linux.py", built(name))
+            found = self._in_kernel(name, "bench.linux", built(name))
             ours, theirs = (
                 [dict(zip(("start", "init", "serial", "memory"), one, strict=True)) for one in side]
                 for side in zip(*found["qemu"], strict=True)
@@ -382,10 +381,12 @@ class Bench:
                 raise Failed(f"in kernel {name}: what the network brought is not what was sent")
             yield Result(f"boot_private {name}", "s", pairs, Limit("ratio", 1.3), note)
 
-    def _in_kernel(self, name: str, script: str, *arguments: object) -> dict[str, Any]:
+    def _in_kernel(self, name: str, module: str, *arguments: object) -> dict[str, Any]:
         quick = ("--quick",) if self._quick else ()
-        command = (ROOT / "scripts" / "vm", name, "-q", "--timeout", "1500", "--")
-        command += (sys.executable, HERE / script, *map(str, arguments), *quick)
+        command: tuple[str | Path, ...] = (ROOT / "scripts" / "vm", name, "-q")
+        command += ("--timeout", "1500", "--")
+        command += (sys.executable, ROOT / "scripts" / "launch.py", module)
+        command += (*map(str, arguments), *quick)
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise Failed(f"in kernel {name}: status {done.returncode}: {done.stderr.strip()}")
@@ -490,7 +491,10 @@ def handle_decoded(vcpu: Vcpu, exits: int) -> int:
     total = 0
     for _ in range(exits):
         vcpu.run()
-        total += vcpu.exit().data[0]
+        decoded = vcpu.exit()
+        if not isinstance(decoded, IoExit):
+            raise Failed(f"unexpected exit {decoded}")
+        total += decoded.data[0]
     return total
 
 
@@ -546,8 +550,8 @@ def guest_memfd_vm(
 
 
 def compile_c(source: str, target: Path, *options: str) -> Path:
-    command = ("cc", "-O2", "-Wall", "-Wextra", *options, "-o", target, HERE / source)
-    subprocess.run(command, check=True)
+    command = ("cc", "-O2", "-Wall", "-Wextra", *options)
+    subprocess.run([*command, "-o", target, HERE / source], check=True)
     return target
 
 
@@ -560,17 +564,18 @@ def missing() -> str | None:
     return None if shutil.which("cc") else "no C compiler (cc)"
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
+    """Run the benchmarks, print the table, write bench.json."""
     names = (
         *("checked_ioctl", "exit_loop", "probe_process", "import", "first_exit", "probe_memory"),
         *("slot_cycle", "puppet", "conversions", "linux"),
     )
     about = "kvmpriv's benchmarks, on this host's /dev/kvm and in the kernels built here"
-    parser = argparse.ArgumentParser(description=about)
+    parser = argparse.ArgumentParser(prog="bench", description=about)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(names)}")
     parser.add_argument("--quick", action="store_true", help="a fifth of the pairs")
     parser.add_argument("--output", default=ROOT / "bench.json", help="where the JSON goes")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if unknown := set(options.names) - set(names):
         parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     if what := missing():
@@ -604,7 +609,3 @@ def main() -> int:
     document = {result.name: result.as_json() for result in results}
     Path(options.output).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     return 0 if not without and all(result.met for result in results) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

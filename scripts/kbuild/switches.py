@@ -103,6 +103,14 @@ class _Source:
             at -= 1
         return at
 
+    def is_condition(self, at: int) -> bool:
+        """Whether tokens[at] ends the brackets behind `if` or of a loop, before the body."""
+        opened = self.inside[at]
+        if self.words[at] != ")" or opened < 1:
+            return False
+        word = self.words[opened - 1]
+        return word in ("if", "for", "while", "switch") or "for_each" in word
+
     def is_label(self, at: int) -> bool:
         """Whether tokens[at] is the colon of a label, not of an expression."""
         if self.words[at] != ":":
@@ -140,8 +148,10 @@ def _top(words: Sequence[str]) -> Iterator[str]:
 
 
 def _is_expression(words: Sequence[str]) -> bool:
-    top = set(_top(words))
-    return bool(words) and not top & ({",", ";", "{", ":", *_WORDS} | _ASSIGNMENTS)
+    top = list(_top(words))
+    if not top or top.count("?") != top.count(":"):
+        return False
+    return not {*top} & ({",", ";", "{", *_WORDS} | _ASSIGNMENTS)
 
 
 def _is_one_statement(words: Sequence[str]) -> bool:
@@ -150,7 +160,18 @@ def _is_one_statement(words: Sequence[str]) -> bool:
 
 
 def _is_statements(words: Sequence[str]) -> bool:
-    return not words or words[-1] in (";", "}")
+    """Whether these are whole statements, none of which declares what others may use."""
+    if not words:
+        return True
+    top = list(_top(words))
+    begins = (at for at in range(len(top) - 1) if at == 0 or top[at - 1] in (";", "}"))
+    declares = any(
+        top[at].isidentifier()
+        and top[at] not in _WORDS
+        and (top[at + 1].isidentifier() or top[at + 1] == "*")
+        for at in begins
+    )
+    return words[-1] in (";", "}") and not declares
 
 
 def _statement(old: _Source, first: int, last: int, new: Sequence[str]) -> bool:
@@ -160,7 +181,7 @@ def _statement(old: _Source, first: int, last: int, new: Sequence[str]) -> bool:
         return False
     at = old.before(first)
     before, words = old.words[at], old.words[first:last]
-    if before in (")", "else"):
+    if before == "else" or old.is_condition(at):
         return _is_one_statement(words) and _is_one_statement(new)
     if not (before in (";", "{", "}") or old.is_label(at)) or "else" in (
         old.words[first],

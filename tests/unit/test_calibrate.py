@@ -84,7 +84,7 @@ def test_verdicts(
 
 
 def test_agreement() -> None:
-    verdict, agree = calibrate.Verdict, calibrate.agree
+    verdict, agree = selftests.Verdict, calibrate.agree
     assert agree(verdict("passed"), verdict("passed"))
     unmet = verdict("skipped", "Requirement not met: kvm_has_cap(KVM_CAP_GUEST_MEMFD)")
     assert agree(unmet, verdict("skipped", "guest_memfd: no type of VM"))
@@ -96,7 +96,7 @@ def test_agreement() -> None:
 
 
 def test_our_tests_together() -> None:
-    verdict, together = calibrate.Verdict, calibrate.together
+    verdict, together = selftests.Verdict, calibrate.together
     said = {
         "a.py::one[x]": verdict("passed"),
         "a.py::one[y]": verdict("skipped", "z: no"),

@@ -63,7 +63,15 @@ def test_the_probes_verdict(name: str, options: tuple[str, ...], verdict: str, s
 @pytest.mark.parametrize("name", ["restrictedmem", "guest_memfd"])
 def test_guests_with_private_memory(name: str) -> None:
     """tests/guest in a kernel with private memory: no test may be skipped for lack of it."""
-    pytest_ = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/guest")
+    pytest_: tuple[str, ...] = (
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "tests/guest",
+    )
     pytest_ += ("tests/host/test_readme.py::test_private_memory",)
     needs = ("--env", "KVMPRIV_REQUIRE=host,private memory")
     done = vm(name, *pytest_, options=needs, timeout=450)

@@ -23,6 +23,7 @@ SOURCE = """\
 static int f(int a, int b, int c)
 {
 	int r;
+	long n = a ? b : c;
 
 	if (a < b && c)
 		return 1;
@@ -73,7 +74,7 @@ def series(tmp_path_factory: pytest.TempPathFactory) -> Path:
     files = {new.removeprefix("b/") for old, new in pairs}
     files -= {new.removeprefix("b/") for old, new in pairs if old == "/dev/null"}
     names = [f"*/{file}" for file in sorted(files)]
-    command = ["tar", "-xf", plan.kernel.tarball, "--strip-components=1", "--wildcards"]
+    command = ["tar", "-xf", str(plan.kernel.tarball), "--strip-components=1", "--wildcards"]
     command += ["--no-wildcards-match-slash", *names]
     subprocess.run(command, cwd=tree, check=True)
     for patch in plan.patches():
@@ -119,8 +120,12 @@ def one(name: str, old: str, new: str) -> Break:
          "if ((kvmpriv_broken(1) ? (a <= b && c) : (a < b && c)))\n"),
         ("\tr = g(a, b);\n", "\tr = g(a, b + 1);\n",
          "r = g(a, (kvmpriv_broken(1) ? (b + 1) : (b)));\n"),
+        ("\tr = g(a, b);\n", "\tr = g(a, b) - 1;\n",
+         "r = (kvmpriv_broken(1) ? (g(a, b) - 1) : (g(a, b)));\n"),
         ("\tr = g(a, b);\n", "\tr = 0;\n", "r = (kvmpriv_broken(1) ? (0) : (g(a, b)));\n"),
         ("\treturn r;\n", "\treturn -r;\n", "return (kvmpriv_broken(1) ? (-r) : (r));\n"),
+        ("\tlong n = a ? b : c;\n", "\tlong n = a ? b : 0;\n",
+         "long n = (kvmpriv_broken(1) ? (a ? b : 0) : (a ? b : c));\n"),
         # A statement that goes, that comes, that becomes two, that is the body of an `if`.
         ("\tr = g(a, b);\n", "", "{ if (kvmpriv_broken(1)) {  } else { r = g(a, b); } }\n"),
         ("\treturn r;\n", "\tmsleep(1);\n\treturn r;\n",
@@ -164,12 +169,12 @@ def test_a_break_that_does_not_apply(tree: Path) -> None:
     """The error names it; likewise a break whose change is not in an expression or a statement."""
     gone = one("x.gone", "\treturn r;\n", "\treturn 0;\n")
     gone = gone._replace(diff=gone.diff.replace("-\treturn r;", "-\treturn q;"))
-    outside = one("x.outside", "static int f(int a, int b, int c)\n", "int f(int a)\n")
+    outside = one("x.outside", "\tint r;\n", "\tlong r;\n")
     with pytest.raises(Refused) as refused:
         mutant.put_breaks(tree, [gone, outside])
     assert refused.value.code == 4
-    assert re.search(r"x\.gone: .*Hunk #1 FAILED at 14", str(refused.value), re.DOTALL)
-    assert "x.outside: line 2: the change is not within one expression" in str(refused.value)
+    assert re.search(r"x\.gone: .*Hunk #1 FAILED at 15", str(refused.value), re.DOTALL)
+    assert "x.outside: line 4: the change is not within one expression" in str(refused.value)
     assert (tree / mutant.SELECTING).read_text() == SOURCE
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import os
 import pty
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import termios
@@ -18,6 +20,8 @@ from pathlib import Path
 import pytest
 
 from kbuild import vm as vm_script
+from kbuild.kernel_log import complaints
+from kbuild.paths import cache_root
 from private.support.requirements import missing
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -29,7 +33,7 @@ def image() -> str:
     found = [
         path
         for name in ("restrictedmem", "guest_memfd")
-        for path in vm_script.cache_root().glob(f"{name}.*/bzImage")
+        for path in cache_root().glob(f"{name}.*/bzImage")
     ]
     lacking = "" if found else "no built kernel (scripts/kernel/build guest_memfd)"
     lacking = lacking or ("" if shutil.which("qemu-system-x86_64") else "no qemu-system-x86_64")
@@ -327,7 +331,7 @@ def test_kvm_is_not_taken_where_it_cannot_nest(monkeypatch: pytest.MonkeyPatch) 
         (0x80000001, 1 << 5, False),
         (1, 0, False),
     ]:
-        monkeypatch.setattr(vm_script.fcntl, "ioctl", answers(leaf, ecx))
+        monkeypatch.setattr(fcntl, "ioctl", answers(leaf, ecx))
         assert vm_script.host_kvm_nests() is nests
 
 
@@ -365,8 +369,8 @@ FINE = """\
 
 
 def test_complaints_are_told_from_chatter() -> None:
-    assert vm_script.complaints("\n".join(TROUBLE)) == TROUBLE
-    assert vm_script.complaints("\n".join(FINE)) == []
+    assert complaints("\n".join(TROUBLE)) == TROUBLE
+    assert complaints("\n".join(FINE)) == []
 
 
 def test_relevant_part_starts_at_the_first_complaint() -> None:
@@ -379,7 +383,7 @@ def test_relevant_part_starts_at_the_first_complaint() -> None:
 def test_stream_mark_split_anywhere(size: int) -> None:
     mark = b"abcabd"
     sent = b"xabcabcab" + b"abcab" * 3 + mark
-    theirs, ours = vm_script.socket.socketpair()
+    theirs, ours = socket.socketpair()
     read_end, write_end = os.pipe()
     with theirs, ours, os.fdopen(read_end, "rb") as got:
         stream = vm_script.Stream(ours, write_end, mark)
