@@ -102,15 +102,9 @@ def _load_real(image: Image, memory: HostMemory, vcpu: Vcpu, strings: bytes, cou
     exceptions.write_real_handlers(memory)
     memory.write(_REAL_ARGUMENTS, strings)
 
-    sregs = vcpu.get_sregs()
-    for name in x86.SEGMENTS:
-        segment = getattr(sregs, name)
-        segment.base = segment.selector = 0
-    vcpu.set_sregs(sregs)
-    regs = vcpu.get_regs()
-    regs.rip, regs.rsp, regs.rflags = image.entry, _REAL_STACK, x86.RFLAGS_FIXED
-    regs.rdi, regs.rsi = count, _REAL_ARGUMENTS
-    vcpu.set_regs(regs)
+    vcpu.start_real_mode(image.entry, rsp=_REAL_STACK)
+    with vcpu.regs() as regs:
+        regs.rdi, regs.rsi = count, _REAL_ARGUMENTS
 
 
 def _load_long(image: Image, memory: HostMemory, vcpu: Vcpu, arguments: tuple[bytes, ...]) -> None:
@@ -128,10 +122,9 @@ def _load_long(image: Image, memory: HostMemory, vcpu: Vcpu, arguments: tuple[by
     argv = _write_arguments(memory, stack, arguments)
 
     x86.start_long_mode(vcpu, cr3=layout.pml4, gdt=layout.base, idt=layout.idt)
-    regs = vcpu.get_regs()
-    regs.rip, regs.rsp, regs.rflags = image.entry, stack, x86.RFLAGS_FIXED
-    regs.rdi, regs.rsi, regs.rdx = len(arguments), argv, memory.size
-    vcpu.set_regs(regs)
+    with vcpu.regs() as regs:
+        regs.rip, regs.rsp, regs.rflags = image.entry, stack, x86.RFLAGS_FIXED
+        regs.rdi, regs.rsi, regs.rdx = len(arguments), argv, memory.size
 
 
 def _arguments_size(arguments: tuple[bytes, ...]) -> int:

@@ -125,17 +125,16 @@ def start_long_mode(vcpu: Vcpu, *, cr3: int, gdt: int, idt: int) -> None:
     `write_segments` wrote to; `idt` that of an IDT of 256 gates.  The general registers are left
     as they are: set rip and rsp next.
     """
-    sregs = vcpu.get_sregs()
-    enable_long_mode(
-        sregs,
-        cr3=cr3,
-        code_selector=CODE_SELECTOR,
-        data_selector=DATA_SELECTOR,
-        cr4=CR4_OSFXSR | CR4_OSXMMEXCPT,
-    )
-    task = sregs.tr
-    task.base, task.limit, task.selector = gdt + _TSS, _TSS_LIMIT, _TSS_SELECTOR
-    task.type, task.present, task.s, task.g, task.unusable = _SEGMENT_BUSY_TSS, 1, 0, 0, 0
-    sregs.gdt.base, sregs.gdt.limit = gdt, 0x27
-    sregs.idt.base, sregs.idt.limit = idt, 0xFFF
-    vcpu.set_sregs(sregs)
+    with vcpu.sregs() as sregs:
+        enable_long_mode(
+            sregs,
+            cr3=cr3,
+            code_selector=CODE_SELECTOR,
+            data_selector=DATA_SELECTOR,
+            cr4=CR4_OSFXSR | CR4_OSXMMEXCPT,
+        )
+        task = sregs.tr
+        task.base, task.limit, task.selector = gdt + _TSS, _TSS_LIMIT, _TSS_SELECTOR
+        task.type, task.present, task.s, task.g, task.unusable = _SEGMENT_BUSY_TSS, 1, 0, 0, 0
+        sregs.gdt.base, sregs.gdt.limit = gdt, 0x27
+        sregs.idt.base, sregs.idt.limit = idt, 0xFFF

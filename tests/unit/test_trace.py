@@ -93,6 +93,11 @@ process: at most 114 MiB resident; CPU seconds of each vCPU: 0.50, 0.25
     )
 
 
+def test_one_vcpu_is_not_plural(path: Path) -> None:
+    path.write_bytes(lines({**ABOUT, "cpus": 1}, *EVENTS))
+    assert kvmpriv(path).stdout.startswith("Linux 6.1 & more: 1 vCPU, 512 MiB of RAM")
+
+
 def drawings(page: str) -> list[ElementTree.Element]:
     """The pictures of the page; each must be well-formed."""
     found = [part[: part.index("</svg>") + 6] for part in page.split("<svg")[1:]]

@@ -111,12 +111,12 @@ def e820(ranges: Sequence[Range]) -> list[tuple[int, int, int]]:
 
 def enter(image: LinuxImage, vcpu: Vcpu) -> None:
     """Set the registers of the first vCPU for the kernel's 64-bit entry point."""
-    sregs = vcpu.get_sregs()
-    x86.enable_long_mode(sregs, cr3=_PAGE_TABLES, code_selector=_BOOT_CS, data_selector=_BOOT_DS)
-    sregs.gdt.base, sregs.gdt.limit = _GDT, 0x1F
-    sregs.idt.base, sregs.idt.limit = 0, 0
-    vcpu.set_sregs(sregs)
-    regs = vcpu.get_regs()
-    regs.rip, regs.rsi, regs.rflags = image.entry, _ZERO_PAGE, x86.RFLAGS_FIXED
-    regs.rsp = _ZERO_PAGE + 2 * PAGE_SIZE
-    vcpu.set_regs(regs)
+    with vcpu.sregs() as sregs:
+        x86.enable_long_mode(
+            sregs, cr3=_PAGE_TABLES, code_selector=_BOOT_CS, data_selector=_BOOT_DS
+        )
+        sregs.gdt.base, sregs.gdt.limit = _GDT, 0x1F
+        sregs.idt.base, sregs.idt.limit = 0, 0
+    with vcpu.regs() as regs:
+        regs.rip, regs.rsi, regs.rflags = image.entry, _ZERO_PAGE, x86.RFLAGS_FIXED
+        regs.rsp = _ZERO_PAGE + 2 * PAGE_SIZE
