@@ -1,64 +1,70 @@
-# Every target but help and clean sets up what it needs: Debian packages as root, Python ones in .venv.
+# Each target sets up what it needs: Debian packages (as root), and Python packages in .venv.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 SETUP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-debug test-literal soak calibrate check kernels cdefs manual docs bench clean packages
+.PHONY: help demo test test-debug test-literal test-all soak calibrate mutate check kernels cdefs \
+	manual docs bench clean packages
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
-demo: $(SETUP)  ## set everything up, probe this host, bring a guest up on it
+demo: $(SETUP)  ## probe this host, and run a guest and Linux in private memory, here or in a VM
 	@scripts/demo
 
-test: kernels  ## set everything up and run every test: unit, host, the suite in both kernels
+test: kernels  ## unit and host tests, and the suite in both kernels (under an hour)
 	$(BIN)/python -m pytest tests/unit tests/host tests/guest tests/private
 	KVMPRIV_REQUIRE=restrictedmem,guest_memfd $(BIN)/python -m pytest tests/vm
 	scripts/suite restrictedmem
 	scripts/suite restrictedmem --append kvm.tdp_mmu=0
 	scripts/suite guest_memfd
 
-test-debug: $(SETUP)  ## the suite under the debug kernels, with a clean log (an hour and more)
+test-debug: $(SETUP)  ## the suite in the debug kernels, whose log must stay clean (hours)
 	scripts/suite restrictedmem --debug
 	scripts/suite restrictedmem --debug --append kvm.tdp_mmu=0
 	scripts/suite guest_memfd --debug
 
-test-literal: $(SETUP)  ## v9 unmended, held to the suite: it names the known defects, and nothing else fails
+test-literal: $(SETUP)  ## the suite on v9 as posted: it must find the known defects, and nothing else
 	scripts/literal
 
-soak: kernels  ## the model against each kernel, an hour each (HOURS=, STEPS=, SEED=, ARTIFACTS=)
+test-all: test test-debug test-literal calibrate mutate  ## all of these, one after the other (many hours)
+
+soak: kernels  ## the model of private memory against each kernel, an hour each (HOURS=, STEPS=, SEED=, ARTIFACTS=)
 	scripts/soak restrictedmem
 	scripts/soak guest_memfd
 
 calibrate: kernels  ## our suite beside the kernel's own C selftests, case by case
 	scripts/kernel/calibrate
 
-check: $(SETUP)  ## lint, format, types, unit tests: under a minute
+mutate: $(SETUP)  ## break the kernel series, one line at a time: a test must fail each time (hours)
+	scripts/kernel/mutate
+
+check: $(SETUP)  ## lint, format, types and unit tests (about a minute)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/unit
 
-kernels: $(SETUP)  ## build the kernels, or find them in the cache (~/.cache/kvmpriv)
+kernels: $(SETUP)  ## build the kernels of `make test`, or find them in the cache (~/.cache/kvmpriv)
 	scripts/kernel/build restrictedmem
 	scripts/kernel/build guest_memfd
 
-cdefs: $(SETUP)  ## write what is generated: kvmpriv/cdefs from cdefs/, the ready guest from its source
+cdefs: $(SETUP)  ## generate kvmpriv/cdefs from the headers in cdefs/, and the ready-made guests
 	$(BIN)/python scripts/generate/cdefs.py
 	$(BIN)/python scripts/generate/guests.py
 
-manual: $(SETUP)  ## write the manual pages and shell completions from the commands' parsers
+manual: $(SETUP)  ## generate the manual pages and shell completions from the commands' parsers
 	$(BIN)/python scripts/generate/pages.py
 
-docs: $(SETUP)  ## the API reference from the docstrings, in build/docs; a warning is an error
+docs: $(SETUP)  ## generate the API reference into build/docs; a warning is an error
 	$(BIN)/python scripts/generate/reference.py
 
-bench: $(SETUP)  ## the benchmarks, each beside C or plain Python: a table, and bench.json
+bench: $(SETUP)  ## run the benchmarks, each beside C or plain Python: a table, and bench.json
 	$(BIN)/python scripts/launch.py bench.run
 
-clean:  ## remove what make has made here
+clean:  ## remove what make has created here
 	rm -rf $(VENV) build dist bench.json .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 packages:

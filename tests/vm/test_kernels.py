@@ -73,7 +73,7 @@ def test_guests_with_private_memory(name: str) -> None:
         "tests/guest",
     )
     pytest_ += ("tests/host/test_readme.py::test_private_memory",)
-    needs = ("--env", "KVMPRIV_REQUIRE=host,private memory")
+    needs = ("--env", "KVMPRIV_REQUIRE=host,private-memory")
     done = vm(name, *pytest_, options=needs, timeout=450)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
