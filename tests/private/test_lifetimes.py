@@ -27,13 +27,15 @@ from kvmpriv.private import PrivateAbi, PrivateFile, PrivateVm
 from kvmpriv.private.guest_memfd import GuestMemfd
 
 from .support.accounting import BIG, Unevictable, vms_alive
+from .support.arch_hook import hook
+from .support.behaviour import behaviour_of
 from .support.kernels import takes_guest_memfd
 from .support.processes import in_child
 from .support.races import eventually, rounds
 from .support.requirements import missing
 from .support.rig import MakeRig, Rig
 from .support.rules import rule
-from .support.slot_requests import FILE_OVERLAP, GuestMemfdSlots, RestrictedSlots, Slots
+from .support.slot_requests import FILE_OVERLAP, Slots
 from .support.syscalls import GIB, HOLE, KEEP_SIZE, MIB, PAGE, answer, fallocate
 
 pytestmark = pytest.mark.usefixtures("no_leak")
@@ -42,40 +44,48 @@ GPA = 4 * GIB
 
 
 class Kind:
-    """One kind of file, VM and slot: made by an ABI, or all shared in a default VM."""
+    """One kind of file, VM and slot: private by an ABI, or all shared in a default VM."""
 
-    def __init__(self, name: str, make_vm: Callable[[], Vm]) -> None:
-        self.name, self.make_vm = name, make_vm
-        self.slots_pin_files = name == "restrictedmem"
+    def __init__(self, abi: PrivateAbi, make_vm: Callable[[], Vm], *, shared: bool = False) -> None:
+        self.abi, self.make_vm, self.shared = abi, make_vm, shared
+        self.behaviour = behaviour_of(abi)
 
     def file(self, vm: Vm) -> PrivateFile:
-        if self.name == "guest_memfd, shared":
+        """A file of BIG bytes."""
+        if self.shared:
             return GuestMemfd(vm, BIG, gm.GUEST_MEMFD_FLAG_MMAP | gm.GUEST_MEMFD_FLAG_INIT_SHARED)
         assert isinstance(vm, PrivateVm)
-        return private.ABIS[self.name].create_file(vm, BIG)
+        return self.abi.create_file(vm, BIG)
 
     def slots(self, vm: Vm, fd: int) -> Slots:
         """Slots of BIG bytes at GPA, set by ioctl: only the kernel keeps their file alive."""
-        make = RestrictedSlots if self.slots_pin_files else GuestMemfdSlots
-        slots = make(vm, fd, 0)
-        offset = "restricted_offset" if self.slots_pin_files else "guest_memfd_offset"
-        slots.good = {**slots.good, "guest_phys_addr": GPA, "memory_size": BIG, offset: 0}
+        slots = self.behaviour.slots(vm, fd, 0)
+        changes = {"guest_phys_addr": GPA, "memory_size": BIG, slots.offset_field: 0}
+        slots.good = {**slots.good, **changes}
         return slots
 
 
-@pytest.fixture(params=["restrictedmem", "guest_memfd", "guest_memfd, shared"])
+SHARED = "guest_memfd, shared"
+
+
+@pytest.fixture(params=[*private.ABIS, SHARED])
 def kind(request: pytest.FixtureRequest, kvm: Kvm) -> Iterator[Kind]:
     """Each kind that this kernel supports."""
     with ExitStack() as stack:
-        if request.param == "restrictedmem":
-            yield Kind(request.param, request.getfixturevalue("make_private_vm"))
+        if request.param == SHARED:
+            if takes_guest_memfd(gm.KVM_X86_DEFAULT_VM) != 1:
+                missing("shared-guest-memfd", "default VMs take no guest_memfd slots")
+            abi = private.ABIS["guest_memfd"]
+            yield Kind(abi, lambda: stack.enter_context(kvm.create_vm()), shared=True)
             return
-        vm_type, lacks = gm.KVM_X86_SW_PROTECTED_VM, "guest_memfd"
-        if request.param == "guest_memfd, shared":
-            vm_type, lacks = gm.KVM_X86_DEFAULT_VM, "shared-guest-memfd"
-        if takes_guest_memfd(vm_type) != 1:
-            missing(lacks, f"VMs of type {vm_type} take no slots with it")
-        yield Kind(request.param, lambda: stack.enter_context(kvm.create_vm(vm_type)))
+        abi = private.ABIS[request.param]
+        behaviour_of(abi).require(kvm)
+
+        def make_vm() -> Vm:
+            with hook(on=True):
+                return stack.enter_context(abi.create_vm(kvm))
+
+        yield Kind(abi, make_vm)
 
 
 # -- every order ---------------------------------------------------------------------------------
@@ -110,7 +120,7 @@ def test_every_order(kind: Kind, order: tuple[str, ...]) -> None:
         there.discard(what)
         vm_lives = bool({"vm", "vcpu"} & there)
         slot_lives = vm_lives and ("slot" in there or order.index("slot") > order.index("vm"))
-        if kind.slots_pin_files:
+        if kind.behaviour.slots_hold_files:
             kept = "file" in there or slot_lives
         else:
             kept = "file" in there
@@ -162,7 +172,7 @@ class Runner:
 @contextmanager
 def running(rig: Rig, file: PrivateFile) -> Iterator[tuple[Slots, Runner]]:
     """A guest that runs in private memory whose slot only the kernel keeps alive."""
-    kind = Kind(rig.abi.name, lambda: rig.vm)
+    kind = Kind(rig.abi, lambda: rig.vm)
     slots = kind.slots(rig.vm, file.fileno())
     assert slots.set() == "ok"
     rig.convert(GPA, BIG, private=True)
@@ -412,8 +422,6 @@ def test_killed_in_the_middle(make_rig: MakeRig) -> None:
 
 def _live(abi: PrivateAbi, write_end: int) -> None:
     """Runs a guest, and converts, punches and fills its memory, until the process is killed."""
-    from .support.arch_hook import hook
-
     with Kvm() as kvm:
         with hook(on=True):
             vm = abi.create_vm(kvm)

@@ -28,7 +28,7 @@ class Behaviour:
     """What one ABI does where the others do something else."""
 
     #: Sets slots by the ABI's request.
-    slots: Callable[[Vm, Fd, int], Slots]
+    slots: Callable[[Vm, Fd | int, int], Slots]
     #: Skips the test if this kernel does not have the ABI.
     require: Callable[[Kvm], None]
     #: A slot holds a reference to its file, so that closing the descriptor frees nothing.

@@ -21,6 +21,8 @@ class Slots:
     """Requests for memory slots that differ from a good one in the named fields."""
 
     good: dict[str, int]
+    #: The name of the file offset in `good`.
+    offset_field: str
 
     def __init__(self, vm: Vm) -> None:
         self.vm = vm
@@ -69,6 +71,8 @@ class Slots:
 class RestrictedSlots(Slots):
     """v9: KVM_SET_USER_MEMORY_REGION with struct kvm_userspace_memory_region_ext."""
 
+    offset_field = "restricted_offset"
+
     def __init__(self, vm: Vm, file: Fd | int, userspace_addr: int) -> None:
         super().__init__(vm)
         self.good = {
@@ -96,6 +100,8 @@ class RestrictedSlots(Slots):
 
 class GuestMemfdSlots(Slots):
     """Mainline: KVM_SET_USER_MEMORY_REGION2 with struct kvm_userspace_memory_region2."""
+
+    offset_field = "guest_memfd_offset"
 
     request = gm.KVM_SET_USER_MEMORY_REGION2
 
