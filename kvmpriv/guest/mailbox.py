@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from ..vcpu import Vcpu
 
 __all__ = [
+    "AGENT_SIZE",
     "BUFFER_SIZE",
     "CPUS_MAX",
     "DONE_PORT",
-    "HOME_SIZE",
     "WINDOW_ADDRESS",
     "WINDOW_SIZE",
     "Agent",
@@ -37,10 +37,10 @@ __all__ = [
     "write_agent",
 ]
 
-#: The size of the agent's memory, its home, in bytes.
-HOME_SIZE = 2 << 20
+#: The size of the agent's memory, in bytes.
+AGENT_SIZE = 2 << 20
 
-# The home's layout: offsets in it, which are the guest virtual addresses too.
+# The layout of the agent's memory: offsets in it, which are the guest virtual addresses too.
 _CODE, _IDT, _HANDLERS = 0x1000, 0x3000, 0x4000
 _CELLS, _CELL_SIZE = 0x20000, 0x20000
 # Each vCPU has a cell.  Offsets in it:
@@ -49,7 +49,7 @@ _MAILBOX, _STACK_END, _PML4, _PDPT, _PD, _WINDOW_PD, _SEGMENTS, _EXCEPTION_STACK
 )  # fmt: skip
 #: How many bytes one command can copy.
 BUFFER_SIZE = _CELL_SIZE - _BUFFER
-CPUS_MAX = (HOME_SIZE - _CELLS) // _CELL_SIZE
+CPUS_MAX = (AGENT_SIZE - _CELLS) // _CELL_SIZE
 
 # puppet.S defines these; an offset in the mailbox becomes the index of a 64-bit word.
 _COMMAND, _ARGUMENTS, _RESULT, _WINDOW, _PAGES, _DIRECTORY = (
@@ -78,7 +78,7 @@ Steps = Generator[Step, int, _T]
 
 
 def write_agent(memory: HostMemory) -> None:
-    """Write the agent and its exception handlers, which all vCPUs share, into the home."""
+    """Write the agent and its exception handlers, which all vCPUs share, into its memory."""
     memory.write(_CODE, PUPPET)
     exceptions.write_handlers(memory, _IDT, _HANDLERS)
 
@@ -95,27 +95,27 @@ class GuestExit(Exception):  # noqa: N818  # not an error, the guest's request
 class Agent:
     """A vCPU that runs the agent, and its mailbox.
 
-    `memory` is the home, which is at guest physical `home`; `number` is that of the vCPU's cell.
+    `memory` is the agent's, at guest physical `base`; `number` is that of the vCPU's cell.
     """
 
-    def __init__(self, vcpu: Vcpu, memory: HostMemory, home: int, number: int) -> None:
+    def __init__(self, vcpu: Vcpu, memory: HostMemory, base: int, number: int) -> None:
         self.vcpu = vcpu
         #: The last exits, but those that end a command, in order: at least the last 8192.
         self.exits: list[Exit] = []
         #: How many such exits there have been in all.
         self.exit_count: int = 0
         self._memory = memory
-        self._home = home
+        self._base = base
         self._cell = cell = _CELLS + number * _CELL_SIZE
-        #: Where in the home this vCPU has BUFFER_SIZE bytes for data.
+        #: Where in the memory this vCPU has BUFFER_SIZE bytes for data.
         self.buffer: int = cell + _BUFFER
         self._under_way: Steps[object] | None = None
         words = memory.view().cast("Q")
         self._mailbox = words[(cell + _MAILBOX) // 8 : (cell + _MAILBOX) // 8 + 16]
-        words[(cell + _PML4) // 8] = home + cell + _PDPT | PTE_PRESENT_WRITABLE
-        words[(cell + _PDPT) // 8] = home + cell + _PD | PTE_PRESENT_WRITABLE
-        words[(cell + _PDPT) // 8 + 1] = home + cell + _WINDOW_PD | PTE_PRESENT_WRITABLE
-        words[(cell + _PD) // 8] = home | PTE_PRESENT_WRITABLE | PTE_LARGE
+        words[(cell + _PML4) // 8] = base + cell + _PDPT | PTE_PRESENT_WRITABLE
+        words[(cell + _PDPT) // 8] = base + cell + _PD | PTE_PRESENT_WRITABLE
+        words[(cell + _PDPT) // 8 + 1] = base + cell + _WINDOW_PD | PTE_PRESENT_WRITABLE
+        words[(cell + _PD) // 8] = base | PTE_PRESENT_WRITABLE | PTE_LARGE
         x86.write_segments(memory, cell + _SEGMENTS, cell + _EXCEPTION_STACK_END)
         words.release()
         self.reset()
@@ -134,7 +134,7 @@ class Agent:
         self._under_way = None
         x86.start_long_mode(
             self.vcpu,
-            cr3=self._home + cell + _PML4,
+            cr3=self._base + cell + _PML4,
             gdt=cell + _SEGMENTS,
             idt=_IDT,
         )
@@ -167,7 +167,7 @@ class Agent:
         return False
 
     def release(self) -> None:
-        """Give up the mailbox, so that the home can be unmapped."""
+        """Give up the mailbox, so that the memory can be unmapped."""
         self._mailbox.release()
 
     def _drive(self, steps: Steps[_T], result: int | None) -> _T:
@@ -237,4 +237,4 @@ class Agent:
         return self._crash(crash.describe(exception, self.vcpu), exception)
 
     def _crash(self, why: str, exception: exceptions.GuestException | None = None) -> GuestCrash:
-        return GuestCrash(why, crash.report(self.vcpu, self._memory, why, exception, self._home))
+        return GuestCrash(why, crash.report(self.vcpu, self._memory, why, exception, self._base))

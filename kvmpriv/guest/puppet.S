@@ -1,8 +1,8 @@
 /*
  * The puppet's agent: it executes the command in its mailbox, exits, and does so again.
  *
- * It runs in long mode; rbx points to its mailbox.  The page tables map the agent's home at 0 and a
- * window at 1 GiB.  The agent writes the window's page directory itself, because a KVM that shadows
+ * It runs in long mode; rbx points to its mailbox.  The page tables map the agent's memory at 0 and
+ * a window at 1 GiB.  The agent writes the window's page directory itself, because a KVM that shadows
  * page tables does not notice when the host writes there.
  *
  * The absolute symbols (.set) are generated into ready.py, PUPPET_SYMBOLS, for mailbox.py.

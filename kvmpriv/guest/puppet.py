@@ -1,7 +1,7 @@
 """The puppet: a guest that executes single commands from Python, each of which is one exit.
 
-Its code, page tables and mailboxes are in ordinary shared memory, its *home* (2 MiB, at any
-multiple of 2 MiB), because KVM's emulator, and KVM itself, write to the shared page of a gfn.
+Its agent's code, page tables and mailboxes are in 2 MiB of ordinary shared memory, at any multiple
+of 2 MiB, because KVM's emulator, and KVM itself, write to the shared page of a gfn.
 The caller lays out all other guest physical memory, private or not.
 
     with Kvm() as kvm, kvm.create_vm() as vm, HostMemory(1 << 20) as memory, Puppet(vm) as guest:
@@ -48,9 +48,9 @@ from ..memory import PAGE_SIZE, HostMemory
 from ..private import PrivateVm, serve_conversion
 from .crash import GuestCrash
 from .mailbox import (
+    AGENT_SIZE,
     BUFFER_SIZE,
     CPUS_MAX,
-    HOME_SIZE,
     WINDOW_ADDRESS,
     WINDOW_SIZE,
     Agent,
@@ -68,8 +68,8 @@ if TYPE_CHECKING:
     from ..vm import Vm
 
 __all__ = [
-    "HOME",
-    "HOME_SIZE",
+    "AGENT_SIZE",
+    "BASE",
     "GuestCrash",
     "GuestExit",
     "Puppet",
@@ -78,8 +78,8 @@ __all__ = [
     "Serve",
 ]
 
-#: Where the home is unless the caller chooses another place.
-HOME = 0xC000_0000
+#: The guest physical address of the agent's memory, unless the caller chooses another.
+BASE = 0xC000_0000
 
 _MASK = (1 << 64) - 1
 _ADDRESSES_END = 1 << 52  # the first address that a page table can't have
@@ -301,7 +301,7 @@ class PuppetCpu(Agent, PuppetCommands):
         self.puppet = puppet
         #: Called with each exit that does not end a command; True if the guest may go on.
         self.serve: Serve | None = None
-        super().__init__(vcpu, puppet.memory, puppet.home, number)
+        super().__init__(vcpu, puppet.memory, puppet.base, number)
 
     @property
     def cpu(self) -> PuppetCpu:
@@ -319,14 +319,14 @@ Serve = Callable[[PuppetCpu, "Exit"], bool]
 class Puppet(PuppetCommands):
     """A puppet in `vm`, with `cpus` vCPUs; the first of them executes the puppet's own commands.
 
-    `home` is the guest physical address of its 2 MiB, a multiple of 2 MiB; `slot` is the number of
+    `base` is the guest physical address of its 2 MiB, a multiple of 2 MiB; `slot` is the number of
     their slot (None: the lowest free one); `cpuid` is what CPUID reports (None: all that KVM
     supports).
 
     In a PrivateVm the guest's hypercalls for a conversion are served, and with `implicit` also its
     accesses of the other kind; `serve_conversions=False` serves neither.  `serve` may be replaced.
 
-    ArgumentError for a bad home or number of vCPUs, OSError for what the VM refuses; nothing is
+    ArgumentError for a bad base or number of vCPUs, OSError for what the VM refuses; nothing is
     left behind then.
     """
 
@@ -334,7 +334,7 @@ class Puppet(PuppetCommands):
         self,
         vm: Vm,
         *,
-        home: int = HOME,
+        base: int = BASE,
         cpus: int = 1,
         slot: int | None = None,
         cpuid: list[CpuidEntry] | None = None,
@@ -342,9 +342,9 @@ class Puppet(PuppetCommands):
         serve_conversions: bool = True,
         implicit: bool = False,
     ) -> None:
-        if home % HOME_SIZE or not 0 <= home < _ADDRESSES_END:
+        if base % AGENT_SIZE or not 0 <= base < _ADDRESSES_END:
             raise ArgumentError(
-                f"home must be a multiple of {HOME_SIZE:#x} below 2^52, not {home:#x}"
+                f"base must be a multiple of {AGENT_SIZE:#x} below 2^52, not {base:#x}"
             )
         if hypercall_instruction not in (None, "vmcall", "vmmcall"):
             raise ArgumentError(
@@ -352,7 +352,7 @@ class Puppet(PuppetCommands):
             )
         if not 1 <= cpus <= CPUS_MAX:
             raise ArgumentError(f"a puppet can have 1 to {CPUS_MAX} vCPUs, not {cpus}")
-        self.home = home
+        self.base = base
         self.vm = vm
         self.hypercall_instruction: str = hypercall_instruction or _hypercall_instruction()
         private_vm = vm if serve_conversions and isinstance(vm, PrivateVm) else None
@@ -364,8 +364,8 @@ class Puppet(PuppetCommands):
             with Kvm() as kvm:
                 cpuid = kvm.get_supported_cpuid()
         with ExitStack() as stack:
-            self.memory: HostMemory = stack.enter_context(HostMemory(HOME_SIZE))
-            self.slot: Slot = vm.map(self.memory, home, slot=slot)
+            self.memory: HostMemory = stack.enter_context(HostMemory(AGENT_SIZE))
+            self.slot: Slot = vm.map(self.memory, base, slot=slot)
             stack.callback(lambda: None if vm.closed else self.slot.delete())
             write_agent(self.memory)
             #: Every vCPU.
@@ -419,11 +419,11 @@ class Puppet(PuppetCommands):
         return self.cpu.resume()
 
     def close(self) -> None:
-        """Close the vCPUs, delete the home's slot and free the home."""
+        """Close the vCPUs, delete the slot of the agent's memory and free it."""
         self._stack.close()
 
     def _release(self) -> None:
-        """The views of the home go before the home."""
+        """Release the views of the agent's memory, which would keep it mapped."""
         for cpu in self.cpus:
             cpu.release()
 

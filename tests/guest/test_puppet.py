@@ -11,7 +11,7 @@ import pytest
 from kvmpriv import ArgumentError, ClosedError, HostMemory, Kvm, Vm
 from kvmpriv.exits import Exit, ExitReason, IoExit, MmioExit, SimpleExit
 from kvmpriv.guest import GuestCrash, mailbox
-from kvmpriv.guest.puppet import HOME, HOME_SIZE, GuestExit, Puppet, PuppetCpu
+from kvmpriv.guest.puppet import AGENT_SIZE, BASE, GuestExit, Puppet, PuppetCpu
 from private.support.leaks import open_fds
 
 GPA, SIZE = 0x1_0000_0000, 8 << 20
@@ -189,22 +189,22 @@ def test_a_crash_is_reported(guest: Puppet) -> None:
         guest.rdmsr(0xDEAD0000)
 
 
-@pytest.mark.parametrize("home", [0, 2 << 20, 1 << 38])
-def test_home_and_memory_anywhere(kvm: Kvm, vm: Vm, memory: HostMemory, home: int) -> None:
-    """The home may be at any multiple of 2 MiB, and memory at any page."""
+@pytest.mark.parametrize("base", [0, 2 << 20, 1 << 38])
+def test_agent_and_memory_anywhere(kvm: Kvm, vm: Vm, memory: HostMemory, base: int) -> None:
+    """The agent may be at any multiple of 2 MiB, and memory at any page."""
     at = 64 << 20
     vm.map(memory, at)
-    with Puppet(vm, home=home, cpuid=kvm.get_supported_cpuid()) as guest:
+    with Puppet(vm, base=base, cpuid=kvm.get_supported_cpuid()) as guest:
         guest.write(at + 5, b"there")
         assert memory.read(5, 5) == b"there"
-        assert guest.load(home + 0x1000, 4) != 0, "its own code, for instance"
-    assert list(vm.slots) == [0], "the home is gone with it"
+        assert guest.load(base + 0x1000, 4) != 0, "its own code, for instance"
+    assert list(vm.slots) == [0], "the agent's slot is deleted"
 
 
 def test_bad_arguments(vm: Vm) -> None:
-    for home in (HOME + 4096, -HOME_SIZE, 1 << 52):
-        with pytest.raises(ArgumentError, match="home must be a multiple of 0x200000 below"):
-            Puppet(vm, home=home)
+    for base in (BASE + 4096, -AGENT_SIZE, 1 << 52):
+        with pytest.raises(ArgumentError, match="base must be a multiple of 0x200000 below"):
+            Puppet(vm, base=base)
     for cpus in (0, 16):
         with pytest.raises(ArgumentError, match=f"a puppet can have 1 to 15 vCPUs, not {cpus}"):
             Puppet(vm, cpus=cpus)
@@ -212,10 +212,10 @@ def test_bad_arguments(vm: Vm) -> None:
         Puppet(vm, hypercall_instruction="int3")
     assert vm.slots == {}
     with HostMemory(4096) as memory:
-        vm.map(memory, HOME)
+        vm.map(memory, BASE)
         with pytest.raises(FileExistsError):
             Puppet(vm)
-    with Puppet(vm, home=0) as guest:
+    with Puppet(vm, base=0) as guest:
         for gpa, size in ((-1, 1), (1 << 52, 1), ((1 << 52) - 1, 2)):
             with pytest.raises(ArgumentError, match=r"guest physical addresses .* out of range"):
                 guest.read(gpa, size)

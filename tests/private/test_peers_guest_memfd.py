@@ -57,7 +57,7 @@ def test_what_was_filled_ahead_is_read(make_rig: MakeRig, kvm: Kvm, kind: str) -
             rig.bind(GPA, size, rig.file(size), memory=memory)
         else:
             vm.map(memory, GPA)
-        guest.load(guest.home, 8)  # what it needs itself is there then
+        guest.load(guest.base, 8)  # what it needs itself is there then
 
         def faults() -> int:
             return guest.vcpu.stats()["pf_taken"]

@@ -289,9 +289,9 @@ def test_page_tables(shadowed: Shadowed) -> None:
 
     # As the puppet's own tables, with one large page more at VIRTUAL.
     sregs = guest.vcpu.get_sregs()
-    top = guest.memory.read(sregs.cr3 - guest.home, PAGE)
+    top = guest.memory.read(sregs.cr3 - guest.base, PAGE)
     (entry,) = struct.unpack_from("<Q", top)
-    second = guest.memory.read((entry & -PAGE) - guest.home, PAGE)
+    second = guest.memory.read((entry & -PAGE) - guest.base, PAGE)
     pml4, pdpt, pd = (BASE + number * PAGE for number in (8, 9, 10))
 
     def tables(gpa: int) -> list[tuple[int, bytes]]:
@@ -312,7 +312,7 @@ def test_page_tables(shadowed: Shadowed) -> None:
     assert (translate(0), translate(VIRTUAL)) == (None, None), "KVM finds no tables"
     for gpa, data in tables(TARGET + LARGE):
         shadowed.host_writes(gpa, data)
-    assert (translate(0), translate(VIRTUAL + 5)) == (guest.home, TARGET + LARGE + 5)
+    assert (translate(0), translate(VIRTUAL + 5)) == (guest.base, TARGET + LARGE + 5)
     _, exits = shadowed.runs(TARGET + out, VIRTUAL)
     assert exits == [IoExit(ExitReason.IO, True, PORT, 4, 1, b"the ")]
     assert guest.run(TARGET + load, VIRTUAL).to_bytes(8, "little") == b"guests'!"
