@@ -181,7 +181,7 @@ MOST = 400
 def each_failing(call: Callable[[], object], undo: Callable[[str], None]) -> list[str]:
     """The results of `call` with its first, second, … allocation failing, until none fails.
 
-    `undo` is told each answer, and brings back what was before.
+    `undo` gets each answer, and restores the state before.
     """
     answers: list[str] = []
     with fault_injection(), closing(FailNth()) as fail:

@@ -189,7 +189,7 @@ def test_ranges_across_pages(private: OneSlotRig) -> None:
 @rule("isolation.host-mapping")
 def test_the_marker_is_nowhere_in_the_process(private: OneSlotRig) -> None:
     """A marker in private memory is in no page of this process; one in shared memory is found."""
-    # Never whole in our own memory: the guest's copy is put together by the guest itself.
+    # This process never has it whole: the guest itself assembles its copy.
     half = os.urandom(8).hex().encode()
     for number, byte in enumerate(half + half[::-1]):
         private.guest.store(GPA + 16 * PAGE + number, 1, byte)
@@ -243,7 +243,7 @@ def test_a_guest_that_wants_the_other_kind_exits(v9_guest: OneSlotRig, wants: bo
         assert again.value.exit == fault, "run again unconverted it exits again"
     v9_guest.convert(fault.gpa, fault.size, private=fault.private)
     assert v9_guest.guest.resume() == (b"st" if wants else b"ts")
-    # Its neighbours follow the VM's state, and so does the page once the wish is unset.
+    # Its neighbours follow the VM's state, and so does the page once the guest has cleared it.
     assert v9_guest.guest.read(gpa + PAGE, 1) == b"\0"
     assert v9_guest.want(gpa, PAGE, private=None) == 0
     v9_guest.convert(gpa, PAGE, private=not wants)
@@ -275,11 +275,11 @@ def test_implicit_conversion_by_a_server(v9_guest: OneSlotRig) -> None:
 
 @rule("v9.hypercall.errors")
 def test_the_hypercalls_errors(v9_guest: OneSlotRig) -> None:
-    """KVM answers -EINVAL for a bad range, also with the wish bits, and -1000 if the exit is not
+    """KVM answers -EINVAL for a bad range, also with v9's own bits, and -1000 if the exit is not
     enabled.
     """
-    call, wish = v9_guest.guest.hypercall, 1 << 8
-    for attributes in (wish, 1 << 9, wish | 1 << 9):
+    call, want_private, want_shared = v9_guest.guest.hypercall, 1 << 8, 1 << 9
+    for attributes in (want_private, want_shared, want_private | want_shared):
         assert call(k.KVM_HC_MAP_GPA_RANGE, GPA, 1, attributes) == 0
         for gpa, pages in ((GPA + 1, 1), (GPA, 0), (GPA, (1 << 64) - 1)):
             assert call(k.KVM_HC_MAP_GPA_RANGE, gpa, pages, attributes) == -errno.EINVAL

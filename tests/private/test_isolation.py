@@ -1,6 +1,6 @@
 """Isolation by every means that the host has: it can't read or change private memory.
 
-Beside each look is its control: the same look finds what is in shared memory.
+Each attempt has a twin: the same attempt on shared memory succeeds.
 """
 
 from __future__ import annotations
@@ -725,11 +725,11 @@ def test_found_in_the_kernels_memory(scene: Scene) -> None:
     assert likely
     assert all(likely), "page frame numbers can't be read"
     scene.judge(scene.memory.read(MEMORY_OFFSET, SIZE))
-    ours = frames_of_this_process()
+    own = frames_of_this_process()
     kcore = Kcore()
     try:
         for found in kcore.find(scene.private.value(), likely):
-            if found // PAGE in ours or found % PAGE != AT:
+            if found // PAGE in own or found % PAGE != AT:
                 continue  # this process's own copy of what is searched for
             # Is it the page itself or a copy?  A write of the guest changes only the page.
             scene.guest.store(GPA + PRIVATE, 8, number := int.from_bytes(os.urandom(8), "little"))

@@ -85,8 +85,8 @@ def test_each_page_has_its_place(rig: Rig, layout: Layout) -> None:
     """Each private and shared page is where the offsets put it, and nowhere else."""
     laid = Laid(rig, layout)
     assert laid.seen() == laid.expected(b"mine")
-    ours = laid.memory.read(layout.memory_offset, layout.size)
-    assert stamps(ours) == laid.expected(b"host"), "no private write came here"
+    shared = laid.memory.read(layout.memory_offset, layout.size)
+    assert stamps(shared) == laid.expected(b"host"), "no private write came here"
     rig.convert(layout.gpa, layout.size, private=False)
     assert laid.seen() == laid.expected(b"host")
     for at in layout.pages():

@@ -235,11 +235,11 @@ class Window:
         elif self.how == "hypercall":
             ask(self.guest, GPA + offset, size, private=private)
         else:
-            wish = (
+            wanted = (
                 rm.KVM_MAP_GPA_RANGE_WANT_PRIVATE if private else rm.KVM_MAP_GPA_RANGE_WANT_SHARED
             )
             call = k.KVM_HC_MAP_GPA_RANGE
-            assert self.guest.hypercall(call, GPA + offset, size // PAGE, wish) == 0
+            assert self.guest.hypercall(call, GPA + offset, size // PAGE, wanted) == 0
 
     def host(self, offset: int, size: int) -> bytes:
         return self.memory.read(self.at + offset, size)

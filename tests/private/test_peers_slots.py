@@ -209,7 +209,7 @@ def test_a_slot_moved_in_use(inhabited: tuple[Vm, Guest]) -> None:
                 assert watch.sees(number)
                 plain_slot(vm, memory, GPA - PAGE)
                 assert watch.sees(1000)
-                memory.write(0, (5000).to_bytes(8, "little"))  # where the guest does not look
+                memory.write(0, (5000).to_bytes(8, "little"))  # which the guest does not read
                 memory.write(0, (number + 1).to_bytes(8, "little"))
                 plain_slot(vm, memory, GPA)
             assert watch.sees(rounds + 1)

@@ -246,7 +246,7 @@ def test_a_hole_in_a_large_page(large: Rig, emptied: bool) -> None:
     fill_large(large, 2 * LARGE)
     for page in (0, 100, 511, 512):
         file.punch_hole(page * PAGE, PAGE)
-    large.convert(GPA, 2 * LARGE, private=True)  # look anew at what the file has
+    large.convert(GPA, 2 * LARGE, private=True)  # KVM looks again for large pages of the file
     seen = large.guest.read(GPA, 2 * LARGE)
     for page in range(1024):
         expected = 0 if page in (0, 100, 511, 512) else 0x5A
@@ -407,7 +407,7 @@ def test_reads_beside_holes_in_a_large_page(large: Rig, beside: int) -> None:
 
 
 #: At page 0, subject in page 2: copies the subject's word to page 1 (at 8) and counts (at 0),
-#: until it is told to end (at 16).
+#: until the word at 16 ends it.
 WATCH = bytes.fromhex(
     "488d3df91f0000"  # lea 0x2000(start), %rdi
     "488d35f20f0000"  # lea 0x1000(start), %rsi
@@ -440,7 +440,7 @@ def apart(pool: ThreadPoolExecutor) -> Iterator[None]:
 def test_a_guest_that_runs_sees_it_at_once(make_rig: MakeRig, change: str) -> None:
     """A vCPU that stays in the guest loses the mapping too: its TLB is flushed."""
     rig, turns = make_rig(cpus=2), 10
-    if rig.abi.traits.access_follows_state:  # a fault tells of a conversion that came between
+    if rig.abi.traits.access_follows_state:  # a conversion between KVM's two reads is a fault
         rig.guest.cpus[1].serve = lambda _, exit_: isinstance(exit_, MemoryFaultExit)
     memory, file = rig.memory(16 * PAGE), rig.file(16 * PAGE)
     rig.bind(GPA, 16 * PAGE, file, memory=memory)

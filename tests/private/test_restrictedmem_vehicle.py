@@ -61,11 +61,11 @@ def test_wishes_where_there_is_no_choice(rig: Rig) -> None:
     memory = rig.memory(MIB)
     rig.vm.map(memory, GPA)
     memory.write(0, b"plain")
-    for wish in (WANT_PRIVATE, WANT_SHARED, WANT_PRIVATE | WANT_SHARED):
-        assert rig.guest.hypercall(CALL, GPA, 512, wish) == 0
+    for wanted in (WANT_PRIVATE, WANT_SHARED, WANT_PRIVATE | WANT_SHARED):
+        assert rig.guest.hypercall(CALL, GPA, 512, wanted) == 0
         assert rig.guest.read(GPA, 5) == b"plain"
-        rig.guest.write(GPA + PAGE, b"wish")
-        assert memory.read(PAGE, 4) == b"wish"
+        rig.guest.write(GPA + PAGE, b"data")
+        assert memory.read(PAGE, 4) == b"data"
         with pytest.raises(GuestExit) as stopped:
             rig.guest.load(GPA + MIB, 4)
         assert stopped.value.exit == MmioExit(ExitReason.MMIO, False, GPA + MIB, 4, b"")

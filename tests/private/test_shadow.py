@@ -375,7 +375,7 @@ def test_the_other_vendors_hypercall(shadowed: Shadowed) -> None:
     assert ended, "it had run the same instruction again and again"
     assert patched == [code.replace(foreign, native)]
     assert shadowed.guest.read(CODE, len(code)) == code
-    # The control: in shared memory the instruction is mended, and works.
+    # The twin: in shared memory KVM patches the instruction, and it works.
     shadowed.rig.convert(CODE, PAGE, private=False)
     shadowed.host_writes(CODE, code)
     assert shadowed.guest.run(CODE) == (1 << 64) - 1000, "KVM has no hypercall 99"

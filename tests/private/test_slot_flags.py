@@ -79,7 +79,7 @@ def test_a_private_write_to_a_read_only_slot(flagged: Flagged, first: str) -> No
                 guest.resume()
         assert stopped.value.exit == expected
         page = bytes(k.ffi.buffer(guest.vcpu.kvm_run))
-        assert value not in page, "what the guest holds to be private is not told"
+        assert value not in page, "the exit does not have the data of a private write"
         assert value[:4] not in page
     assert flagged.memory.read(0, flagged.memory.size) == bytes(flagged.memory.size)
     # Where the slot may be written, the guest goes on as if nothing had been.
@@ -357,7 +357,9 @@ def test_slots_of_two_address_spaces(rig: Rig) -> None:
     assert answer(lambda: rig.bind(WHERE, PAGE, file, 0, slot=2 * SECOND | 6)) == "EINVAL"
     rig.guest.write(WHERE, b"works")
     other.delete()
-    assert rig.guest.read(WHERE, 5) == b"works", "the other one's slot is gone, not ours"
+    assert rig.guest.read(WHERE, 5) == b"works", (
+        "only the slot of the other address space was deleted"
+    )
     rig.bind(WHERE, PAGE, file, 0, slot=SECOND | 6).delete()
     one.delete()
     with pytest.raises(GuestExit) as stopped:

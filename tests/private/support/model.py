@@ -435,7 +435,7 @@ class Model:
         return self._start(cpu, Stopped(command(), gpa, size, write=True, string=True))
 
     def span(self, cpu: int, gpa: int, byte: int, size: int) -> Outcome:
-        """How many bytes are `byte` from `gpa` on; it looks no further."""
+        """The number of bytes from `gpa` on that are `byte`, up to `size`."""
 
         def command() -> Command:
             for at, part in pieces(gpa, size):

@@ -114,7 +114,7 @@ def bind(
     memory: int | None,
     flags: int,
     raw: bool,
-    spoil: tuple[str, int] | None,
+    error: tuple[str, int] | None,
 ) -> dict[str, Any]:
     gpa, size = where
     arguments: dict[str, Any] = {
@@ -127,8 +127,8 @@ def bind(
         "flags": flags,
         "raw": raw or not isinstance(file, int),
     }
-    if spoil and arguments[spoil[0]] is not None:
-        arguments[spoil[0]] += spoil[1]
+    if error and arguments[error[0]] is not None:
+        arguments[error[0]] += error[1]
     return arguments
 
 
@@ -385,7 +385,7 @@ class Machine:
             arguments["size"] = min(arguments["size"], slot.end - gpa)
 
     def begin(self) -> None:
-        """Start an example: no slot, no content, the default state, no wish."""
+        """Start an example: no slot, no content, the default state."""
         self.uses_large = False
         self.unbind()
         self.do(
