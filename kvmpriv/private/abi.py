@@ -136,16 +136,16 @@ class PrivateAbi(ABC):
     ) -> None:
         """Make a range private, or shared.
 
-        Where the VM is converted, slots need not exist, and it is all or nothing.  Where files
-        are converted, private slots must cover the range (OSError, ENOENT, else), and
-        ConversionError describes a conversion that has stopped part-way.
+        An ABI that converts VMs needs no slots, and converts all of the range or nothing.  One that
+        converts files needs private slots that cover the range (else OSError, ENOENT), and raises
+        ConversionError for a conversion that stopped part-way.
 
-        With two backings, the pages that the guest can't reach any more are then freed, so that no
-        page is held twice: who converts there and back finds zeros.  Pages stay that any slot of
-        this process has at another address, whatever that address is converted to.  What slots
-        of other processes have, or slots that were given the file by its number, is not known, and
-        freed.  `keep=True` frees nothing.  NotFreedError (an OSError): the range is converted,
-        but pages could not be freed.
+        With two backings, the pages that the guest can't reach any more are freed afterwards, so
+        that no page is kept twice: after a conversion there and back the guest finds zeros.  A page
+        is not freed if any slot of this process has it at another address, private or shared.
+        Slots of other processes, and slots that were made with the file's number, are not known:
+        their pages are freed.  `keep=True` frees nothing.  NotFreedError (an OSError): the range is
+        converted, but pages could not be freed.
         """
         with vm.slots_lock:
             if self.traits.converts == "vm":
@@ -166,11 +166,18 @@ class PrivateAbi(ABC):
             offset = slot.offset + start - slot.guest_phys_addr
             try:
                 self.convert_file(slot.file, offset, part, private=private)
-            except ConversionError as error:
-                error.gpa = slot.guest_phys_addr + error.offset - slot.offset
-                error.converted += start - gpa
-                vm.conversions += error.converted > 0
-                raise
+            except OSError as error:
+                stopped = error
+                if not isinstance(stopped, ConversionError):
+                    if start == gpa:
+                        raise
+                    # Slots before this one are converted, which the caller must get to know.
+                    what = error.strerror or str(error)
+                    stopped = ConversionError(error.errno or _errno.EIO, what, offset=offset)
+                stopped.gpa = slot.guest_phys_addr + stopped.offset - slot.offset
+                stopped.converted += start - gpa
+                vm.conversions += stopped.converted > 0
+                raise stopped from None
             vm.conversions += 1
 
     def try_out(self, kvm: Kvm) -> None:

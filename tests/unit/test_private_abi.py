@@ -33,6 +33,7 @@ class NotedAbi(private.PrivateAbi):
         self.fault_layout = private.ABIS["guest_memfd"].fault_layout._replace(abi=name)
         self.converted: list[tuple[object, int, int, bool]] = []
         self.stops_at: int | None = None
+        self.refuses: list[int] = []
 
     def make_vm(self) -> PrivateVm:
         return PrivateVm(self, os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC), PAGE)
@@ -49,6 +50,8 @@ class NotedAbi(private.PrivateAbi):
         self.converted.append((vm, gpa, size, private))
 
     def convert_file(self, file: PrivateFile, offset: int, size: int, *, private: bool) -> None:
+        if self.refuses:
+            raise OSError(self.refuses.pop(), "refused")
         if self.stops_at is not None and offset <= self.stops_at < offset + size:
             raise ConversionError(errno.EAGAIN, "in use", offset=self.stops_at, converted=PAGE)
         self.converted.append((file, offset, size, private))
@@ -123,6 +126,31 @@ def test_how_far_a_conversion_came(by_file: PrivateVm) -> None:
         by_file.abi.convert(by_file, BASE, 6 * PAGE, private=True)
     assert stopped.value.gpa == BASE + 3 * PAGE
     assert (stopped.value.offset, stopped.value.converted) == (9 * PAGE, 3 * PAGE)
+
+
+def test_a_refusal_after_a_part_is_reported_as_a_part(by_file: PrivateVm) -> None:
+    """In the first slot it is the kernel's own error: nothing is converted."""
+    bind(by_file, BASE, 2, 0), bind(by_file, BASE + 2 * PAGE, 4, 1, 8 * PAGE)
+    abi = by_file.abi
+    assert isinstance(abi, NotedAbi)
+    abi.refuses = [errno.EPERM]
+    with pytest.raises(PermissionError) as refused:
+        abi.convert(by_file, BASE, 6 * PAGE, private=True)
+    assert not isinstance(refused.value, ConversionError)
+    assert by_file.conversions == 0
+    convert_file = abi.convert_file
+
+    def refuse_the_second(file: PrivateFile, offset: int, size: int, *, private: bool) -> None:
+        if offset >= 8 * PAGE:
+            abi.refuses = [errno.EPERM]
+        convert_file(file, offset, size, private=private)
+
+    abi.convert_file = refuse_the_second  # type: ignore[method-assign]
+    with pytest.raises(ConversionError, match="refused") as stopped:
+        abi.convert(by_file, BASE, 6 * PAGE, private=True)
+    error = stopped.value
+    assert (error.errno, error.offset, error.gpa) == (errno.EPERM, 8 * PAGE, BASE + 2 * PAGE)
+    assert (error.converted, by_file.conversions) == (2 * PAGE, 2)
 
 
 @pytest.mark.parametrize("backings", [1, 2])
