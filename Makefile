@@ -9,7 +9,7 @@ SETUP  := $(VENV)/.installed
 	manual docs bench clean packages
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 demo: $(SETUP)  ## probe this host, and run a guest and Linux in private memory, here or in a VM
 	@scripts/demo

@@ -1,14 +1,14 @@
 """Build a kernel that has guest private memory, or find it in the cache.
 
-NAME is `restrictedmem` (Debian's Linux 6.1 with the patch series of this folder: the v9
-memfd_restricted ABI) or `guest_memfd` (Debian's Linux 6.12, unpatched, with software-protected
-VMs).  The last line on stdout is the image's path; beside the image lie config, vmlinux,
-System.map, the installed uapi headers (headers/include) and build.log.  As root on Debian what
-is missing is installed with apt-get; elsewhere it is listed.
+NAME is `restrictedmem` (Debian's Linux 6.1 with the patches of scripts/kernel/restrictedmem: the
+v9 memfd_restricted ABI) or `guest_memfd` (Debian's Linux 6.12, unpatched, with software-protected
+VMs).  The last line of stdout is the path of the image.  Its folder also contains config, vmlinux,
+System.map, the installed uapi headers (headers/include) and build.log.  As root on Debian, missing
+packages are installed with apt-get; elsewhere they are listed.
 
-The cache is ~/.cache/kvmpriv/kernels ($XDG_CACHE_HOME honoured, $KVMPRIV_CACHE chooses another),
-keyed by source version, patches, config, compiler and recipe.  $KVMPRIV_JOBS: parallel jobs;
-$CC: the compiler.
+The cache is ~/.cache/kvmpriv/kernels; $XDG_CACHE_HOME and $KVMPRIV_CACHE change it.  A kernel is
+built again when its source, patches, options, compiler, linker or the commands of the build change.
+$KVMPRIV_JOBS is the number of parallel jobs, $CC the compiler.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from .store import find_or_build
 
 EXIT_CODES = """exit codes:
   0  built or found
-  2  bad usage, unknown NAME, or something is missing and cannot be installed here
-  3  no source: no network, no package, not a Linux tree
-  4  a patch does not apply (which, and which hunk)
-  5  a config option that was asked for did not survive Kconfig
-  6  compiling failed
-  7  no space
+  2  usage error, or packages are missing and cannot be installed here
+  3  no source: no network, no package, or not a Linux tree
+  4  a patch does not apply (the message names the hunk)
+  5  Kconfig dropped an option that was asked for
+  6  the compilation failed
+  7  no space left
   130, 143  interrupted, terminated
 
 examples:
@@ -42,7 +42,8 @@ examples:
   build restrictedmem --config /boot/config-$(uname -r) --deb   # for real hardware"""
 
 
-def tell_deb(entry: Path) -> None:
+def explain_packages(entry: Path) -> None:
+    """Print how to install the packages of an entry, and how to boot the kernel."""
     release = (entry / "release").read_text().strip()
     packages = " ".join(
         str(p) for p in sorted(entry.glob("linux-image-*.deb")) if "dbg" not in p.name
@@ -50,32 +51,36 @@ def tell_deb(entry: Path) -> None:
     say(
         f"To install and boot it:\n  sudo apt-get install {packages}\n"
         f"  sudo reboot    # choose Linux {release} under 'Advanced options' of the boot menu\n"
-        f"  uname -r       # says {release}\n"
-        "Built in but untried by us: the Intel (EPT) path; what we run has AMD's nested paging."
+        f"  uname -r       # prints {release}\n"
+        "The Intel (EPT) path is built in, but untried: our own tests run on AMD's nested paging."
     )
     if entry.name.startswith("restrictedmem"):
         say(
-            "The test vehicle (private memory for plain x86 guests) is on;\n"
-            "kvm.private_mem_testing=0 on the kernel's command line turns it off."
+            "Plain x86 guests may use private memory, for tests;\n"
+            "kvm.private_mem_testing=0 on the kernel's command line turns this off."
         )
 
 
 def parse(arguments: list[str]) -> Plan:
+    """The plan that the command line describes."""
     parser = Parser("build", __doc__, EXIT_CODES)
     parser.add_argument("name", metavar="NAME", help=kernels.names("or"))
-    parser.add_argument("--debug", action="store_true", help="with sanitizers and lock checking")
-    parser.add_argument(
-        "--literal", action="store_true", help="restrictedmem as posted: without fixes/*.patch"
-    )
+    parser.add_argument("--debug", action="store_true", help="enable sanitizers and lock checking")
+    parser.add_argument("--literal", action="store_true", help="v9 as posted, without the fixes")
     parser.add_argument("--source", type=Path, metavar="TREE", help="a Linux tree or tarball")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="this config, completed")
-    parser.add_argument("--deb", action="store_true", help="make installable packages as well")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="use this config, with our options",
+    )
+    parser.add_argument("--deb", action="store_true", help="make Debian packages, too")
     chosen = parser.parse_args(arguments)
     if problem := kernels.problem(chosen.name, chosen.literal):
         parser.error(problem)
     for path in (chosen.source, chosen.config):
         if path and not path.exists():
-            parser.error(f"there is no {path}")
+            parser.error(f"{path} does not exist")
     return Plan(
         chosen.name,
         chosen.debug,
@@ -87,6 +92,7 @@ def parse(arguments: list[str]) -> Plan:
 
 
 def main(arguments: list[str]) -> int:
+    """The command scripts/kernel/build."""
     exit_on(signal.SIGTERM)
     plan = parse(arguments)
     try:
@@ -101,9 +107,9 @@ def main(arguments: list[str]) -> int:
         say(f"build: {error}")
         return Status.FAILED
     except KeyboardInterrupt:
-        say("build: interrupted; the next call starts afresh")
+        say("build: interrupted; the next call starts from the beginning")
         return 130
     if plan.deb:
-        tell_deb(entry)
+        explain_packages(entry)
     print(entry / "bzImage")
     return 0

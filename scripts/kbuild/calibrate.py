@@ -1,10 +1,10 @@
-"""Hold our suite against the kernel's own C selftests, in the same VM, case by case.
+"""Compare the suite with the kernel's own C selftests, in the same VM, case by case.
 
-The selftests of PROGRAMS are built out of Debian's linux-source-6.12 (or --source), once, and run
-in the guest_memfd kernel (or --kernel); in the same boot run those of our tests that say the same
-(correspondence.py has the table).  They agree where both pass, or both are skipped for the same
-reason.  A case of the C sources that is not in the table, and a test in it that is not there, are
-disagreements.
+The selftests are built once, from Debian's linux-source-6.12 (or --source), and run in the
+guest_memfd kernel (or --kernel).  The tests of ours that check the same run in the same boot;
+correspondence.py has the table.  A case agrees if both pass, or if both are skipped for the same
+reason.  A case of the C sources that the table lacks is a disagreement, and so is a test in the
+table that does not exist.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ DISAGREE = 1
 PATIENCE = 300  # seconds for one program
 EXIT_CODES = """exit codes:
   0  all agree
-  1  some do not (which), or the kernel complained, or something could not be built or run
-  2  bad usage, or something is missing and cannot be installed here"""
+  1  some do not (they are listed), the kernel complained, or something could not be built or run
+  2  usage error, or packages are missing and cannot be installed here"""
 
 
 def job(programs: Path, results: Path) -> str:
-    """What the VM's shell does."""
+    """The script for the shell of the VM."""
     lines = [f"cd {shlex.quote(str(programs))}"]
     for number, run in enumerate(RUNS):
         # Each change of a slot waits for all CPUs: a thousand times as long on two as on one.
@@ -70,18 +70,18 @@ def job(programs: Path, results: Path) -> str:
 
 
 def boot(kernel: str, programs: Path, results: Path) -> None:
-    """Run all of it in a VM; Refused when the VM or its kernel did not take it well."""
+    """Run all of it in a VM; Refused if the VM failed, or its kernel complained."""
     script = results / "job"
     script.write_text(job(programs, results))
     command = [str(ROOT / "scripts/vm"), kernel, "-q", "--output-dir", str(results)]
-    # Those of our tests that can crash a kernel which is not mended stay out, as they are.
+    # This names no fixed kernel, so tests that can crash others are skipped.
     command += ["--env", f"KVMPRIV_KERNEL={kernel}", "--", "sh", str(script)]
     if (status := subprocess.run(command, check=False).returncode) > 1:
         raise Refused(DISAGREE, f"the VM's run failed (scripts/vm: exit code {status})")
 
 
 def ours_said(results: Path) -> dict[str, Verdict]:
-    """Our tests' outcomes by their ids, as the table has these."""
+    """The outcomes of our tests by their ids, in the form of the table."""
     try:
         tree = ET.parse(results / "ours.xml")  # noqa: S314 (we have just had it written)
     except (OSError, ET.ParseError):
@@ -158,9 +158,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--source", type=Path, metavar="TREE", help="a Linux tree or tarball")
     chosen = parser.parse_args(arguments)
     if chosen.source and not chosen.source.exists():
-        parser.error(f"there is no {chosen.source}")
+        parser.error(f"{chosen.source} does not exist")
     if not (ROOT / PYTHON).exists():
-        parser.error(f"there is no {ROOT / PYTHON}: make check sets it up")
+        parser.error(f"{ROOT / PYTHON} does not exist: `make check` creates it")
     return chosen
 
 

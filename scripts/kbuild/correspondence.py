@@ -1,4 +1,4 @@
-"""Which tests of ours say what a case of the kernel's C selftests says.
+"""Which tests of ours check what a case of the kernel's C selftests checks.
 
 A case is a test function of the C program, by its name; ours are ids below tests/private, one
 without brackets for all its variants.
@@ -132,7 +132,7 @@ RUNS = (
     ),
 )
 
-#: What a C program says when it skips: what our tests say is missing then.
+#: The message of a C program that skips -> what our tests report as missing then.
 SAME_REASON = {
     r"KVM_CAP_GUEST_MEMFD|KVM_X86_SW_PROTECTED_VM|KVM_MEM_GUEST_MEMFD": ("guest_memfd",),
     r"KVM_CAP_USER_MEMORY2|vm_type": ("guest_memfd",),

@@ -36,7 +36,7 @@ KERNELS = {
 
 
 def problem(name: str, literal: bool = False) -> str:
-    """Why there is no such kernel; "" if there is one."""
+    """What is wrong with this name or option; "" if such a kernel can be built."""
     if name not in KERNELS:
         return f"unknown kernel {name!r}: there are {names()}"
     if literal and not KERNELS[name].fixes:

@@ -1,17 +1,19 @@
-"""Hold v9 as it was posted, without the mending patches, to the suite: known defects, all of them.
+"""Run the suite on v9 as it was posted, without the fixes: it must find each known defect.
 
-Without arguments the suite runs: 0 if each defect was found that can be looked for without harm,
-and every failure was named as one.  With --dangerous (and a name) each of the others is looked for
-alone, in a VM of its own, and what became of that is printed.
+    scripts/literal                        the whole suite
+    scripts/literal --dangerous [NAME]...  each defect that ends a kernel, in a VM of its own
+
+The first form exits with 0 if every defect was found that does not end the kernel, and if each
+failure of a test was attributed to a known defect.  The second prints how each VM ended.
 """
 
 from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from typing import NamedTuple
 
+from .command import Parser
 from .paths import ROOT
 
 PYTHON = ".venv/bin/python"
@@ -22,7 +24,7 @@ TESTS_FAILED = 1  # pytest's exit code
 LIST = """\
 from private.support.defects import DEFECTS
 for one in DEFECTS.values():
-    print(one.name, int(one.dangerous), int(not one.dangerous and not one.needs), sep="\\t")
+    print(one.name, int(bool(one.dangerous)), int(not one.dangerous and not one.needs), sep="\\t")
 """
 
 
@@ -36,7 +38,7 @@ class Defect(NamedTuple):
 
 def defects() -> list[Defect]:
     """The suite's list of known defects."""
-    # Asked of a Python that runs in tests/, which is where the suite finds its modules.
+    # In tests/, from where the suite's modules can be imported.
     done = subprocess.run(
         [ROOT / PYTHON, "-c", LIST],
         cwd=ROOT / "tests",
@@ -49,8 +51,8 @@ def defects() -> list[Defect]:
 
 
 def suite() -> int:
-    """The whole suite; 0 when it found what there is to be found, and nothing else failed."""
-    # Wide enough for the summary to keep every message.
+    """Run the whole suite; 0 if it found what it should find, and nothing else failed."""
+    # Wide enough for pytest's summary to keep each message in full.
     command = ["scripts/suite", *KERNEL, "--timeout", "1800", "--env", "COLUMNS=2000"]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
     failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
@@ -69,10 +71,17 @@ def suite() -> int:
 
 
 def dangerous(names: list[str]) -> int:
-    """One defect a VM: what the VM's exit code is, and the first words of its complaint."""
+    """One defect a VM: print the VM's exit status, and the first lines of the kernel's report."""
     for name in names or [one.name for one in defects() if one.dangerous]:
         test = f"tests/private/test_defects.py::test_known_defect[{name}]"
-        command = ["scripts/vm", *KERNEL, "--timeout", "900", "--env", "KVMPRIV_KERNEL=literal"]
+        command = [
+            "scripts/vm",
+            *KERNEL,
+            "--timeout",
+            "900",
+            "--env",
+            "KVMPRIV_KERNEL=restrictedmem-literal",
+        ]
         command += ["--", PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
         done = subprocess.run(
             [*command, "--dangerous", "--timeout", "60", test],
@@ -92,10 +101,13 @@ def dangerous(names: list[str]) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    known = {one.name for one in defects()} if arguments else set()
-    if arguments[:1] == ["--dangerous"] and set(arguments[1:]) <= known:
-        return dangerous(arguments[1:])
-    if arguments:
-        print(__doc__, file=sys.stderr)
-        return 2
-    return suite()
+    """The command scripts/literal."""
+    parser = Parser("literal", __doc__)
+    parser.add_argument("--dangerous", nargs="*", metavar="NAME", help="these defects, or all")
+    chosen = parser.parse_args(arguments).dangerous
+    if chosen is None:
+        return suite()
+    known = {one.name for one in defects() if one.dangerous}
+    if unknown := sorted(set(chosen) - known):
+        parser.error(f"no such dangerous defect: {', '.join(unknown)} (there are {sorted(known)})")
+    return dangerous(chosen)

@@ -43,13 +43,13 @@ if TYPE_CHECKING:
 
 EXIT_CODES = """exit codes:
   0  the suite passes without a break and fails for each
-  1  it fails without one, or breaks escaped (which)
-  2  bad usage, unknown NAME, or something is missing and cannot be installed here
-  3  to 7  no image: as scripts/kernel/build; 4 also when a break does not apply (which)
+  1  it fails without one, or breaks escaped (they are listed)
+  2  usage error, or packages are missing and cannot be installed here
+  3 to 7  no image, as scripts/kernel/build; 4 also if a break does not apply
   130, 143  interrupted, terminated"""
 
 TRIAL = ("scripts/launch.py", "kbuild.trial")
-#: Breaks to a VM, and how many seconds a VM may say nothing (tests that spin are ended sooner).
+#: Breaks for one VM, and the seconds that a VM may be silent (tests that spin are ended sooner).
 SOME, QUIET = 25, 600
 
 # scripts/vm's exit codes that are the kernel's doing: any of them is a failure of the suite.
@@ -62,7 +62,7 @@ DEATHS = {120: "the kernel complained", 121: "the kernel panicked", 122: "the VM
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a break: the test that caught it, and how, if it did not simply fail."""
+    """The outcome of a break: the test that caught it, and how, if it did not simply fail."""
 
     caught: bool
     test: str = ""
@@ -70,8 +70,8 @@ class Result:
 
 
 @dataclass
-class Said:
-    """What trial.py told of one break."""
+class Report:
+    """What trial.py reported about one break."""
 
     name: str
     text: str = ""
@@ -88,9 +88,9 @@ class Said:
         return (started[-1].strip() if started else ""), ""
 
 
-def listen(said: str) -> list[Said]:
-    """What trial.py told, break by break."""
-    found: list[Said] = []
+def reports(said: str) -> list[Report]:
+    """The reports of trial.py, break by break."""
+    found: list[Report] = []
     for line in said.splitlines(keepends=True):
         if not line.startswith("@@ "):
             if found and found[-1].ended is None:
@@ -104,12 +104,12 @@ def listen(said: str) -> list[Said]:
         elif word == "without":
             found[-1].without = int(more[0])
         else:
-            found.append(Said(word))
+            found.append(Report(word))
     return found
 
 
 class Runner:
-    """Runs tests in the image; keeps what was said."""
+    """Runs tests in the image; keeps the output of the VMs."""
 
     def __init__(self, image: Path) -> None:
         self.image = image
@@ -119,13 +119,13 @@ class Runner:
         self.over = False
 
     def stop(self) -> None:
-        """End the VMs, and begin no other: the threads that wait for them can end then."""
+        """End the VMs, and start no other, so that the threads that wait for them end."""
         self.over = True
         for vm in list(self.running):
             vm.terminate()
 
     def vm(self, name: str, append: str, command: Sequence[str]) -> tuple[int, str]:
-        """Run a command in a VM: exit code, all said."""
+        """Run a command in a VM; its exit status, and its output."""
         if self.over:
             raise Refused(1, "stopped")
         said = self.folder / f"{name}.txt"
@@ -162,12 +162,12 @@ class Runner:
         return code, said.read_text(errors="replace")
 
     def control(self, append: str) -> None:
-        """The suite passes where nothing is broken; else Refused."""
+        """Run the suite without a break; Refused if it fails."""
         name = f"none{append and '-'}{append}"
         tests = ["-m", "pytest", "-v", "-p", "no:cacheprovider", "tests/private"]
         code, said = self.vm(name, append, tests)
         if code:
-            test, _ = Said("", said).failed()
+            test, _ = Report("", said).failed()
             what = DEATHS.get(code, f"exit code {code}")
             raise Refused(
                 1,
@@ -181,10 +181,10 @@ class Runner:
         append = f"restrictedmem.break={one.name} {one.append}".strip()
         job = json.dumps([[one.name, list(tests)]])
         code, text = self.vm(one.name, append, [*TRIAL, job])
-        return self.judge(one, code, listen(text))
+        return self.judge(one, code, reports(text))
 
-    def judge(self, one: Break, code: int, said: Sequence[Said]) -> Result:
-        """What came of the break of which `said` tells last."""
+    def judge(self, one: Break, code: int, said: Sequence[Report]) -> Result:
+        """The outcome of the break that `said` reports last."""
         if not said or said[-1].name != one.name or (said[-1].ended is None and code not in DEATHS):
             raise Refused(1, f"{one.name}: exit code {code} before any test: see {self.folder}")
         last = said[-1]
@@ -205,7 +205,7 @@ class Runner:
         while left:
             first, jobs = left[0], json.dumps([[one.name, one.tests] for one in left])
             code, text = self.vm(f"from-{first.name}", first.append, [*TRIAL, jobs])
-            told = listen(text)
+            told = reports(text)
             if not told or code not in (0, STUCK, *DEATHS):
                 raise Refused(1, f"a VM ended with {code}: see from-{first.name} in {self.folder}")
             for said in told:
@@ -218,16 +218,16 @@ class Runner:
                     results[one.name] = self.judge(one, code, [said])
                 else:  # not noticed, perhaps, because it breaks what is done at boot
                     alone.append(one)
-                self.tell(one, results.get(one.name))
+                self.report(one, results.get(one.name))
         for one in alone:
             result = self.trial(one, one.tests)
             if result.caught:
                 results[one.name] = result
-            self.tell(one, result)
+            self.report(one, result)
         return results
 
     @staticmethod
-    def tell(one: Break, result: Result | None) -> None:
+    def report(one: Break, result: Result | None) -> None:
         if result and result.caught:
             say(f"{one.name}: {result.test} {result.how and f'({result.how})'}")
         else:
@@ -235,7 +235,7 @@ class Runner:
 
 
 def try_all(runner: Runner, chosen: Sequence[Break], jobs: int) -> dict[str, Result]:
-    """What came of each break."""
+    """The outcome of each break."""
     groups: list[list[Break]] = []
     for append in dict.fromkeys(one.append for one in chosen):
         alike = [one for one in chosen if one.append == append]
@@ -249,7 +249,7 @@ def try_all(runner: Runner, chosen: Sequence[Break], jobs: int) -> dict[str, Res
             whole = pool.map(lambda one: runner.trial(one, [""]), escaped)
             for one, last in zip(escaped, whole, strict=True):
                 results[one.name] = last
-                runner.tell(one, last)
+                runner.report(one, last)
         except BaseException:
             runner.stop()
             raise
@@ -270,15 +270,19 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser("mutate", __doc__, EXIT_CODES)
     parser.add_argument("names", metavar="NAME", nargs="*", help="these breaks only")
     parser.add_argument("--list", action="store_true", help="list the breaks: name, rule, files")
-    parser.add_argument("--quick", action="store_true", help="not the suite without a break")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="so many VMs at once (1)")
+    parser.add_argument(
+        "--quick", action="store_true", help="do not run the suite without a break first"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="VMs that run at the same time (default 1)"
+    )
     options = parser.parse_args(arguments)
     known = breaks.read()
     if options.jobs < 1:
         parser.error(f"--jobs must be 1 or more, not {options.jobs}")
     for name in options.names:
         if not fnmatch.filter([one.name for one in known], name):
-            parser.error(f"there is no break {name!r} (--list lists them)")
+            parser.error(f"there is no break {name!r} (--list prints the names)")
     options.chosen = [
         one
         for one in known

@@ -1,8 +1,8 @@
-"""The kernel's own C selftests: built out of a tree once, and which of their cases ran how.
+"""The kernel's own C selftests: building them from a tree, and the outcome of each of their cases.
 
-Such a program says no more than whether all of it passed.  The host's side of each is therefore
-built with calls at the entry and the exit of its test functions (cases.c): a case has passed when
-it was entered and left, failed when it was only entered; one that was never entered did not run.
+Such a program only reports whether all of it passed.  The host's side of each is therefore built
+with calls at the entry and the exit of its test functions (cases.c).  A case passed if it was
+entered and left, and failed if it was only entered; one that was never entered did not run.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PASS, FAIL, SKIP, NOT_RUN = "passed", "failed", "skipped", "not run"
 
 
 class Verdict(NamedTuple):
-    """How a case ended, and what is to be said of it."""
+    """How a case ended, and the reason."""
 
     status: str
     why: str = ""

@@ -21,18 +21,18 @@ from .recipe import MODULES_GIB, PLAIN_GIB, Plan, make_kernel
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-KEEP = 4  # kernels per variant: older ones are what an edited patch left behind
+KEEP = 4  # kernels per variant; the older ones are from before a patch was edited
 
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file at `path`; the kernel lets go of it however we end."""
+    """Hold the lock file at `path`; the kernel releases it however this process ends."""
     with path.open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            say(f"waiting: process {file.read().strip() or '?'} is building this very kernel")
+            say(f"waiting: process {file.read().strip() or '?'} is building this kernel")
             fcntl.flock(file, fcntl.LOCK_EX)
         file.truncate(0)
         file.write(str(os.getpid()))
@@ -41,12 +41,12 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def sweep(cache: Path, variant: str) -> None:
-    """Remove what cut-off builds left, and all but the newest kernels of this variant."""
+    """Remove the folders of interrupted builds, and all but the newest kernels of this variant."""
     for scratch in cache.glob("*.building"):
         lock_file = scratch.with_suffix(".lock")
         with lock_file.open("a") as lock, contextlib.suppress(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            say(f"removing what a cut-off build left: {scratch}")
+            say(f"removing the folder of an interrupted build: {scratch}")
             shutil.rmtree(scratch, ignore_errors=True)
     done = [path for path in cache.glob(f"{variant}.*") if (path / "bzImage").exists()]
     done.sort(key=lambda path: path.stat().st_mtime)
@@ -56,18 +56,19 @@ def sweep(cache: Path, variant: str) -> None:
 
 
 def check_space(cache: Path, plan: Plan) -> None:
+    """Refused, unless the file system of the cache has room for the build."""
     need = MODULES_GIB if plan.config else PLAIN_GIB * (1.5 if plan.debug else 1)
     free = shutil.disk_usage(cache).free / 2**30
     if free < need:
         raise Refused(
             Status.SPACE,
             f"no space: a build needs {need:.1f} GiB in {cache}, which has {free:.1f}. "
-            "Make room there or let KVMPRIV_CACHE name another place.",
+            "Free some, or set KVMPRIV_CACHE to another folder.",
         )
 
 
 def find_or_build(plan: Plan, make: Callable[[Plan, Path, Path], None] = make_kernel) -> Path:
-    """The cache's entry for `plan`; where there is none, `make` makes it."""
+    """The entry of the cache for `plan`; if there is none, `make` makes it."""
     cache = cache_root()
     cache.mkdir(parents=True, exist_ok=True)
     needs = TOOLS | (DEB_TOOLS if plan.deb else {})
@@ -85,7 +86,7 @@ def find_or_build(plan: Plan, make: Callable[[Plan, Path, Path], None] = make_ke
     with locked(cache / f"{name}.lock"):
         if (entry / "bzImage").exists():  # built while we waited
             return entry
-        # Under its lock this scratch is nobody's: a build was cut off.
+        # We have the lock, so a folder that exists is from an interrupted build.
         shutil.rmtree(scratch, ignore_errors=True)
         sweep(cache, plan.variant)
         check_space(cache, plan)
@@ -118,14 +119,15 @@ def find_or_build(plan: Plan, make: Callable[[Plan, Path, Path], None] = make_ke
 
 
 def snapshot(plan: Plan, folder: Path) -> Plan:
-    """The plan with its own copy of patches and fragments: ours may be edited while we build."""
+    """The plan with a copy of the data, which may be edited during the build."""
     shutil.copytree(plan.data, folder, ignore=shutil.ignore_patterns("__pycache__", ".*"))
     copied = dataclasses.replace(plan, data=folder)
     if copied.key() != plan.key():
-        raise Refused(Status.PATCH, f"{plan.data} was edited at this very moment: call again")
+        raise Refused(Status.PATCH, f"{plan.data} was edited just now: call again")
     return copied
 
 
 def children_seconds() -> float:
+    """Processor time of all ended children, in seconds."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime

@@ -1,4 +1,4 @@
-"""Inside the VM, for `mutate`: try breaks one after the other, each in a process of its own.
+"""The part of `mutate` that runs in the VM: try one break after the other, each in a process.
 
     scripts/launch.py kbuild.trial '[["NAME", ["test_file.py::test", …]], …]'
 
@@ -21,16 +21,16 @@ SELECTED = Path("/sys/module/restrictedmem/parameters/break")
 SUITE = Path("tests/private")
 #: Seconds for one test: spins are made to end.
 ONE = 60
-#: Our exit status when a process of ours can't be ended.
+#: The exit status if a process can't be ended.
 STUCK = 99
 
 
-def tell(*words: object) -> None:
+def report(*words: object) -> None:
     print("@@", *words, flush=True)
 
 
 def run_tests(tests: list[str]) -> int:
-    """pytest's exit status; -N when signal N ended it, which is ours when it takes too long."""
+    """The exit status of pytest; -N if signal N ended it, as SIGKILL does after too long."""
     import pytest
 
     sys.stdout.flush()
@@ -44,7 +44,7 @@ def run_tests(tests: list[str]) -> int:
         finally:
             sys.stdout.flush()
             os._exit(code)
-    # The whole suite takes its time.
+    # The whole suite has no time limit here; scripts/vm and mutate have.
     end = time.monotonic() + (4 * ONE if tests != [""] else 1e6)
     killed = False
     while True:
@@ -53,7 +53,7 @@ def run_tests(tests: list[str]) -> int:
             return os.waitstatus_to_exitcode(status)
         if time.monotonic() > end:
             if killed:
-                tell("stuck")
+                report("stuck")
                 os._exit(STUCK)
             os.kill(pid, signal.SIGKILL)
             killed, end = True, time.monotonic() + ONE / 2
@@ -72,12 +72,12 @@ def main(arguments: list[str]) -> int:
     for name, tests in jobs:
         if booted_with == "none":
             SELECTED.write_text(name)
-        assert SELECTED.read_text().strip() == name, f"the kernel knows no break {name}"
-        tell(name)
+        assert SELECTED.read_text().strip() == name, f"the kernel has no break {name}"
+        report(name)
         code = run_tests(tests)
-        tell("ended", code)
+        report("ended", code)
         if booted_with == "none":
             SELECTED.write_text("none")
             if code != 0:
-                tell("without", run_tests(tests))
+                report("without", run_tests(tests))
     return 0

@@ -2,13 +2,13 @@
 
     scripts/vm restrictedmem -- sh -c 'ls -l /dev/kvm; exit 7'
 
-The root is read-only below and writable above (what is written is thrown away); the folders of
---output-dir are really written.  The command runs as root in the caller's working directory;
-its stdout, stderr and exit status become ours.  The kernel's log is kept (--log, or in the
-cache).  KVM is used where it can nest, else QEMU's emulation (TCG), and stderr says which.
+The command may write anywhere, but what it writes is thrown away, except in the folders of
+--output-dir.  It runs as root in the caller's working directory; its stdout, stderr and exit
+status are passed on.  The kernel's log is kept (--log, or in the cache).  QEMU uses KVM if that can
+nest, and else emulates a processor (TCG); a message says which.
 
-virtme-ng does part of this, but takes KVM wherever /dev/kvm opens (one that cannot nest starts
-and hangs), judges no kernel log and has no time limit; most of this would be needed around it.
+virtme-ng does a part of this, but it uses KVM wherever /dev/kvm can be opened (a KVM that can't
+nest starts the VM and hangs), does not check the kernel's log and has no time limit.
 """
 
 from __future__ import annotations
@@ -48,27 +48,30 @@ COMPLAINT, PANIC, LOST, NO_BOOT, TIMEOUT, RUNNER = 120, 121, 122, 123, 124, 125
 EXIT_CODES = """exit codes: the command's own (128 + N when signal N ended it), but
   120  the kernel complained: WARN, BUG, sanitizer, lockdep, leak, taint
   121  the kernel panicked (an oops is made a panic, except with --tolerate)
-  122  the VM went away: QEMU died or the command rebooted it
+  122  the VM was lost: QEMU died, or the command rebooted it
   123  the VM did not come up
   124  --timeout or --silence ran out
-  125  nothing was run: bad usage, no QEMU, no kernel
+  125  nothing was run: usage error, no QEMU, no kernel
   130, 143  interrupted, terminated"""
 
 PASSED = re.compile(r"(KVMPRIV_|LC_|PYTEST_|PYTHON).*|CI|TERM|PATH|LANG|HOME|NO_COLOR|VIRTUAL_ENV")
 LOGS_KEPT = 40
-# Patience in seconds, for the plain and the debug kernels: with a VM that comes up, and with one
-# that has ended its command and says nothing more (under debug it looks for leaks).
+# Seconds to wait, for the plain and the debug kernels: for a VM to come up, and for one that has
+# ended its command and is silent (a debug kernel searches for leaks then).
 BOOTING, ENDING = (120.0, 600.0), (20.0, 300.0)
 
-# What a kernel prints that may never get on: nothing is left to wait for.
+# What a kernel prints that may be stalled for ever: there is nothing left to wait for.
 STALL = re.compile(r".*(?:rcu: INFO: .*stall|blocked for more than|watchdog: BUG: soft lockup)")
-# Seconds between looks for that, and from the first report until all of it is there.
+# Seconds between checks for that, and from the first line of a report until all of it is written.
 GLANCE, REPORT = 10.0, 15.0
 IDLE = 0.1  # of a processor, at most, is used by a VM that waits for an interrupt that never comes
 
 
 def host_kvm_nests() -> bool:
-    """Ask this machine's KVM whether a guest of it may have SVM or VMX."""
+    """Ask this machine's KVM whether a guest of it may have SVM or VMX.
+
+    kvmpriv/probe/host.py asks the same, with the package that this must run without.
+    """
     get_supported_cpuid, entries = 0xC008AE05, 512
     buffer = bytearray(struct.pack("<II", entries, 0) + bytes(40 * entries))
     try:
@@ -84,7 +87,7 @@ def host_kvm_nests() -> bool:
 
 
 def relevant(log: str, limit: int = 60) -> str:
-    """The log from its first complaint on, or its end."""
+    """The lines of the log from the first complaint on, or the last ones."""
     lines = log.splitlines()
     first = next((at for at, line in enumerate(lines) if TROUBLE.match(line)), None)
     part = lines[max(first - 2, 0) :][:limit] if first is not None else lines[-12:]
@@ -92,7 +95,7 @@ def relevant(log: str, limit: int = 60) -> str:
 
 
 class Stream:
-    """Passes one of the guest's streams on, up to the mark that ends it."""
+    """Copies one of the guest's streams, up to the mark that ends it."""
 
     def __init__(self, source: socket.socket, target: int, mark: bytes) -> None:
         self.source, self.target, self.mark = source, target, mark
@@ -100,7 +103,7 @@ class Stream:
         self.ended = False
 
     def pump(self) -> bool:
-        """Take what is there; False when the stream is over."""
+        """Copy what has arrived; False if the stream has ended."""
         data = self.source.recv(1 << 16)
         self.held += data
         at = self.held.find(self.mark)
@@ -143,7 +146,7 @@ class Machine:
         self.spare_cpu = options.accel != "kvm" and options.cpus > 1
 
     def write_job(self, folder: Path) -> None:
-        """What the guest's init reads: settings, and the command with its environment."""
+        """Write what the guest's init reads: settings, and the command with its environment."""
         options = self.options
         shutil.copyfile(DATA / "init", folder / "init")
         (folder / "init").chmod(0o755)
@@ -253,7 +256,7 @@ class Machine:
             target.shutdown(socket.SHUT_WR)
 
     def run(self) -> int:
-        """Pass everything on until the guest has told how it went; the exit code."""
+        """Copy the streams until the guest has reported the outcome; the exit status."""
         started = time.monotonic()
         self.start()
         if self.options.stdin:
@@ -292,7 +295,7 @@ class Machine:
                         data = self.sockets["control"].recv(4096)
                         *lines, heard = (heard + data).split(b"\n")
                         for line in lines:
-                            self.hear(line.decode())
+                            self.receive(line.decode())
                         more = bool(data)
                     else:
                         more = name == "gone" or streams[name].pump()
@@ -317,7 +320,8 @@ class Machine:
         assert self.status is not None
         return self.judge(self.status)
 
-    def hear(self, line: str) -> None:
+    def receive(self, line: str) -> None:
+        """A line on the control port."""
         word, _, number = line.partition(" ")
         if word == "ready":
             self.ready = True
@@ -327,17 +331,17 @@ class Machine:
             self.tainted = int(number)
 
     def processor_time(self) -> float:
-        """What QEMU has used of it, in seconds."""
+        """The processor time that QEMU has used, in seconds."""
         fields = Path(f"/proc/{self.qemu.pid}/stat").read_text().rpartition(") ")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def stalled(self) -> bool:
-        """Whether the kernel says that it, or something in it, has not got on for long."""
+        """Whether the kernel reports a stall, of itself or of a task."""
         log = self.log.read_text(errors="replace")
         return any(map(STALL.match, complaints(log.replace("\r", ""))))
 
     def judge(self, code: int) -> int:
-        """What the run comes to, given how it ended and what the kernel's log says."""
+        """The exit status of the run, from how it ended and from the kernel's log; prints why."""
         log = self.log.read_text(errors="replace").replace("\r", "")
         found = complaints(log)
         whole = self.tainted is not None
@@ -379,7 +383,7 @@ def find_image(options: argparse.Namespace) -> Path:
     if "/" in options.name:
         image = Path(options.name)
         if not image.is_file():
-            raise Refused(RUNNER, f"there is no kernel image {image}")
+            raise Refused(RUNNER, f"the kernel image {image} does not exist")
         options.name = image.resolve().parent.name or "vm"
         return image
     return find_or_build(Plan(options.name, options.debug, options.literal)) / "bzImage"
@@ -406,25 +410,47 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser("vm", __doc__, EXIT_CODES, "vm NAME [options] -- COMMAND...", RUNNER)
     add = parser.add_argument
     add("name", metavar="NAME", help=f"{', '.join(kernels.KERNELS)}, or the path of an image")
-    add("--cpus", type=int, default=2, help="for the command; with TCG and two or more, one more")
-    add("--memory", default="2G", metavar="SIZE", help="such as 2G (the default) or 512M")
+    add(
+        "--cpus",
+        type=int,
+        default=2,
+        help="processors (2); TCG has one more",
+    )
+    add("--memory", default="2G", metavar="SIZE", help="such as 512M (default 2G)")
     add(
         "--silence",
         type=float,
         metavar="SECONDS",
-        help="end a VM that is idle and says nothing for so long (124)",
+        help="end the VM if it is idle and silent for so long (124)",
     )
-    add("--timeout", type=float, metavar="SECONDS", help="from power on; else no limit")
-    add("--debug", action="store_true", help="the debug kernel; looks for leaks at the end")
-    add("--literal", action="store_true", help="the series without its mending patches")
+    add("--timeout", type=float, metavar="SECONDS", help="time limit, from power on")
+    add(
+        "--debug",
+        action="store_true",
+        help="use the debug kernel",
+    )
+    add("--literal", action="store_true", help="use v9 as posted, without the fixes")
     add("--append", default="", metavar="WORDS", help="more words for the kernel's command line")
-    add("--output-dir", type=Path, action="append", default=[], metavar="DIR")
-    add("--env", action="append", default=[], metavar="NAME[=VALUE]", help="pass this one, too")
-    add("--stdin", action="store_true", help="pass our stdin on (else it is /dev/null)")
-    add("--log", type=Path, metavar="FILE", help="where to keep the kernel's log")
-    add("--accel", choices=("auto", "kvm", "tcg"), default="auto")
-    add("--tolerate", action="store_true", help="show the kernel's complaints, but do not fail")
-    add("-q", "--quiet", action="store_true", help="talk only when something is wrong")
+    add(
+        "--output-dir",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="a folder in which the command may write",
+    )
+    add(
+        "--env",
+        action="append",
+        default=[],
+        metavar="NAME[=VALUE]",
+        help="set or pass a variable",
+    )
+    add("--stdin", action="store_true", help="pass stdin on (default: /dev/null)")
+    add("--log", type=Path, metavar="FILE", help="write the kernel's log here")
+    add("--accel", choices=("auto", "kvm", "tcg"), default="auto", help="default: auto")
+    add("--tolerate", action="store_true", help="do not fail if the kernel complains")
+    add("-q", "--quiet", action="store_true", help="print nothing unless something fails")
     at = arguments.index("--") if "--" in arguments else len(arguments)
     options = parser.parse_args(arguments[:at])
     options.command = arguments[at + 1 :]
@@ -432,9 +458,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if problem:
         parser.error(problem)
     if not options.command:
-        parser.error("which command? It comes after --")
+        parser.error("no command: it comes after --")
     if not re.fullmatch(r"\d+[MG]?", options.memory) or options.cpus < 1:
-        parser.error("--memory wants a size such as 2G, --cpus a number from 1 on")
+        parser.error("--memory must be a size such as 2G, and --cpus 1 or more")
     options.output_dir = [path.absolute() for path in options.output_dir]
     return options
 

@@ -123,7 +123,7 @@ def test_the_table_names_tests_that_are_there() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["--nope"], "--nope"), (["--source", "/nowhere"], "there is no /nowhere"), (["x"], "x")],
+    [(["--nope"], "--nope"), (["--source", "/nowhere"], "/nowhere does not exist"), (["x"], "x")],
 )
 def test_usage(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
     with pytest.raises(SystemExit) as ended:

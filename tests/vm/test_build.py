@@ -284,7 +284,7 @@ def wait_for(stream: object, word: str) -> None:
     [
         (["bogus"], "unknown kernel 'bogus': there are restrictedmem and guest_memfd"),
         (["guest_memfd", "--literal"], "guest_memfd has none"),
-        (["guest_memfd", "--config", "/nonexistent"], "there is no /nonexistent"),
+        (["guest_memfd", "--config", "/nonexistent"], "/nonexistent does not exist"),
         ([], "required: NAME"),
     ],
 )

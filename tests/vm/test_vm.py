@@ -284,9 +284,9 @@ def test_closed_stdout_ends_the_run(image: str) -> None:
     ("arguments", "words"),
     [
         (["bogus", "--", "true"], "unknown kernel 'bogus'"),
-        (["./bogus", "--", "true"], "there is no kernel image bogus"),
-        (["guest_memfd"], "which command?"),
-        (["guest_memfd", "--memory", "much", "--", "true"], "--memory wants a size"),
+        (["./bogus", "--", "true"], "the kernel image bogus does not exist"),
+        (["guest_memfd"], "no command"),
+        (["guest_memfd", "--memory", "much", "--", "true"], "--memory must be a size"),
         (["guest_memfd", "--bogus", "--", "true"], "unrecognized arguments: --bogus"),
     ],
 )
