@@ -151,7 +151,7 @@ struct kvm_enable_cap {
 	__u8  pad[64];
 };
 
-/* The page shared between KVM and whoever runs the vCPU. */
+/* The page shared between KVM and the thread that runs the vCPU. */
 struct kvm_hyperv_exit {
 	__u32 type;
 	__u32 pad1;

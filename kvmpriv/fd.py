@@ -147,7 +147,7 @@ class Structs:
 
     :meth:`take` returns a struct, filled with `values`, for the caller's exclusive use, safe
     against threads and signal handlers; the caller returns it with `give_back`.  A struct that is
-    not returned is replaced by a new one.  Padding is 0 as long as nobody sets it.
+    not returned is replaced by a new one.  Padding is 0 unless a caller sets it.
     """
 
     def __init__(self, pointer: CType) -> None:

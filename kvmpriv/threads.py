@@ -42,7 +42,7 @@ class VcpuThread(threading.Thread, Generic[_T]):
         self._reported = False
 
     def run(self) -> None:
-        """The thread's own function: :meth:`start` calls it, nobody else does."""
+        """The thread's own function; only :meth:`start` calls it."""
         try:
             while not self._stopping:
                 reason = self._vcpu.run()

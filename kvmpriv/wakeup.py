@@ -12,10 +12,10 @@ vCPU has the signal unblocked.
 
 *A signal with a Python handler* (SIGINT) is only noted by Python's handler in C; Python code runs
 when the main thread is back from C.  So as long as the main thread has vCPUs that it runs, kvmpriv
-has `signal.set_wakeup_fd`: a thread of ours reads there that a signal has come, and kicks them.
+has `signal.set_wakeup_fd`: a thread of kvmpriv reads there that a signal has come, and kicks them.
 The wake-up fd that was set before is given every byte it would have had, and is set again when
-the last of those vCPUs is closed.  Whoever sets it after us (asyncio's add_signal_handler) takes
-it from us: such a program runs its vCPUs in threads.
+the last of those vCPUs is closed.  Code that sets it later (asyncio's add_signal_handler) replaces
+kvmpriv's: such a program must run its vCPUs in other threads.
 
 Off the main thread there is nothing to watch: Python runs signal handlers in the main thread
 alone, whose waiting (``Thread.join``, ``Event.wait``) they interrupt.  The handler, or the code
@@ -100,7 +100,7 @@ def unwatch(vcpu: Kickable) -> None:
     with _lock:
         _watched.discard(vcpu)
         if _watched or _watch is None or not in_main_thread() or sys.is_finalizing():
-            return  # at interpreter exit the daemon thread can't be joined; it ends with the process
+            return  # at exit the daemon thread can't be joined; it ends with the process
         ending, _watch = _watch, None
     ending.close()  # not under the lock, which its thread may be waiting for
 

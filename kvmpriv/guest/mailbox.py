@@ -84,7 +84,7 @@ def write_agent(memory: HostMemory) -> None:
 
 
 class GuestExit(Exception):  # noqa: N818  # not an error, the guest's request
-    """A command stopped at `exit`, an exit of the vCPU `cpu` that nobody settled."""
+    """A command stopped at `exit`, an exit of the vCPU `cpu` that `serve` did not settle."""
 
     def __init__(self, cpu: Agent, exit_: Exit) -> None:
         super().__init__(str(exit_))

@@ -28,7 +28,7 @@ class Traits(NamedTuple):
     #: Whether a page of a new slot is private until it is converted.
     default_private: bool
     #: True if a guest can't choose how it accesses a page (software-protected VMs): a fault then
-    #: means that somebody else converted the page, and the guest only has to be re-entered.
+    #: means that another thread converted the page, and the guest only has to be re-entered.
     access_follows_state: bool
     #: How many pages stand behind one gfn.  2: one in the file, while it is private, and one in
     #: host memory, while it is shared.  1: the page in the file, private or shared.

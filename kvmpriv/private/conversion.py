@@ -21,7 +21,7 @@ class ConversionError(OSError):
 
     `offset` is that page's offset in its file, `gpa` its guest physical address.  `converted` is
     how many bytes from the start of the range are converted; what comes after them is unchanged.
-    errno is EAGAIN if the page is in use (pinned, or mapped by somebody else), so that the same
+    errno is EAGAIN if the page is in use (pinned, or mapped elsewhere), so that the same
     call may succeed later; ENOMEM if the kernel had no memory; another one if slots before this
     page are converted and the kernel refused the rest.
 

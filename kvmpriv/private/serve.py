@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["serve_conversion"]
 
-#: How often the same fault may come back: somebody may have converted the page by other means.
+#: How often the same fault may come back: the page may have been converted by other means.
 _PATIENCE = 8
 
 
@@ -31,7 +31,7 @@ def serve_conversion(vm: PrivateVm, vcpu: Vcpu, exit_: object) -> bool:
     where a conversion stopped part-way, whatever part of the range is converted then.
 
     Returns False for any other exit; for a fault outside private slots; and for a fault that comes
-    back again and again while nobody converts anything: the state of the page is not its cause.
+    back again and again without a conversion: the state of the page is not its cause.
 
     RuntimeWarning if pages could not be freed (:class:`NotFreedError`).  The guest has its answer
     by then: its memory is converted.

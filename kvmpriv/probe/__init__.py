@@ -23,7 +23,7 @@ DEVICE = "/dev/kvm"
 
 
 def probe(device: str = DEVICE, *, verbose: bool = False) -> Report:
-    """Probe the KVM at `device`; `verbose` also looks for who holds it.  Raises no OSError."""
+    """Probe the KVM at `device`; `verbose` also lists its users.  Raises no OSError."""
     facts = host.facts()
     found = checks.run(device, facts)
     return Report(found, facts, host.holders(device) if verbose else None)

@@ -205,14 +205,14 @@ def _ask_in_child() -> int:
             finally:
                 os._exit(errno)
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    except OSError as error:  # no process to be had, or whoever ignores SIGCHLD lost its status
+    except OSError as error:  # no child could be made, or SIGCHLD is ignored and its status lost
         return error.errno or _errno.EPERM
 
 
 def _check_v9_file(out: _Recorder, stack: ExitStack) -> restrictedmem.RestrictedMem | None:
     step, tried = Step.FILE, "memfd_restricted(0)"
     if not out.passed(Step.SYSCALL):
-        out.add(step, SKIP, "system call 451 is not known to make one")
+        out.add(step, SKIP, "system call 451 is not memfd_restricted, or its answer is unknown")
         return None
     try:
         file = stack.enter_context(restrictedmem.RestrictedMem())
@@ -241,8 +241,8 @@ def _check_v9_slot(out: _Recorder, vm: Vm, file: restrictedmem.RestrictedMem | N
             )
         except OSError as error:
             hint = (
-                "the kernel's hook for private memory says no to this VM: v9 needs TDX or SNP "
-                "beneath it, or a test option that says yes"
+                "the architecture's hook refuses private memory to this VM: v9 needs TDX or SNP, "
+                "or the module parameter kvm.private_mem_testing of this project's kernel"
             )
             out.failed(Step.SLOT, error, *asked, tried=tried, hint=hint)
             out.add(Step.CONVERSION, SKIP, "there is no private slot")
@@ -302,7 +302,7 @@ def _check_guest_memfd(out: _Recorder, vm: Vm) -> None:
         try:
             slot = guest_memfd.set_user_memory_region2(vm, 0, _GPA, _SIZE, memory, file, _OFFSET)
         except OSError as error:
-            hint = "this VM type takes no guest_memfd slot before Linux 6.18"
+            hint = "this VM type supports no guest_memfd slots before Linux 6.18"
             out.failed(Step.SLOT, error, *asked, tried=tried, hint=hint)
             slot = None
         else:
@@ -376,4 +376,4 @@ def _check_pre_fault(out: _Recorder, vm: Vm) -> None:
             result = f"{left:#x} bytes left" if left else "filled"
             out.add(step, FAIL if left else PASS, result, *asked, tried=tried)
     else:
-        out.add(step, SKIP, "a vCPU of this VM type needs its own launch", *asked)
+        out.add(step, SKIP, "a vCPU of this VM type needs a launch sequence first", *asked)

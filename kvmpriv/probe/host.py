@@ -140,7 +140,7 @@ def kvm_facts(system: Kvm) -> dict[str, Any]:
 
 
 def _confinement(host: dict[str, Any], what: str) -> list[str]:
-    """Who else may say no, of what is active here."""
+    """Security modules that are active here and may have refused the call, each with a hint."""
     hints = []
     if host["seccomp"]:
         hints.append(f"a seccomp filter is active (Seccomp in /proc/self/status): let {what} pass")
@@ -152,7 +152,7 @@ def _confinement(host: dict[str, Any], what: str) -> list[str]:
 
 
 def refusal_hint(errno: int | None, host: dict[str, Any], what: str) -> str:
-    """What may mend a system call or an ioctl that failed for no reason of its own."""
+    """The hint for a call that failed for lack of permission or of a resource."""
     if errno in (_errno.EPERM, _errno.EACCES):
         return "; ".join(_confinement(host, what))
     return {
@@ -164,20 +164,21 @@ def refusal_hint(errno: int | None, host: dict[str, Any], what: str) -> str:
 
 
 def device_hint(path: str, errno: int | None, host: dict[str, Any]) -> str:
-    """What may mend a device that can't be opened or isn't KVM."""
+    """The hint for a device that can't be opened or isn't KVM."""
     if errno in (_errno.ENOENT, _errno.ENXIO, _errno.ENODEV, _errno.ENOTDIR):
         if host["kvm_registered"]:
             major, _, minor = host["kvm_registered"].partition(":")
             return (
-                f"KVM is there, its node is not: mknod {path} c {major} {minor}; "
+                f"KVM is loaded, but has no device node: mknod {path} c {major} {minor}; "
                 f"in a container: --device {path}"
             )
         if host["backend"]:
-            return f"{', '.join(host['backend'])} is there without a device: see the kernel log"
+            loaded = ", ".join(host["backend"])
+            return f"{loaded} is loaded, but there is no device: see the kernel log"
         if not {"svm", "vmx"} & set(host["cpu_flags"]):
             return (
-                "this CPU shows no virtualization (svm, vmx): switch it on in the firmware "
-                "(SVM mode, VT-x); in a VM: let its hypervisor nest"
+                "this CPU has no virtualization flag (svm, vmx): enable it in the firmware "
+                "(SVM mode, VT-x); in a VM: enable nested virtualization in its hypervisor"
             )
         module = "kvm_amd" if "svm" in host["cpu_flags"] else "kvm_intel"
         return (
@@ -192,7 +193,7 @@ def device_hint(path: str, errno: int | None, host: dict[str, Any]) -> str:
             hints.append(f"a device cgroup may hide it; in a container: --device {path}")
         return "; ".join(hints)
     if errno in (_errno.ENOTTY, _errno.EINVAL, _errno.EISDIR, _errno.EPROTO):
-        return "a device that is not KVM: give KVM's, /dev/kvm"
+        return "this is not KVM's device: use /dev/kvm"
     return refusal_hint(errno, host, "open")
 
 
@@ -203,7 +204,7 @@ def _node_hint(path: str) -> str:
     try:
         status = Path(path).stat()
     except OSError:
-        return "a directory on the way to it can't be searched"
+        return "a directory of its path can't be searched"
     try:
         group = grp.getgrgid(status.st_gid).gr_name
     except KeyError:
@@ -215,7 +216,7 @@ def _node_hint(path: str) -> str:
 
 
 def why_not_offered(vm_type: str, host: dict[str, Any]) -> tuple[str, str]:
-    """Why KVM may not offer a VM type, and what may mend it."""
+    """Why KVM does not offer a VM type, and the hint."""
     parameters, backend = host["parameters"], host["backend"]
     there = ", ".join(backend) or "none"
     if vm_type == "sw_protected":
@@ -240,14 +241,14 @@ def why_not_offered(vm_type: str, host: dict[str, Any]) -> tuple[str, str]:
     setting = parameters.get(f"{module}.{name}")
     if setting is None:
         option = "CONFIG_KVM_AMD_SEV" if module == "kvm_amd" else "CONFIG_KVM_INTEL_TDX"
-        return f"{module} has no parameter {name}", f"a kernel with {option}=y"
+        return f"{module} has no parameter {name}", f"use a kernel with {option}=y"
     reasons = [f"{module}.{name} is {setting}"]
     if flag not in host["cpu_flags"]:
-        reasons.append(f"CPU flag {flag} not shown")
+        reasons.append(f"the CPU flag {flag} is absent")
     if module == "kvm_amd" and host["dev_sev"] is None:
         reasons.append("no /dev/sev")
     if setting in ("Y", "1"):
-        return ", ".join(reasons), "a kernel that has it as a VM type"
+        return ", ".join(reasons), "use a kernel that supports it as a VM type"
     firmware = "TDX" if vm_type == "tdx" else "SMEE, SEV and for SNP the RMP table"
     driver = "" if module == "kvm_intel" else "modprobe ccp; "
     return (
@@ -257,7 +258,7 @@ def why_not_offered(vm_type: str, host: dict[str, Any]) -> tuple[str, str]:
 
 
 def holders(device: str) -> dict[str, Any]:
-    """Who has descriptors of the device, and of VMs and vCPUs, and how many.
+    """The processes that have descriptors of the device, of VMs and of vCPUs, and how many.
 
     One thing may have several: Python's mmap keeps one of each vCPU's.  `unknown` counts the
     processes whose descriptors this user may not list.  Links are read, never followed: to stat

@@ -91,7 +91,7 @@ def _facts(report: Report) -> Iterator[tuple[str, str]]:
     yield "huge pages", ", ".join(_hugepages(host)) or "none"
     yield (
         "CPU flags",
-        f"{' '.join(host['cpu_flags']) or 'none of svm, vmx, SEV, TDX'} (a fact, decides nothing)",
+        f"{' '.join(host['cpu_flags']) or 'none of svm, vmx, SEV, TDX'} (for information only)",
     )
     yield (
         "/dev/sev",
@@ -100,7 +100,7 @@ def _facts(report: Report) -> Iterator[tuple[str, str]]:
     confined = [f"{name} {host[name]}" for name in ("selinux", "apparmor") if host[name]]
     if host["seccomp"]:
         confined.append(f"seccomp mode {host['seccomp']}")
-    yield "confinement", ", ".join(confined) or "none seen (seccomp, SELinux, AppArmor)"
+    yield "confinement", ", ".join(confined) or "none found (seccomp, SELinux, AppArmor)"
     if report.holders is not None:
         yield from _holders(report.holders)
 
@@ -113,12 +113,12 @@ def _hugepages(host: dict[str, Any]) -> Iterator[str]:
 
 
 def _holders(holders: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    label = "who holds the device"
+    label = "users of the device"
     for process in holders["processes"]:
         yield label, _HOLDER.format(**process)
         label = ""
     if not holders["processes"]:
-        yield label, "nobody else that can be seen"
+        yield label, "no other process, as far as this user can see"
         label = ""
     if holders["unknown"]:
-        yield label, f"{holders['unknown']} more processes may not be looked into"
+        yield label, f"{holders['unknown']} more processes can't be inspected by this user"

@@ -887,7 +887,7 @@ def test_use_after_close_of_every_object(kvm: Kvm) -> None:
         for use in (thing.fileno, thing.__enter__, *uses):
             with pytest.raises(ValueError, match=f"^{name} is closed$"):
                 use()
-    assert kvm.get_api_version() == 12, "another /dev/kvm is none of their business"
+    assert kvm.get_api_version() == 12, "another open /dev/kvm must not be affected"
 
 
 def test_no_fd_is_inherited(vm: Vm) -> None:

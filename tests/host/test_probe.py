@@ -393,7 +393,7 @@ def test_heavy_modules_stay_out() -> None:
     assert process.stdout.splitlines()[-1] == "[]"
 
 
-# -- who holds the device ----------------------------------------------------------------------
+# -- users of the device -----------------------------------------------------------------------
 
 
 def test_holders(kvm: kvmpriv.Kvm) -> None:

@@ -198,7 +198,7 @@ def test_the_zero_page(loaded: bytes) -> None:
     assert loaded[0x1F1:0x1F2] == b"\x01"
     assert loaded[0x202:0x206] == b"HdrS"
     assert loaded[0x210] == 0xFF
-    assert loaded[0x1EF] == 0  # the sentinel: nobody's garbage
+    assert loaded[0x1EF] == 0  # the sentinel: the page was zeroed
     assert struct.unpack_from("<Q", loaded, 0x70) == (0xE0000,)
     entries = [struct.unpack_from("<QQI", loaded, 0x2D0 + 20 * n) for n in range(loaded[0x1E8])]
     assert entries == [

@@ -29,7 +29,7 @@ from kvmpriv.guest.linux.virtio import (
 )
 
 SIZE = 1 << 20
-BASE = 0x10000  # of the memory that the guest shares; beyond it is none of its own
+BASE = 0x10000  # of the memory that the guest shares; there is no memory below it
 NEXT, WRITE, INDIRECT = 1, 2, 4
 VERSION_1 = 1 << 32
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SECTIONS = ["NAME", "SYNOPSIS", "DESCRIPTION", "OPTIONS", "EXIT STATUS", "ENVIRONMENT"]
 
 
-#: How Python and the shell read a variable of ours.
+#: How Python and the shell read one of kvmpriv's variables.
 READ = r"(environ[^A-Z]{1,10}|[$][{]?)KVMPRIV_[A-Z_]+"
 
 

@@ -79,7 +79,7 @@ class Kernel:
         self.call("ftruncate", size)
 
     def fileno(self) -> int:
-        raise AssertionError("nobody needs the number of a file that is not there")
+        raise AssertionError("the probe must not use a file's number here")
 
     def delete(self) -> None:
         self.call("delete")

@@ -134,7 +134,7 @@ AMD = {"backend": {"kvm_amd": "module"}}
         (
             "sev",
             AMD | {"parameters": {"kvm_amd.sev": "N"}, "dev_sev": True},
-            "kvm_amd.sev is N, CPU flag sev not shown",
+            "kvm_amd.sev is N, the CPU flag sev is absent",
             "firmware: enable SMEE",
         ),
         (
@@ -142,12 +142,12 @@ AMD = {"backend": {"kvm_amd": "module"}}
             AMD
             | {"parameters": {"kvm_amd.sev_es": "Y"}, "cpu_flags": ["sev_es"], "dev_sev": False},
             "kvm_amd.sev_es is Y",
-            "a kernel that has it as a VM type",
+            "use a kernel that supports it as a VM type",
         ),
         (
             "tdx",
             {"backend": {"kvm_intel": "module"}, "parameters": {"kvm_intel.tdx": "N"}},
-            "kvm_intel.tdx is N, CPU flag tdx_host_platform not shown",
+            "kvm_intel.tdx is N, the CPU flag tdx_host_platform is absent",
             "firmware: enable TDX; modprobe kvm_intel tdx=1",
         ),
         ("sw_protected", {"parameters": {"kvm_amd.npt": "N"}}, "kvm_amd.npt is N", "kvm_amd.npt=1"),
@@ -155,7 +155,7 @@ AMD = {"backend": {"kvm_amd": "module"}}
     ],
 )
 def test_why_not_offered(vm_type: str, facts: dict[str, Any], reason: str, hint: str) -> None:
-    why, mend = host.why_not_offered(vm_type, NOTHING | facts)
+    why, advice = host.why_not_offered(vm_type, NOTHING | facts)
     assert why.startswith(reason)
-    assert hint in mend
-    assert bool(hint) == bool(mend)
+    assert hint in advice
+    assert bool(hint) == bool(advice)

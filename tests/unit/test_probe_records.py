@@ -281,10 +281,10 @@ def test_text(recorded: Report) -> None:
     assert "  default VM" in lines
     assert "    [ PASS ] file          KVM_CREATE_GUEST_MEMFD: made" in lines
     hints = [line.strip() for line in lines if "hint:" in line]
-    assert hints == ["hint: firmware: RMP", "hint: patch it"]  # none where nothing needs mending
-    holder = next(line for line in lines if line.startswith("  who holds the device"))
+    assert hints == ["hint: firmware: RMP", "hint: patch it"]  # none for checks that passed
+    holder = next(line for line in lines if line.startswith("  users of the device"))
     assert holder.endswith(r"q\x1b[2J\xfc (7, me): descriptors of 1 devices, 1 VMs, 4 vCPUs")
-    assert lines[-1].endswith("3 more processes may not be looked into")
+    assert lines[-1].endswith("3 more processes can't be inspected by this user")
 
 
 def test_coloured_text_is_the_plain_one(recorded: Report) -> None:
