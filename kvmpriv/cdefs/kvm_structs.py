@@ -66,6 +66,7 @@ __all__ = [
     "kvm_signal_mask",
     "kvm_sregs",
     "kvm_sregs2",
+    "kvm_sregs_common",
     "kvm_stats_desc",
     "kvm_stats_header",
     "kvm_sync_regs",
@@ -80,6 +81,28 @@ __all__ = [
     "kvm_xcr",
     "kvm_xcrs",
 ]
+
+
+class kvm_sregs_common(Protocol):
+    """How kvm_sregs and kvm_sregs2 begin."""
+
+    cs: kvm_segment
+    ds: kvm_segment
+    es: kvm_segment
+    fs: kvm_segment
+    gs: kvm_segment
+    ss: kvm_segment
+    tr: kvm_segment
+    ldt: kvm_segment
+    gdt: kvm_dtable
+    idt: kvm_dtable
+    cr0: int  # __u64
+    cr2: int  # __u64
+    cr3: int  # __u64
+    cr4: int  # __u64
+    cr8: int  # __u64
+    efer: int  # __u64
+    apic_base: int  # __u64
 
 
 class kvm_clear_dirty_log(Protocol):
@@ -583,49 +606,15 @@ class kvm_signal_mask(Protocol):
     sigset: Array[int]  # __u8[]
 
 
-class kvm_sregs(Protocol):
+class kvm_sregs(kvm_sregs_common, Protocol):
     """struct kvm_sregs: 312 bytes."""
 
-    cs: kvm_segment
-    ds: kvm_segment
-    es: kvm_segment
-    fs: kvm_segment
-    gs: kvm_segment
-    ss: kvm_segment
-    tr: kvm_segment
-    ldt: kvm_segment
-    gdt: kvm_dtable
-    idt: kvm_dtable
-    cr0: int  # __u64
-    cr2: int  # __u64
-    cr3: int  # __u64
-    cr4: int  # __u64
-    cr8: int  # __u64
-    efer: int  # __u64
-    apic_base: int  # __u64
     interrupt_bitmap: Array[int]  # __u64[4]
 
 
-class kvm_sregs2(Protocol):
+class kvm_sregs2(kvm_sregs_common, Protocol):
     """struct kvm_sregs2: 320 bytes."""
 
-    cs: kvm_segment
-    ds: kvm_segment
-    es: kvm_segment
-    fs: kvm_segment
-    gs: kvm_segment
-    ss: kvm_segment
-    tr: kvm_segment
-    ldt: kvm_segment
-    gdt: kvm_dtable
-    idt: kvm_dtable
-    cr0: int  # __u64
-    cr2: int  # __u64
-    cr3: int  # __u64
-    cr4: int  # __u64
-    cr8: int  # __u64
-    efer: int  # __u64
-    apic_base: int  # __u64
     flags: int  # __u64
     pdptrs: Array[int]  # __u64[4]
 

@@ -14,6 +14,7 @@ import keyword
 import re
 import sys
 import tempfile
+from itertools import takewhile
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,8 @@ PRECEDENCE = (
     ("restrictedmem", "_V9"),
     ("restrictedmem_v10", "_V10"),
 )
+#: Two structs that begin with so many equal fields share a class.
+SHARED_FIELDS = 12
 NOTE = "Generated from cdefs/{name}.h by `make cdefs`: edit the header instead."
 
 
@@ -78,6 +81,16 @@ def module(name: str, ffi: cffi.FFI, parsed: Any) -> str:
     return "\n".join([*lines, "}", ""])
 
 
+def _class(name: str, parents: str, about: str, fields: list[str]) -> str:
+    lines = [
+        f"class {name}({parents}):",
+        f'    """{about}"""',
+        "",
+        *(f"    {one}" for one in fields),
+    ]
+    return "\n".join([*lines, ""])
+
+
 class Structs:
     """The Protocols of one header's structs."""
 
@@ -86,20 +99,33 @@ class Structs:
         self.ffi = ffi
         self.imported = imported  # the structs of kvm.h, where this is another header
         self.used: set[str] = set()
-        self.classes: list[str] = []
-        own = (
-            tag for tag in ffi.list_types()[1] if not tag.startswith("$") and tag not in imported
-        )
-        self.tags = sorted(own)
+        #: Class -> its docstring and its fields.
+        self.classes: dict[str, tuple[str, list[str]]] = {}
+        tags = (tag for tag in ffi.list_types()[1] if not tag.startswith("$"))
+        self.tags = sorted(tag for tag in tags if tag not in imported)
         for tag in self.tags:
             self._add(tag, ffi.typeof(f"struct {tag}"), f"struct {tag}")
 
     def _add(self, class_name: str, kind: Any, title: str) -> None:
         fields = list(self._fields(class_name, kind))
-        self.classes.append(
-            f'class {class_name}(Protocol):\n    """{title}: {self.ffi.sizeof(kind)} bytes."""\n\n'
-            + "".join(f"    {field}\n" for field in fields)
-        )
+        self.classes[class_name] = (f"{title}: {self.ffi.sizeof(kind)} bytes.", fields)
+
+    def _bodies(self) -> Iterator[str]:
+        """The classes; a struct that begins as a longer one does shares that beginning's class."""
+        bases: dict[str, str] = {}
+        for name, newer in zip(self.tags, self.tags[1:], strict=False):
+            pairs = zip(self.classes[name][1], self.classes[newer][1], strict=False)
+            common = len([*takewhile(lambda pair: pair[0] == pair[1], pairs)])
+            if common >= SHARED_FIELDS:
+                bases[name] = bases[newer] = base = f"{name}_common"
+                head = self.classes[name][1][:common]
+                yield _class(base, "Protocol", f"How {name} and {newer} begin.", head)
+                for tag in (name, newer):
+                    about, fields = self.classes[tag]
+                    self.classes[tag] = (about, fields[common:])
+        for name, (about, fields) in self.classes.items():
+            parents = f"{bases[name]}, Protocol" if name in bases else "Protocol"
+            yield _class(name, parents, about, fields)
 
     def _fields(self, owner: str, kind: Any) -> Iterator[str]:
         for name, field in kind.fields:
@@ -134,7 +160,7 @@ class Structs:
 
     def text(self) -> str:
         """The module with the Protocols."""
-        body = "\n\n".join(self.classes)
+        body = "\n\n".join(self._bodies())
         shared = sorted(self.used & self.imported)
         lines = [
             f'"""The structs of cdefs/{self.name}.h, for annotations.',

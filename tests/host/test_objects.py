@@ -822,13 +822,13 @@ def test_an_exit_of_each_kind_a_guest_can_make(make_guest: MakeGuest) -> None:
         )
     )
     assert vcpu.run() == k.KVM_EXIT_IO
-    assert vcpu.exit() == exits.IoExit(2, True, 0x42, 2, 1, b"\x34\x12")
+    assert vcpu.exit() == exits.IoExit(exits.ExitReason.IO, True, 0x42, 2, 1, b"\x34\x12")
     assert vcpu.run() == k.KVM_EXIT_IO
-    assert vcpu.exit() == exits.IoExit(2, False, 0x43, 1, 1, b"")
+    assert vcpu.exit() == exits.IoExit(exits.ExitReason.IO, False, 0x43, 1, 1, b"")
     assert vcpu.run() == k.KVM_EXIT_MMIO
-    assert vcpu.exit() == exits.MmioExit(6, True, 0xF0010, 1, b"\x77")
+    assert vcpu.exit() == exits.MmioExit(exits.ExitReason.MMIO, True, 0xF0010, 1, b"\x77")
     assert vcpu.run() == k.KVM_EXIT_MMIO
-    assert vcpu.exit() == exits.MmioExit(6, False, 0xF0020, 2, b"")
+    assert vcpu.exit() == exits.MmioExit(exits.ExitReason.MMIO, False, 0xF0020, 2, b"")
     vcpu.reply(b"\xcd\xab")
     assert vcpu.run() == k.KVM_EXIT_HLT
     assert vcpu.get_regs().rax & 0xFFFF == 0xABCD

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
@@ -186,7 +186,7 @@ def test_every_struct_has_a_protocol_with_its_fields(name: str) -> None:
     namespace, literal = NAMESPACES[name]
     protocols = importlib.import_module(f"kvmpriv.cdefs.{name}_structs")
     for struct in literal:
-        known = set(vars(protocols)[struct].__annotations__)
+        known = set(get_type_hints(vars(protocols)[struct]))
         assert known == fields_of(namespace.ffi.typeof(f"struct {struct}")), struct
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import errno
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import pytest
 
 from kvmpriv import exits, private, uapi
-from kvmpriv.cdefs.enums import Cap, MemFlag
+from kvmpriv.cdefs.enums import Cap, InternalError, MemFlag, SystemEvent
 from kvmpriv.cdefs.exit_reason import ExitReason
 from kvmpriv.fd import describe
 
@@ -23,6 +23,14 @@ def run() -> Any:
 
 
 _keep: dict[Any, Any] = {}
+_T = TypeVar("_T")
+
+
+def decoded(run: Any, kind: type[_T]) -> _T:
+    """The exit, which is one of this kind."""
+    found = exits.decode(run)
+    assert isinstance(found, kind)
+    return found
 
 
 def test_io_out(run: Any) -> None:
@@ -30,31 +38,35 @@ def test_io_out(run: Any) -> None:
     run.io.direction, run.io.size, run.io.port, run.io.count = uapi.kvm.KVM_EXIT_IO_OUT, 2, 0x3F8, 3
     run.io.data_offset = 4096
     uapi.kvm.ffi.buffer(uapi.kvm.ffi.cast("char *", run) + 4096, 6)[:] = b"abcdef"
-    assert exits.decode(run) == exits.IoExit(2, True, 0x3F8, 2, 3, b"abcdef")
+    assert exits.decode(run) == exits.IoExit(ExitReason.IO, True, 0x3F8, 2, 3, b"abcdef")
     assert str(exits.decode(run)) == "KVM_EXIT_IO: out 616263646566, port 0x3f8"
     run.io.direction = uapi.kvm.KVM_EXIT_IO_IN
-    assert exits.decode(run) == exits.IoExit(2, False, 0x3F8, 2, 3, b"")
+    assert exits.decode(run) == exits.IoExit(ExitReason.IO, False, 0x3F8, 2, 3, b"")
 
 
 def test_mmio(run: Any) -> None:
     run.exit_reason = uapi.kvm.KVM_EXIT_MMIO
     run.mmio.phys_addr, run.mmio.len, run.mmio.is_write = 0xFEE00000, 4, 1
     run.mmio.data = b"\x01\x02\x03\x04\x05\x06\x07\x08"
-    assert exits.decode(run) == exits.MmioExit(6, True, 0xFEE00000, 4, b"\x01\x02\x03\x04")
+    assert exits.decode(run) == exits.MmioExit(
+        ExitReason.MMIO, True, 0xFEE00000, 4, b"\x01\x02\x03\x04"
+    )
     run.mmio.is_write = 0
-    assert exits.decode(run) == exits.MmioExit(6, False, 0xFEE00000, 4, b"")
+    assert exits.decode(run) == exits.MmioExit(ExitReason.MMIO, False, 0xFEE00000, 4, b"")
 
 
 def test_hypercall(run: Any) -> None:
     run.exit_reason = uapi.kvm.KVM_EXIT_HYPERCALL
     run.hypercall.nr, run.hypercall.args, run.hypercall.longmode = 12, [1, 2, 16, 0, 0, 0], 1
-    assert exits.decode(run) == exits.HypercallExit(3, 12, (1, 2, 16, 0, 0, 0), True)
+    assert exits.decode(run) == exits.HypercallExit(
+        ExitReason.HYPERCALL, 12, (1, 2, 16, 0, 0, 0), True
+    )
 
 
 def test_fail_entry(run: Any) -> None:
     run.exit_reason = uapi.kvm.KVM_EXIT_FAIL_ENTRY
     run.fail_entry.hardware_entry_failure_reason, run.fail_entry.cpu = 0x80000021, 7
-    assert exits.decode(run) == exits.FailEntryExit(9, 0x80000021, 7)
+    assert exits.decode(run) == exits.FailEntryExit(ExitReason.FAIL_ENTRY, 0x80000021, 7)
     assert "0x80000021 on cpu 7" in str(exits.decode(run))
 
 
@@ -62,9 +74,11 @@ def test_internal_error(run: Any) -> None:
     run.exit_reason = uapi.kvm.KVM_EXIT_INTERNAL_ERROR
     run.internal.suberror, run.internal.ndata = uapi.kvm.KVM_INTERNAL_ERROR_DELIVERY_EV, 2
     run.internal.data[0], run.internal.data[1], run.internal.data[2] = 5, 6, 7
-    decoded = exits.decode(run)
-    assert decoded == exits.InternalErrorExit(17, 3, (5, 6), b"")
-    assert "DELIVERY_EV, data 0x5 0x6" in str(decoded)
+    found = exits.decode(run)
+    assert found == exits.InternalErrorExit(
+        ExitReason.INTERNAL_ERROR, InternalError.DELIVERY_EV, (5, 6), b""
+    )
+    assert "DELIVERY_EV, data 0x5 0x6" in str(found)
 
 
 def test_internal_error_with_instruction(run: Any) -> None:
@@ -73,34 +87,36 @@ def test_internal_error_with_instruction(run: Any) -> None:
     run.emulation_failure.flags = 1
     run.emulation_failure.insn_size = 2
     run.emulation_failure.insn_bytes[0], run.emulation_failure.insn_bytes[1] = 0x0F, 0x0B
-    assert exits.decode(run).instruction == b"\x0f\x0b"
+    assert decoded(run, exits.InternalErrorExit).instruction == b"\x0f\x0b"
     assert str(exits.decode(run)).endswith("EMULATION, instruction 0f 0b")
     run.internal.ndata = 1  # KVM says the flags are all there is
-    assert exits.decode(run).instruction == b""
+    assert decoded(run, exits.InternalErrorExit).instruction == b""
 
 
 def test_system_event(run: Any) -> None:
     run.exit_reason = uapi.kvm.KVM_EXIT_SYSTEM_EVENT
     run.system_event.type, run.system_event.ndata = uapi.kvm.KVM_SYSTEM_EVENT_CRASH, 0
-    assert exits.decode(run) == exits.SystemEventExit(24, 3, ())
+    assert exits.decode(run) == exits.SystemEventExit(
+        ExitReason.SYSTEM_EVENT, SystemEvent.CRASH, ()
+    )
     assert str(exits.decode(run)) == "KVM_EXIT_SYSTEM_EVENT: CRASH"
     run.system_event.ndata = 1 << 31  # nonsense from a broken kernel reads no further than 16
-    assert len(exits.decode(run).data) == 16
+    assert len(decoded(run, exits.SystemEventExit).data) == 16
 
 
 @pytest.mark.parametrize("name", ["HLT", "SHUTDOWN", "INTR", "IRQ_WINDOW_OPEN", "NMI", "SET_TPR"])
 def test_plain(run: Any, name: str) -> None:
     run.exit_reason = getattr(uapi.kvm, f"KVM_EXIT_{name}")
-    assert exits.decode(run) == exits.SimpleExit(run.exit_reason)
+    assert exits.decode(run) == exits.SimpleExit(ExitReason[name])
     assert str(exits.decode(run)) == f"KVM_EXIT_{name}"
 
 
 def test_an_unknown_number_is_kept_and_shown(run: Any) -> None:
     run.exit_reason = 12345
     uapi.kvm.ffi.buffer(uapi.kvm.ffi.addressof(run.hw), 4)[:] = b"\xde\xad\xbe\xef"
-    decoded = exits.decode(run)
-    assert decoded == exits.OtherExit(12345, b"\xde\xad\xbe\xef" + bytes(252))
-    assert str(decoded) == "exit 12345: deadbeef"
+    found = exits.decode(run)
+    assert found == exits.OtherExit(ExitReason(12345), b"\xde\xad\xbe\xef" + bytes(252))
+    assert str(found) == "exit 12345: deadbeef"
 
 
 def test_memory_fault_of_v9(run: Any) -> None:
@@ -113,10 +129,12 @@ def test_memory_fault_of_v9(run: Any) -> None:
         b"\0\x10\0\0\0\0\0\0"  # size
     )
     fault = exits.decode(run)
-    assert fault == exits.MemoryFaultExit(38, 0x12345000, 0x1000, True, 1, 0, "restrictedmem")
+    assert fault == exits.MemoryFaultExit(
+        ExitReason(38), 0x12345000, 0x1000, True, 1, 0, "restrictedmem"
+    )
     assert "the guest accessed 0x12345000…0x12346000 as private memory" in str(fault)
     raw[32:36] = bytes(4)
-    assert exits.decode(run).private is False
+    assert decoded(run, exits.MemoryFaultExit).private is False
 
 
 def test_memory_fault_of_mainline(run: Any) -> None:
@@ -125,10 +143,10 @@ def test_memory_fault_of_mainline(run: Any) -> None:
     raw[32:56] = b"\x08\0\0\0\0\0\0\0\0\x50\x34\x12\0\0\0\0\0\x10\0\0\0\0\0\0"
     fault = exits.decode(run, errno.EFAULT)
     assert fault == exits.MemoryFaultExit(
-        39, 0x12345000, 0x1000, True, 8, errno.EFAULT, "guest_memfd"
+        ExitReason.MEMORY_FAULT, 0x12345000, 0x1000, True, 8, errno.EFAULT, "guest_memfd"
     )
     raw[32] = b"\x01"  # v9's bit means nothing here
-    assert exits.decode(run).private is False
+    assert decoded(run, exits.MemoryFaultExit).private is False
 
 
 def test_each_generation_has_its_own_layout() -> None:
@@ -146,8 +164,10 @@ def test_a_memory_fault_is_decoded_by_the_layout_of_the_vm(run: Any) -> None:
     run.exit_reason = 38
     raw = b"\x01\0\0\0\0\0\0\0\0\x50\0\0\0\0\0\0\0\x10\0\0\0\0\0\0"
     uapi.kvm.ffi.buffer(run)[32:56] = raw
-    assert exits.decode(run, 14, own) == exits.MemoryFaultExit(38, 0x5000, 4096, True, 1, 14, "toy")
-    assert exits.decode(run).abi == "restrictedmem"
+    assert exits.decode(run, 14, own) == exits.MemoryFaultExit(
+        ExitReason(38), 0x5000, 4096, True, 1, 14, "toy"
+    )
+    assert decoded(run, exits.MemoryFaultExit).abi == "restrictedmem"
 
 
 EXITS = [
@@ -169,10 +189,10 @@ def test_the_union_has_every_exit() -> None:
 
 def test_a_reason_is_shown_by_name_and_is_an_int(run: Any) -> None:
     run.exit_reason = uapi.kvm.KVM_EXIT_HLT
-    decoded = exits.decode(run)
-    assert repr(decoded) == "SimpleExit(reason=<ExitReason.HLT: 5>)"
-    assert decoded.reason == 5
-    assert f"{decoded.reason:#x} {decoded.reason}" == "0x5 KVM_EXIT_HLT"
+    found = exits.decode(run)
+    assert repr(found) == "SimpleExit(reason=<ExitReason.HLT: 5>)"
+    assert found.reason == 5
+    assert f"{found.reason:#x} {found.reason}" == "0x5 KVM_EXIT_HLT"
 
 
 def test_a_number_without_a_name_is_shown_as_a_number() -> None:
@@ -181,7 +201,7 @@ def test_a_number_without_a_name_is_shown_as_a_number() -> None:
     assert exits.exit_name(77) == "exit 77"
     assert str(Cap(9999)) == "capability 9999"
     with pytest.raises(ValueError, match="'HLT' is not a valid ExitReason"):
-        ExitReason("HLT")
+        ExitReason("HLT")  # type: ignore[arg-type]
 
 
 def test_flags_are_shown_by_name() -> None:
