@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno as _errno
+import gc
 import io
 import os
 import sys
@@ -11,7 +12,7 @@ from contextlib import suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from .commands import COMMANDS, Command, fail
+from .commands import COMMANDS, fail
 from .exit_status import ExitStatus
 from .terminal import OutputError
 
@@ -116,13 +117,13 @@ def command_module(command: str) -> ModuleType:
 
 
 def command_parser(
-    command: Command, parser: argparse.ArgumentParser | None = None
+    name: str, parser: argparse.ArgumentParser | None = None
 ) -> argparse.ArgumentParser:
     """Add the arguments and the help of a command to `parser`, or to a new one; returns it."""
-    parser = parser or _Parser(prog=f"kvmpriv {command.name}")
-    module = command_module(command.name)
+    parser = parser or _Parser(prog=f"kvmpriv {name}")
+    module = command_module(name)
     module.add_arguments(parser)
-    parser.description = parser.description or f"{command.summary[0].upper()}{command.summary[1:]}."
+    parser.description = parser.description or COMMANDS[name]
     parts = [parser.epilog or ""]
     if examples := getattr(module, "EXAMPLES", ()):
         parts.append("examples:")
@@ -153,40 +154,37 @@ def make_parser(*, complete: bool = False) -> argparse.ArgumentParser:
     parser.epilog = "`kvmpriv COMMAND --help` describes a command, and so does its manual page, "
     parser.epilog += "kvmpriv-COMMAND(1)."
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in COMMANDS:
-        added = commands.add_parser(command.name, help=command.summary)
+    for name, summary in COMMANDS.items():
+        added = commands.add_parser(name, help=summary)
         if complete:
-            command_parser(command, added)
+            command_parser(name, added)
     about = commands.add_parser("help", help="print the help of kvmpriv or of a command")
     about.description = "Print the help of kvmpriv, or of a command."
-    about.add_argument(
-        "about", nargs="?", metavar="COMMAND", choices=[command.name for command in COMMANDS]
-    )
+    about.add_argument("about", nargs="?", metavar="COMMAND", choices=list(COMMANDS))
     return parser
 
 
 def _run(arguments: list[str]) -> int:
     """Parse the command line and run the command; SystemExit for usage and help."""
-    commands = {command.name: command for command in COMMANDS}
     name = arguments[0] if arguments else ""
-    if name not in commands:
-        return _run_without_command(name, arguments, commands)
-    options = command_parser(commands[name]).parse_args(arguments[1:])
+    if name not in COMMANDS:
+        return _run_without_command(name, arguments)
+    options = command_parser(name).parse_args(arguments[1:])
     if sys.stdout is None:
         return fail("", "standard output is closed", ExitStatus.UNABLE)
     status: int = command_module(name).main(options)
     return status
 
 
-def _run_without_command(name: str, arguments: list[str], commands: dict[str, Command]) -> int:
+def _run_without_command(name: str, arguments: list[str]) -> int:
     parser = make_parser()
     about = arguments[1] if name == "help" and len(arguments) > 1 else name
-    if about in commands and len(arguments) == 2:
-        command_parser(commands[about]).print_help()
+    if about in COMMANDS and len(arguments) == 2:
+        command_parser(about).print_help()
     elif arguments == ["help"]:
         parser.print_help()
     elif about and not about.startswith("-") and about != "help":
-        parser.error(f"there is no command {about!r}{did_you_mean(about, commands)}")
+        parser.error(f"there is no command {about!r}{did_you_mean(about, COMMANDS)}")
     else:
         parser.parse_args(arguments)  # --help and --version exit, all else is an error
     return ExitStatus.OK
@@ -199,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:  # this process is the command, so the standard streams may be changed
         _prepare_output()
     arguments = list(sys.argv[1:] if argv is None else argv)
-    name = arguments[0] if arguments and arguments[0] in {name for name, _ in COMMANDS} else ""
+    name = arguments[0] if arguments and arguments[0] in COMMANDS else ""
     try:
         try:
             status = _run(arguments)
@@ -263,8 +261,6 @@ def _discard(stream: TextIO) -> None:
 
 def run() -> NoReturn:
     """Run the command line of this process and exit."""
-    import gc
-
     status = main()
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:

@@ -12,7 +12,6 @@ from .errors import ArgumentError, ClosedError
 from .fd import Structs, check_range, new_struct
 from .libc import ioctl as _ioctl
 from .memory import PAGE_SIZE, HostMemory
-from .routing import IrqchipRoute, MsiRoute, routing_table
 from .slots import Lifeline, Slot, without
 from .vcpu import Vcpu
 from .wakeup import SignalsBlocked
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from .cdefs.cffi_types import Cdata
     from .cdefs.kvm_structs import kvm_clock_data
     from .faults import FaultLayout
+    from .routing import IrqchipRoute, MsiRoute
     from .slots import Held
 
 __all__ = ["Vm"]
@@ -369,6 +369,8 @@ class Vm(KvmFd):
         An interrupt number (GSI) that no route names reaches nothing.  OSError (EINVAL) for a GSI
         or a pin out of range, or for flags that KVM does not know.
         """
+        from .routing import routing_table
+
         self.ioctl(kvm_h.KVM_SET_GSI_ROUTING, routing_table(routes))
 
     def irqfd(self, fd: int, gsi: int, *, flags: int = 0, resamplefd: int = 0) -> None:

@@ -4,30 +4,24 @@ from __future__ import annotations
 
 import sys
 from contextlib import suppress
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from ..terminal import printable
 
 if TYPE_CHECKING:
     from ..exit_status import ExitStatus
 
-__all__ = ["COMMANDS", "Command", "fail"]
+__all__ = ["COMMANDS", "fail"]
 
 
-class Command(NamedTuple):
-    """A command: its name, which is its module's too, and its help in one line."""
-
-    name: str
-    summary: str
-
-
-COMMANDS = (
-    Command("probe", "find out what private memory this host can give to guests"),
-    Command("run", "run a guest from a flat binary or an ELF file"),
-    Command("boot", "boot Linux from a bzImage or a vmlinux"),
-    Command("trace", "show a recorded run, as text and as a page"),
-    Command("selftest", "test the running kernel against the rules of private memory"),
-)
+#: The name of each command, which is its module's too, and its help in one line.
+COMMANDS = {
+    "probe": "find out what private memory this host can give to guests",
+    "run": "run a guest from a flat binary or an ELF file",
+    "boot": "boot Linux from a bzImage or a vmlinux",
+    "trace": "show a recorded run, as text and as a page",
+    "selftest": "test the running kernel against the rules of private memory",
+}
 
 
 def fail(command: str, message: str, status: ExitStatus) -> ExitStatus:

@@ -16,7 +16,7 @@ import shtab
 
 import kvmpriv
 from kvmpriv import cli
-from kvmpriv.commands import COMMANDS, Command
+from kvmpriv.commands import COMMANDS
 from kvmpriv.commands._options import parse_path
 
 PACKAGE = Path(kvmpriv.__file__).parent
@@ -186,33 +186,33 @@ def page(name: str, *sections: str) -> str:
 
 
 def see_also(but: str) -> str:
-    names = [f"kvmpriv-{command.name}" for command in COMMANDS]
+    names = [f"kvmpriv-{name}" for name in COMMANDS]
     names = [name for name in ["kvmpriv", *names] if name != but]
     return ",\n".join(f"{bold(name)}(1)" for name in names) + "\n"
 
 
-def command_page(command: Command) -> str:
+def command_page(command: str) -> str:
     """The page of a command."""
-    module: Any = cli.command_module(command.name)
-    parser = argparse.ArgumentParser(prog=f"kvmpriv {command.name}")
+    module: Any = cli.command_module(command)
+    parser = argparse.ArgumentParser(prog=f"kvmpriv {command}")
     module.add_arguments(parser)
-    name = f"kvmpriv-{command.name}"
+    name = f"kvmpriv-{command}"
     examples = "".join(
         f".TP\n{bold(example)}\n{escape(about)}\n" for example, about in module.EXAMPLES
     )
-    variables = ((bold(key), ENVIRONMENT[key]) for key in READS[command.name])
+    variables = ((bold(key), ENVIRONMENT[key]) for key in READS[command])
     return page(
         name,
-        section("NAME", f"{escape(name)} \\- {escape(command.summary)}\n"),
-        section("SYNOPSIS", f"{bold(f'kvmpriv {command.name}')}\n{synopsis(parser)}\n"),
-        section("DESCRIPTION", paragraphs(parser.description or command.summary)),
+        section("NAME", f"{escape(name)} \\- {escape(COMMANDS[command])}\n"),
+        section("SYNOPSIS", f"{bold(f'kvmpriv {command}')}\n{synopsis(parser)}\n"),
+        section("DESCRIPTION", paragraphs(parser.description or COMMANDS[command])),
         section("OPTIONS", *terms(described(parser))),
         section(
             "EXIT STATUS",
             *terms((bold(cli.status_text(key)), text) for key, text in module.EXIT_STATUS.items()),
         ),
         section("ENVIRONMENT", *terms(variables)),
-        section("FILES", *terms((italic(key), text) for key, text in FILES[command.name].items())),
+        section("FILES", *terms((italic(key), text) for key, text in FILES[command].items())),
         section("EXAMPLES", examples),
         section("SEE ALSO", see_also(name)),
     )
@@ -244,7 +244,7 @@ def main_page() -> str:
         section(
             "COMMANDS",
             *terms((bold(f"kvmpriv-{name}") + "(1)", text[0].upper() + text[1:] + ".")
-                   for name, text in COMMANDS),
+                   for name, text in COMMANDS.items()),
         ),
         section("OPTIONS", *terms(options)),
         section(
@@ -275,7 +275,7 @@ def completion(shell: str) -> str:
         for action in actions(parser)
         if isinstance(action, argparse._SubParsersAction)  # noqa: SLF001
     )
-    for name, summary in COMMANDS:
+    for name, summary in COMMANDS.items():
         commands[name].description = summary  # zsh and fish show it beside the name
         for action in actions(commands[name]):
             if action.type is parse_path:
@@ -288,7 +288,7 @@ def generate() -> dict[Path, str]:
     """Every file and its text."""
     texts = {PACKAGE / "man" / "kvmpriv.1": main_page()}
     for command in COMMANDS:
-        texts[PACKAGE / "man" / f"kvmpriv-{command.name}.1"] = command_page(command)
+        texts[PACKAGE / "man" / f"kvmpriv-{command}.1"] = command_page(command)
     for shell, name in COMPLETIONS.items():
         texts[PACKAGE / "completion" / name] = completion(shell)
     return texts
