@@ -131,7 +131,7 @@ class Kvm(Fd):
 
 def _hint(errno: int | None) -> str:
     if errno in (_errno.EACCES, _errno.EPERM):
-        return " (may this user use KVM? it needs read and write, often by the group kvm)"
+        return " (this user needs read and write access to it, often by the group kvm)"
     if errno in (_errno.ENOENT, _errno.ENXIO, _errno.ENODEV):
-        return " (is KVM loaded? modprobe kvm_amd or kvm_intel; in a VM: is nesting enabled?)"
+        return " (load KVM: modprobe kvm_amd or kvm_intel; in a VM: enable nesting)"
     return ""

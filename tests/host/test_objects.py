@@ -67,7 +67,7 @@ def test_system(kvm: Kvm) -> None:
 def test_no_dev_kvm(tmp_path: Path) -> None:
     error = refused(errno.ENOENT, lambda: Kvm(tmp_path / "kvm"))
     assert error.filename == str(tmp_path / "kvm")
-    assert "is KVM loaded?" in str(error)
+    assert "load KVM: modprobe" in str(error)
 
 
 def test_a_device_that_is_not_kvm(tmp_path: Path) -> None:
