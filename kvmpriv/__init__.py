@@ -13,12 +13,10 @@ any time.  What the commands print as JSON has a version of its own, and exit st
 from typing import TYPE_CHECKING
 
 from . import private
-from .cpuid import CpuidEntry
 from .errors import ArgumentError, ClosedError
 from .kvm import Kvm
 from .memory import PAGE_SIZE, HostMemory
 from .slots import Slot
-from .threads import VcpuThread
 from .vcpu import Vcpu
 from .vm import Vm
 
@@ -26,6 +24,7 @@ if TYPE_CHECKING:
     from . import errors, exits, guest, uapi
     from .cdecl import DeclarationError, Declared, declare
     from .cdefs.enums import Cap, InternalError, MemFlag, MpState, SystemEvent, VmType
+    from .cpuid import CpuidEntry
     from .exits import (
         DebugExit,
         Exit,
@@ -44,6 +43,7 @@ if TYPE_CHECKING:
     )
     from .guest import GuestCrash, GuestExit, GuestTimeout, Machine, Puppet
     from .routing import IrqchipRoute, MsiRoute
+    from .threads import VcpuThread
 
 __all__ = [
     "PAGE_SIZE",
@@ -106,6 +106,7 @@ _LAZY = {
     "MpState": "cdefs.enums",
     "SystemEvent": "cdefs.enums",
     "VmType": "cdefs.enums",
+    "CpuidEntry": "cpuid",
     "DebugExit": "exits",
     "Exit": "exits",
     "ExitReason": "exits",
@@ -127,6 +128,7 @@ _LAZY = {
     "Puppet": "guest",
     "IrqchipRoute": "routing",
     "MsiRoute": "routing",
+    "VcpuThread": "threads",
 }
 _LAZY_MODULES = ("errors", "exits", "guest", "uapi")
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import errno as _errno
 import os
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from .cdefs import kvm as kvm_h
-from .cpuid import CpuidEntry, read_cpuid_growing
 from .fd import REQUEST_NAMES, Fd, check_range
 from .libc import ioctl as _ioctl
 from .libc import last_errno, os_error
 from .vm import Vm
 from .wakeup import SignalsBlocked
+
+if TYPE_CHECKING:
+    from .cpuid import CpuidEntry
 
 __all__ = ["Kvm"]
 
@@ -103,10 +105,14 @@ class Kvm(Fd):
 
     def get_supported_cpuid(self) -> list[CpuidEntry]:
         """KVM_GET_SUPPORTED_CPUID: the CPUID leaves that KVM can give a guest here."""
+        from .cpuid import read_cpuid_growing
+
         return read_cpuid_growing(self, kvm_h.KVM_GET_SUPPORTED_CPUID)
 
     def get_emulated_cpuid(self) -> list[CpuidEntry]:
         """KVM_GET_EMULATED_CPUID: leaves whose features KVM emulates, slower than the hardware."""
+        from .cpuid import read_cpuid_growing
+
         return read_cpuid_growing(self, kvm_h.KVM_GET_EMULATED_CPUID)
 
     def get_msr_index_list(self) -> list[int]:

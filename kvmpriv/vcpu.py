@@ -17,7 +17,6 @@ from . import wakeup
 from .base import KvmFd
 from .cdefs import kvm as kvm_h
 from .cdefs.kvm import KVM_EXIT_INTR, KVM_RUN
-from .cpuid import CpuidEntry, read_cpuid_growing, write_cpuid
 from .errors import ArgumentError, ClosedError
 from .faults import layout_of
 from .fd import check_range, new_struct
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
         kvm_vcpu_events,
         kvm_xcrs,
     )
+    from .cpuid import CpuidEntry
     from .exits import Exit
     from .slots import Lifeline
 
@@ -479,6 +479,8 @@ class Vcpu(KvmFd):
 
     def get_cpuid2(self) -> list[CpuidEntry]:
         """KVM_GET_CPUID2: the CPUID leaves that the guest sees."""
+        from .cpuid import read_cpuid_growing
+
         return read_cpuid_growing(self, kvm_h.KVM_GET_CPUID2)
 
     def set_cpuid2(self, entries: Iterable[CpuidEntry]) -> None:
@@ -487,6 +489,8 @@ class Vcpu(KvmFd):
         Start from :meth:`Kvm.get_supported_cpuid`.  OSError: E2BIG for too many entries, EINVAL for
         contradicting ones, or for others than before once the vCPU has run.
         """
+        from .cpuid import write_cpuid
+
         self.ioctl(kvm_h.KVM_SET_CPUID2, write_cpuid(entries))
 
     # -- events and the rest -------------------------------------------------------------------
