@@ -1,6 +1,6 @@
 /*
  * Mainline's private memory ABI, guest_memfd: Linux 6.8 (commit a7800aa80ea4),
- * with what came to it until 6.18 (commit 44c6cb9fe988).
+ * and its additions up to 6.18 (commit 44c6cb9fe988).
  */
 #pragma once
 

@@ -1,7 +1,7 @@
 /*
  * The part of KVM's user space ABI on x86-64 that every generation of private
- * memory shares.  Structures and numbers as in <linux/kvm.h> and <asm/kvm.h>
- * of Linux 6.1; nothing listed here has changed since.
+ * memory shares.  Structures and numbers are those of <linux/kvm.h> and
+ * <asm/kvm.h> in Linux 6.1; nothing listed here has changed since.
  */
 #pragma once
 
@@ -635,7 +635,7 @@ struct kvm_stats_desc {
 	char name[];
 };
 
-/* What KVM offers its guests by CPUID, bits of eax: from <asm/kvm_para.h>. */
+/* Paravirtual features, bits of eax of this CPUID leaf: from <asm/kvm_para.h>. */
 #define KVM_CPUID_FEATURES		0x40000001
 #define KVM_FEATURE_ASYNC_PF		4
 #define KVM_FEATURE_STEAL_TIME		5

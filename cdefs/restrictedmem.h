@@ -1,13 +1,13 @@
 /*
  * The v9 private memory ABI: LKML, 25 October 2022,
- * 20221025151344.3784230-1-chao.p.peng@linux.intel.com.  Names that a later
- * generation reuses have other values there; hence a namespace of their own.
+ * 20221025151344.3784230-1-chao.p.peng@linux.intel.com.  Later ABIs reuse some
+ * of its names with other values; hence a namespace of its own.
  */
 #pragma once
 
 #include "kvm.h"
 
-/* The system call that makes the file; 451 is cachestat(2) in mainline. */
+/* The system call that creates the file; 451 is cachestat(2) in mainline. */
 #define __NR_memfd_restricted	451
 #define RESTRICTEDMEM_MAGIC	0x5245534d	/* statfs.f_type */
 
@@ -24,8 +24,9 @@ struct kvm_userspace_memory_region_ext {
 };
 
 /*
- * KVM_HC_MAP_GPA_RANGE where CONFIG_KVM_PRIVATE_MEM_TESTING lets any VM have private memory: how
- * the guest is going to access a range.  Both: as whatever it is.
+ * Attributes of KVM_HC_MAP_GPA_RANGE, with CONFIG_KVM_PRIVATE_MEM_TESTING, which lets any VM have
+ * private memory.  They tell KVM how the guest is going to access the range.  With both of them
+ * the guest's access follows the state of each page.
  */
 #define KVM_MAP_GPA_RANGE_WANT_PRIVATE	(1 << 8)
 #define KVM_MAP_GPA_RANGE_WANT_SHARED	(1 << 9)

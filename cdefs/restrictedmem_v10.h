@@ -1,7 +1,7 @@
 /*
- * What tells v10 of the memfd_restricted series from v9: LKML, 2 December
- * 2022, 20221202061347.1070246-1-chao.p.peng@linux.intel.com.  The system
- * call, the slot flag and the slot's structure are v9's.
+ * What v10 of the memfd_restricted series changed: LKML, 2 December 2022,
+ * 20221202061347.1070246-1-chao.p.peng@linux.intel.com.  The system call, the
+ * slot flag and the slot's structure are those of v9.
  */
 #pragma once
 

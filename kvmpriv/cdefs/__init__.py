@@ -1,6 +1,9 @@
-"""The kernel's ABI, a namespace a generation, generated from the headers in ``cdefs/``.
+"""The kernel's ABI, generated from the headers in ``cdefs/``: one namespace for each header.
 
-``kvm`` is what all share; ``restrictedmem`` is v9, ``restrictedmem_v10`` what v10 changed,
-``guest_memfd`` mainline.  Each has its constants, ``REQUESTS`` (ioctl number -> name) and ``ffi``,
-a cffi FFI that knows the structs.
+``kvm`` is what all ABIs of private memory share, ``restrictedmem`` v9, ``restrictedmem_v10`` what
+v10 changed, and ``guest_memfd`` mainline.  Each has its constants, ``REQUESTS`` (ioctl number ->
+name) and ``ffi``, a cffi FFI with the structs.  ``*_structs`` are the structs' types.
+
+Programs use :mod:`kvmpriv.uapi`.  ``cdefs/README.md`` in the source tree describes what is
+generated, and how.
 """

@@ -49,7 +49,7 @@ def ask_compiler(
     folder: Path,
     *options: str,
 ) -> tuple[dict[str, Layout], dict[str, int]]:
-    """What a compiler that includes `headers` says of these structs and constants.
+    """The same structs and constants by a compiler that includes `headers`.
 
     Constants that the headers do not define are left out.
     """

@@ -98,7 +98,7 @@ def test_the_running_kernel_agrees() -> None:
     assert compared > 10
 
 
-# The numbers that tell the generations apart; nothing derives them here.
+# The numbers in which the ABIs differ, as literals: nothing computes them here.
 @pytest.mark.parametrize(
     ("namespace", "constant", "value"),
     [

@@ -1,4 +1,4 @@
-"""Exits decoded from a kvm_run filled by hand: every kind, every generation's memory fault."""
+"""Exits decoded from a kvm_run that the test fills: every kind, every ABI's memory fault."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_memory_fault_of_mainline(run: Any) -> None:
     assert decoded(run, exits.MemoryFaultExit).private is False
 
 
-def test_each_generation_has_its_own_layout() -> None:
+def test_each_abi_has_its_own_layout() -> None:
     v9, mainline = (private.ABIS[name].fault_layout for name in ("restrictedmem", "guest_memfd"))
     assert v9.reason == uapi.restrictedmem.KVM_EXIT_MEMORY_FAULT == 38
     assert mainline.reason == uapi.guest_memfd.KVM_EXIT_MEMORY_FAULT == 39
