@@ -32,6 +32,7 @@ def test_private_memory(kvm: kvmpriv.Kvm, capsys: pytest.CaptureFixture[str]) ->
     try:
         kvmpriv.private.choose(kvm)
     except OSError as lacking:
+        assert lacking.strerror is not None
         with pytest.raises(OSError, match=re.escape(lacking.strerror)):
             exec(example, {"kvmpriv": kvmpriv})
         missing("private-memory", lacking.strerror)
