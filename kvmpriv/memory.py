@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from typing import TypeVar
 
 from .cdefs import kvm as kvm_h
 from .errors import ArgumentError, ClosedError
@@ -15,6 +16,7 @@ PAGE_SIZE = 4096
 _MAP_NORESERVE = 0x4000  # <asm-generic/mman-common.h>; the mmap module has it from 3.12 only
 _ADDRESS_SPACE = 1 << 63  # larger than any
 _ffi = kvm_h.ffi
+_Self = TypeVar("_Self", bound="HostMemory")
 
 
 class HostMemory(HeldBySlots):
@@ -121,7 +123,7 @@ class HostMemory(HeldBySlots):
     def _closed_error(self) -> ClosedError:
         return ClosedError("host memory is closed")
 
-    def __enter__(self) -> HostMemory:
+    def __enter__(self: _Self) -> _Self:
         self._checked()
         return self
 

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +208,7 @@ def test_overlapping_slots(vm: Vm) -> None:
     with HostMemory(4 * MIB) as memory:
         vm.map(memory, MIB, size=MIB)
         for address in (MIB - 4096, MIB, 2 * MIB - 4096):
-            error = refused(errno.EEXIST, lambda at=address: vm.map(memory, at, size=8192))
+            error = refused(errno.EEXIST, partial(vm.map, memory, address, size=8192))
             assert f"<Slot 1: {address:#x}…{address + 8192:#x}>" in str(error)
             assert "overlaps <Slot 0: 0x100000…0x200000>" in str(error)
         for address in (MIB - 8192, 2 * MIB):
@@ -237,7 +238,7 @@ def test_bad_slots(vm: Vm) -> None:
         ):
             error = refused(
                 errno.EINVAL,
-                lambda change={name: bad}: vm.set_user_memory_region(**{**good, **change}),
+                partial(vm.set_user_memory_region, **{**good, name: bad}),
             )
             assert names in str(error)
             assert vm.slots == {}
@@ -373,11 +374,11 @@ def test_numbers_that_no_field_can_have(vm: Vm, wrong: int) -> None:
     if vm.check_extension(gm.KVM_CAP_GUEST_MEMFD):
         with guest_memfd.GuestMemfd(vm, MIB) as file:
             file.allocate(0, 4096)
-            for call in (file.allocate, file.punch_hole):
+            for change in (file.allocate, file.punch_hole):
                 with pytest.raises(ValueError, match="is out of range"):
-                    call(1 << 64, 4096)
+                    change(1 << 64, 4096)
                 with pytest.raises(ValueError, match="is out of range"):
-                    call(0, (1 << 64) + 4096)
+                    change(0, (1 << 64) + 4096)
             for name, given_ in (("guest_phys_addr", (wrong, 4096)), ("memory_size", (0, wrong))):
                 with pytest.raises(ValueError, match=f"2: {name} can't be -?0x"):
                     guest_memfd.set_user_memory_region2(vm, 0, *given_, None, file)
@@ -931,7 +932,7 @@ def test_descriptors_used_up(kvm: Kvm) -> None:
     before = open_fds()
     failures = 0
     for room in range(8):
-        spare = []
+        spare: list[int] = []
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(before) + 1 + room, hard))
         try:
             while len(spare) < 1000:

@@ -17,6 +17,7 @@ import pytest
 
 from kvmpriv import HostMemory, Kvm, Vcpu, VcpuThread, wakeup
 from kvmpriv.cdefs import kvm as k
+from kvmpriv.exits import IoExit
 from private.support.leaks import open_fds
 
 from .conftest import OUT_LOOP, SPIN, MakeGuest, start
@@ -161,9 +162,7 @@ def test_a_signal_to_another_thread_is_seen_too(
     """A signal may be delivered to any thread; Python's handler runs in the main one."""
     _, vcpu, _ = make_guest(SPIN)
     for number in range(200):
-        threading.Thread(
-            target=lambda: (time.sleep(0.001), signal.raise_signal(signal.SIGUSR1))
-        ).start()
+        threading.Timer(0.001, signal.raise_signal, (signal.SIGUSR1,)).start()
         while alarm_handler[0] <= number:
             assert vcpu.run() == k.KVM_EXIT_INTR
     assert alarm_handler[0] == 200
@@ -359,7 +358,9 @@ def test_eintr_storm(make_guest: MakeGuest, alarm_handler: list[int]) -> None:
                 reason = vcpu.run()
                 if reason == k.KVM_EXIT_IO:
                     outs += 1
-                    assert vcpu.exit().data == b"\x2a"
+                    out = vcpu.exit()
+                    assert isinstance(out, IoExit)
+                    assert out.data == b"\x2a"
                 else:
                     assert reason == k.KVM_EXIT_INTR
                     interrupted += 1
@@ -455,7 +456,9 @@ def test_vcpu_thread(make_guest: MakeGuest) -> None:
     seen: list[int] = []
 
     def handler(which: Vcpu, reason: int) -> int | None:
-        seen.append(which.exit().port)
+        out = which.exit()
+        assert isinstance(out, IoExit)
+        seen.append(out.port)
         return len(seen) if len(seen) == 3 else None
 
     with VcpuThread(vcpu, handler) as thread:
@@ -476,7 +479,7 @@ def test_what_a_thread_raises_is_not_lost(make_guest: MakeGuest) -> None:
     """The block raises it, unless the block fails itself or result() has raised it."""
     _, vcpu, _ = make_guest(OUT_LOOP)
 
-    def broken(which: Vcpu, reason: int) -> None:
+    def broken(which: Vcpu, reason: int) -> int:
         raise LookupError("the handler's own")
 
     def fail(thread: threading.Thread) -> None:
@@ -491,9 +494,10 @@ def test_what_a_thread_raises_is_not_lost(make_guest: MakeGuest) -> None:
         with pytest.raises(LookupError, match="the handler's own"):
             thread.result(LOST_AFTER)
         thread.join()
-    with VcpuThread(vcpu, lambda *_: None) as thread:
-        thread.stop()
-    assert thread.result() is None
+    idle: VcpuThread[int] = VcpuThread(vcpu, lambda *_: None)
+    with idle:
+        idle.stop()
+    assert idle.result() is None
 
 
 def test_two_vcpus_run_at_once(make_guest: MakeGuest) -> None:
