@@ -35,6 +35,8 @@ def main() -> None:
     warnings.simplefilter("error")
     # The constructor that NamedTuple makes has no module whose names pdoc could look up.
     warnings.filterwarnings("ignore", r"Error parsing type annotation .* for .*\.__init__\.")
+    # Nor do the keys of a TypedDict that is exported from another module than its own.
+    warnings.filterwarnings("ignore", r"Cannot determine where .* is taken from")
     load()
     version = f"kvmpriv {kvmpriv.__version__}"
     pdoc.render.configure(docformat="restructuredtext", footer_text=version)
