@@ -1112,7 +1112,17 @@ def test_fork_while_a_vm_is_open(make_guest: MakeGuest) -> None:
 
 def test_private_modules_can_be_imported_first() -> None:
     """Each module can be imported first."""
-    for name in ("exits", "vm", "private.guest_memfd", "guest.bare", "wakeup", "cdecl"):
+    for name in (
+        "exits",
+        "vm",
+        "slots",
+        "threads",
+        "routing",
+        "private.guest_memfd",
+        "guest.bare",
+        "wakeup",
+        "cdecl",
+    ):
         command = [sys.executable, "-c", f"import kvmpriv.{name}"]
         done = subprocess.run(command, capture_output=True, text=True)
         assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), name
