@@ -9,12 +9,17 @@ import sysconfig
 import venv
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 import kvmpriv
 from private.support.requirements import REQUIRED, check_required
 
 pytest_plugins = ["private.support.fixtures"]
+
+# No test fails because a busy machine took long over one example.
+hypothesis.settings.register_profile("kvmpriv", deadline=None)
+hypothesis.settings.load_profile("kvmpriv")
 
 ROOT = Path(__file__).resolve().parent.parent
 
