@@ -19,7 +19,7 @@ from kvmpriv.private import restrictedmem
 
 from .support.kernels import MakeVm
 from .support.races import ROUNDS, beside, rounds
-from .support.rig import GPA, OFFSET, SIZE, MakeRig, OneSlotRig, run_again
+from .support.rig import GPA, OFFSET, SIZE, MakeRig, OneSlotRig, only, run_again
 from .support.rules import rule
 from .support.syscalls import MIB, PAGE
 
@@ -356,7 +356,7 @@ def test_a_write_to_read_only_private_memory(v9_guest: OneSlotRig) -> None:
 
 
 @rule("gm.fault.exit")
-@pytest.mark.parametrize("make", ["guest_memfd"], indirect=True)
+@only("guest_memfd")
 def test_private_memory_without_a_slot_for_it(make: MakeGuest) -> None:
     """An access to a private gfn in an ordinary slot is exit 39, and KVM_RUN fails with EFAULT."""
     private = make()
