@@ -205,7 +205,7 @@ _documented(
     private="True if the guest accessed the range as private memory.",
     flags="KVM's flags, in the ABI's own values.",
     errno="What KVM_RUN failed with (EFAULT, EHWPOISON), or 0 where it returned 0 (v9).",
-    abi="The ABI whose layout was read: restrictedmem or guest_memfd.",
+    abi="The name of the ABI whose layout was read.",
 )
 
 

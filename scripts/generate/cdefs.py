@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ROOT = Path(__file__).resolve().parents[2]
-HEADERS = ("kvm", "restrictedmem", "restrictedmem_v10", "guest_memfd")
 CORE = "kvm"
 TARGET = ROOT / "kvmpriv" / "cdefs"
 #: This enum has a module of its own, because a program's first exit loads it.
@@ -42,13 +41,14 @@ ENUMS = {
 }
 #: Constants that a pattern above matches, and that are not of its kind.
 OTHERS = re.compile("KVM_EXIT_IO_|KVM_INTERNAL_ERROR_EMULATION_FLAG_")
-#: Where an older ABI gave a name another value, the name with this suffix has it.
-PRECEDENCE = (
-    ("kvm", ""),
-    ("guest_memfd", ""),
-    ("restrictedmem", "_V9"),
-    ("restrictedmem_v10", "_V10"),
-)
+#: The headers, CORE first, each with a suffix for the members of enums: where a header gives a name
+#: another value than those before it, the member gets the suffix.
+HEADERS = {
+    CORE: "",
+    "guest_memfd": "",
+    "restrictedmem": "_V9",
+    "restrictedmem_v10": "_V10",
+}
 #: Two structs that begin with so many equal fields share a class.
 SHARED_FIELDS = 12
 NOTE = "Generated from cdefs/{name}.h by `make cdefs`: edit the header instead."
@@ -231,13 +231,13 @@ def enums(names: list[str], constants: dict[str, dict[str, int]]) -> str:
         base, pattern, noun, doc = ENUMS[name]
         prefix, _, suffix = pattern.partition("{}")
         members: dict[str, int] = {}
-        for header, older in PRECEDENCE:
+        for header, mark in HEADERS.items():
             for constant, value in constants[header].items():
                 if OTHERS.match(constant) or not re.fullmatch(f"{prefix}.+{suffix}", constant):
                     continue
                 member = constant.removeprefix(prefix).removesuffix(suffix)
                 if members.get(member, value) != value:
-                    member += older
+                    member += mark
                 members[member] = value
         lines += ["", f'@named("{pattern}", "{noun}")'] if base == "NamedInt" else [""]
         lines += [f"class {name}({base}):", f'    """{doc}"""', ""]
@@ -249,6 +249,8 @@ def enums(names: list[str], constants: dict[str, dict[str, int]]) -> str:
 
 
 def generate() -> dict[Path, str]:
+    if unlisted := sorted({path.stem for path in (ROOT / "cdefs").glob("*.h")} - HEADERS.keys()):
+        sys.exit(f"cdefs/{unlisted[0]}.h is not in HEADERS of {Path(__file__).relative_to(ROOT)}")
     cdecl = load_cdecl()
     core = cffi.FFI()
     core.cdef(cdecl.PRELUDE)

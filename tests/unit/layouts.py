@@ -1,13 +1,13 @@
 """Sizes and offsets of the ABI on x86-64, in bytes: literals, so that a moved field is noticed.
 
-CORE is what a compiler makes of <linux/kvm.h> and <asm/kvm.h> of Linux 6.1; the others are as their
-series and releases were posted (see cdefs/).
+A dict for each header of cdefs/, with the header's name.  KVM is what a compiler makes of
+<linux/kvm.h> and <asm/kvm.h> of Linux 6.1; the others are as their series and releases were posted.
 """
 
 # fmt: off
 Layout = tuple[int, dict[str, int]]
 
-CORE: dict[str, Layout] = {
+KVM: dict[str, Layout] = {
     "kvm_clear_dirty_log": (24, {
         "slot": 0, "num_pages": 4, "first_page": 8, "dirty_bitmap": 16, "padding2": 16,
     }),

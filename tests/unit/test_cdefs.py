@@ -19,11 +19,10 @@ from private.support.requirements import missing
 
 from . import abi, layouts
 
-NAMESPACES = {
-    "kvm": (uapi.kvm, layouts.CORE),
-    "restrictedmem": (uapi.restrictedmem, layouts.RESTRICTEDMEM),
-    "restrictedmem_v10": (uapi.restrictedmem_v10, layouts.RESTRICTEDMEM_V10),
-    "guest_memfd": (uapi.guest_memfd, layouts.GUEST_MEMFD),
+#: Header -> its namespace, and the literals of its structs.
+NAMESPACES: dict[str, tuple[ModuleType, dict[str, layouts.Layout]]] = {
+    path.stem: (getattr(uapi, path.stem), getattr(layouts, path.stem.upper(), {}))
+    for path in sorted((ROOT / "cdefs").glob("*.h"))
 }
 
 #: Fields that a newer kernel has under another name.
@@ -50,7 +49,7 @@ def test_every_struct_has_its_literal_layout(name: str) -> None:
     namespace, literal = NAMESPACES[name]
     ours = abi.layouts(namespace.ffi)
     if namespace is not uapi.kvm:
-        ours = {struct: layout for struct, layout in ours.items() if struct not in layouts.CORE}
+        ours = {struct: layout for struct, layout in ours.items() if struct not in layouts.KVM}
     assert ours == literal
 
 
@@ -65,9 +64,9 @@ def test_a_compiler_reads_our_headers_alike(name: str, tmp_path: Path) -> None:
 
 def test_the_system_headers_agree(tmp_path: Path) -> None:
     structs, values = abi.ask_compiler(
-        ["<linux/kvm.h>", "<linux/kvm_para.h>"], layouts.CORE, constants(uapi.kvm), tmp_path
+        ["<linux/kvm.h>", "<linux/kvm_para.h>"], layouts.KVM, constants(uapi.kvm), tmp_path
     )
-    assert structs == layouts.CORE
+    assert structs == layouts.KVM
     assert len(values) > 150, "the system's headers know most of the shared core"
     assert values == {key: constants(uapi.kvm)[key] for key in values}
 
@@ -148,7 +147,7 @@ def test_number(namespace: ModuleType, constant: str, value: int) -> None:
 
 
 def test_memory_fault_is_kvm_runs_union() -> None:
-    run = layouts.CORE["kvm_run"]
+    run = layouts.KVM["kvm_run"]
     assert run[1]["hw.hardware_exit_reason"] == 32
     assert run[1]["hypercall.ret"] == 88
     assert run[0] == 2352

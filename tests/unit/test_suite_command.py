@@ -108,7 +108,7 @@ def test_what_a_soak_is_given(
     ("arguments", "words"),
     [
         ([], "required: NAME"),
-        (["bogus"], "unknown kernel 'bogus': there are restrictedmem and guest_memfd"),
+        (["bogus"], "unknown kernel 'bogus': there are restrictedmem"),
         (["guest_memfd", "--literal"], "guest_memfd has none"),
         (["--append", "nosmp", NAME], "NAME comes first"),
     ],
