@@ -7,6 +7,7 @@ them: each counts its slots (:class:`Held`), and ends when it is closed and no s
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 from weakref import WeakSet
@@ -30,7 +31,7 @@ class Held(Protocol):
         """A slot that held it has ended."""
 
 
-class HeldBySlots:
+class HeldBySlots(ABC):
     """Something that ends when its owner has closed it and no slot uses it any more.
 
     :meth:`hold` and :meth:`release` may be called from any thread, :meth:`close` too: each counts
@@ -62,12 +63,13 @@ class HeldBySlots:
         if not self._open and not self._users:
             self._end()
 
+    @abstractmethod
     def _end(self) -> None:
         """Give it back to the system.  May be called twice."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _closed_error(self) -> ClosedError:
-        raise NotImplementedError
+        """Make the error for a use after its owner has closed it."""
 
 
 def without(things: tuple[Held, ...], others: tuple[Held, ...]) -> tuple[Held, ...]:

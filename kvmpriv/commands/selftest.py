@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from abc import ABC, abstractmethod
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -215,17 +216,17 @@ def _terminate(*_: object) -> NoReturn:
     raise SystemExit(ExitStatus.SIGNALLED + signal.SIGTERM)
 
 
-class _Output:
+class _Output(ABC):
     """What the user sees of a run: on a terminal its progress, on the error output."""
 
     def __init__(self, note: str) -> None:
         self._note = note
         self._shows_progress = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
-    def begin(self) -> None:
+    def begin(self) -> None:  # noqa: B027  # most forms print nothing yet
         """Before the tests are known."""
 
-    def never_began(self, why: str) -> None:
+    def never_began(self, why: str) -> None:  # noqa: B027  # nor then
         """The tests could not be found."""
 
     def plan(self, plan: Plan) -> None:
@@ -236,9 +237,9 @@ class _Output:
         """The test with this number (from 1) has ended."""
         self._progress(number, plan)
 
+    @abstractmethod
     def end(self, run: Run) -> None:
         """All tests have ended, or the run was stopped."""
-        raise NotImplementedError
 
     def _progress(self, ended: int, plan: Plan) -> None:
         if self._shows_progress:

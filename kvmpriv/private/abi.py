@@ -70,7 +70,7 @@ class PrivateAbi(ABC):
 
     def convert_vm(self, vm: PrivateVm, gpa: int, size: int, *, private: bool) -> None:
         """Issue the ioctl that converts a range of the VM, for ``converts == "vm"``."""
-        raise NotImplementedError(f"{self!r} does not convert ranges of a VM")
+        raise self._must_define("convert_vm", "vm")
 
     def convert_file(self, file: PrivateFile, offset: int, size: int, *, private: bool) -> None:
         """Issue the ioctl that converts a range of a file, for ``converts == "file"``.
@@ -78,7 +78,7 @@ class PrivateAbi(ABC):
         Raises ConversionError, with `offset`, if the kernel says where it stopped.  If it has
         converted a part of the range, `converted` is that part's size.
         """
-        raise NotImplementedError(f"{self!r} does not convert ranges of a file")
+        raise self._must_define("convert_file", "file")
 
     def populate(self, vcpu: Vcpu, gpa: int, size: int) -> None:
         """Map a range before the guest touches it.  EOPNOTSUPP, ENOTTY if the kernel can't."""
@@ -179,6 +179,11 @@ class PrivateAbi(ABC):
                 vm.conversions += stopped.converted > 0
                 raise stopped from None
             vm.conversions += 1
+
+    def _must_define(self, method: str, converts: str) -> TypeError:
+        return TypeError(
+            f"{self!r} does not define {method}(); an ABI with the trait converts={converts!r} must"
+        )
 
     def try_out(self, kvm: Kvm) -> None:
         """Make a VM, a file and a slot, and convert it.  OSError: what the kernel refused."""

@@ -170,11 +170,14 @@ def test_an_abi_that_says_one_thing_and_has_the_other() -> None:
         convert_vm = private.PrivateAbi.convert_vm
         convert_file = private.PrivateAbi.convert_file
 
-    for traits, what in ((VM_TRAITS, "a VM"), (FILE_TRAITS, "a file")):
+    for traits, what in ((VM_TRAITS, "vm"), (FILE_TRAITS, "file")):
         abi = Empty("empty", traits)
         with abi.make_vm() as vm:
             bind(vm, BASE, 1, 0)
-            with pytest.raises(NotImplementedError, match=f"<Empty empty> does not .* of {what}"):
+            lacking = (
+                rf"<Empty empty> does not define convert_{what}\(\); .* converts='{what}' must"
+            )
+            with pytest.raises(TypeError, match=lacking):
                 abi.convert(vm, BASE, PAGE, private=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from kvmpriv.fd import Fd
 
 
-class Slots:
+class Slots(ABC):
     """Requests for memory slots that differ from a good one in the named fields."""
 
     good: dict[str, int]
@@ -28,9 +29,9 @@ class Slots:
         self.vm = vm
         self.asked = 0
 
+    @abstractmethod
     def struct(self, **changes: int) -> Any:
         """The struct for the good slot with `changes`."""
-        raise NotImplementedError
 
     request: int = k.KVM_SET_USER_MEMORY_REGION
 
