@@ -10,7 +10,7 @@ import errno as _errno
 import os
 import signal
 from contextlib import ExitStack, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..cdefs import guest_memfd as guest_memfd_h
 from ..cdefs import kvm as kvm_h
@@ -23,7 +23,10 @@ from . import host as _host
 from .records import FAIL, PASS, SKIP, Asked, Check, Group, Step
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from ..vm import Vm
+    from .documents import HostFacts
 
 __all__ = ["VM_TYPES", "run"]
 
@@ -52,7 +55,7 @@ class _Recorder:
     """Adds checks of one group, in one type of VM, to those of the whole probe."""
 
     def __init__(
-        self, host: dict[str, Any], checks: list[Check], group: Group, vm_type: str = ""
+        self, host: HostFacts, checks: list[Check], group: Group, vm_type: str = ""
     ) -> None:
         self.host = host
         self.checks = checks
@@ -78,11 +81,11 @@ class _Recorder:
         return any(check[:4] == wanted for check in self.checks)
 
 
-def _ask(fd: Kvm | Vm, module: Any, *capabilities: str) -> tuple[Asked, ...]:
+def _ask(fd: Kvm | Vm, module: ModuleType, *capabilities: str) -> tuple[Asked, ...]:
     return tuple(Asked(name, fd.check_extension(getattr(module, name))) for name in capabilities)
 
 
-def run(device: str, host: dict[str, Any]) -> tuple[Check, ...]:
+def run(device: str, host: HostFacts) -> tuple[Check, ...]:
     """Probe KVM at `device`; adds to `host` what KVM says of itself."""
     out = _Recorder(host, [], Group.KVM)
     _check_syscall(out.within(Group.V9))
@@ -103,7 +106,7 @@ def run(device: str, host: dict[str, Any]) -> tuple[Check, ...]:
         out.add(Step.DEVICE, PASS, f"API version {system.get_api_version()}", tried=tried)
         with system:
             try:
-                host.update(_host.kvm_facts(system))
+                _host.add_kvm_facts(host, system)
                 _check_system(out, system)
             except OSError as error:  # nothing above makes KVM refuse what it always does
                 out.failed(Step.IOCTL, error, tried=error.strerror or "")

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import errno as _errno
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ..kvm import Kvm
+    from .documents import Holder, Holders, HostFacts, VcpuLimits
 
-__all__ = ["device_hint", "facts", "holders", "kvm_facts", "refusal_hint", "why_not_offered"]
+__all__ = ["add_kvm_facts", "device_hint", "facts", "holders", "refusal_hint", "why_not_offered"]
 
 # CPUID: AMD APM volume 3, Fn8000_0001_ECX; Intel SDM volume 2, leaf 1.
 _SVM = (0x80000001, 1 << 2)
@@ -59,7 +60,13 @@ def _number(text: str | None) -> int | None:
     return int(digits) if digits.isdigit() else None
 
 
-def facts(root: str = "") -> dict[str, Any]:
+def _kib(text: str | None) -> int | None:
+    """The number of bytes of ``1024 kB``."""
+    number = _number(text)
+    return None if number is None else number * 1024
+
+
+def facts(root: str = "") -> HostFacts:
     """What can be said without KVM; None where the host doesn't tell.
 
     `root` is put before /proc, /sys and /dev: for a host that was recorded.
@@ -94,12 +101,9 @@ def facts(root: str = "") -> dict[str, Any]:
         "selinux": {"1": "enforcing", "0": "permissive"}.get(enforce or ""),
         "apparmor": _read(f"{proc}/self/attr/apparmor/current"),
         "memory": {
-            name: kib * 1024 if (kib := _number(memory.get(field))) is not None else None
-            for name, field in (
-                ("total", "MemTotal"),
-                ("free", "MemFree"),
-                ("available", "MemAvailable"),
-            )
+            "total": _kib(memory.get("MemTotal")),
+            "free": _kib(memory.get("MemFree")),
+            "available": _kib(memory.get("MemAvailable")),
         },
         "hugepages": [
             {
@@ -117,8 +121,8 @@ def facts(root: str = "") -> dict[str, Any]:
     }
 
 
-def kvm_facts(system: Kvm) -> dict[str, Any]:
-    """What KVM says of itself: nesting, and its limits."""
+def add_kvm_facts(host: HostFacts, system: Kvm) -> None:
+    """Fill in what KVM reports about itself: nesting, and its limits."""
     from ..cdefs import kvm as kvm_h
 
     try:
@@ -128,18 +132,16 @@ def kvm_facts(system: Kvm) -> dict[str, Any]:
         ]
     except OSError:
         nesting = None
-    return {
-        "nesting": nesting,
-        "vcpus": {
-            "recommended": system.check_extension(kvm_h.KVM_CAP_NR_VCPUS),
-            "max": system.check_extension(kvm_h.KVM_CAP_MAX_VCPUS),
-            "max_id": system.check_extension(kvm_h.KVM_CAP_MAX_VCPU_ID),
-        },
-        "memory_slots": system.check_extension(kvm_h.KVM_CAP_NR_MEMSLOTS),
+    vcpus: VcpuLimits = {
+        "recommended": system.check_extension(kvm_h.KVM_CAP_NR_VCPUS),
+        "max": system.check_extension(kvm_h.KVM_CAP_MAX_VCPUS),
+        "max_id": system.check_extension(kvm_h.KVM_CAP_MAX_VCPU_ID),
     }
+    memory_slots = system.check_extension(kvm_h.KVM_CAP_NR_MEMSLOTS)
+    host["nesting"], host["vcpus"], host["memory_slots"] = nesting, vcpus, memory_slots
 
 
-def _confinement(host: dict[str, Any], what: str) -> list[str]:
+def _confinement(host: HostFacts, what: str) -> list[str]:
     """Security modules that are active here and may have refused the call, each with a hint."""
     hints = []
     if host["seccomp"]:
@@ -151,7 +153,7 @@ def _confinement(host: dict[str, Any], what: str) -> list[str]:
     return hints
 
 
-def refusal_hint(errno: int | None, host: dict[str, Any], what: str) -> str:
+def refusal_hint(errno: int | None, host: HostFacts, what: str) -> str:
     """The hint for a call that failed for lack of permission or of a resource."""
     if errno in (_errno.EPERM, _errno.EACCES):
         return "; ".join(_confinement(host, what))
@@ -163,7 +165,7 @@ def refusal_hint(errno: int | None, host: dict[str, Any], what: str) -> str:
     }.get(errno or 0, "")
 
 
-def device_hint(path: str, errno: int | None, host: dict[str, Any]) -> str:
+def device_hint(path: str, errno: int | None, host: HostFacts) -> str:
     """The hint for a device that can't be opened or isn't KVM."""
     if errno in (_errno.ENOENT, _errno.ENXIO, _errno.ENODEV, _errno.ENOTDIR):
         if host["kvm_registered"]:
@@ -215,7 +217,7 @@ def _node_hint(path: str) -> str:
     return f"{who}: chgrp kvm {path} && chmod 0660 {path}, usermod -aG kvm USER, then log in again"
 
 
-def why_not_offered(vm_type: str, host: dict[str, Any]) -> tuple[str, str]:
+def why_not_offered(vm_type: str, host: HostFacts) -> tuple[str, str]:
     """Why KVM does not offer a VM type, and the hint."""
     parameters, backend = host["parameters"], host["backend"]
     there = ", ".join(backend) or "none"
@@ -257,7 +259,7 @@ def why_not_offered(vm_type: str, host: dict[str, Any]) -> tuple[str, str]:
     )
 
 
-def holders(device: str) -> dict[str, Any]:
+def holders(device: str) -> Holders:
     """The processes that have descriptors of the device, of VMs and of vCPUs, and how many.
 
     One thing may have several: Python's mmap keeps one of each vCPU's.  `unknown` counts the
@@ -267,7 +269,8 @@ def holders(device: str) -> dict[str, Any]:
     import psutil
 
     node = os.path.realpath(device)
-    found, unknown = [], 0
+    found: list[Holder] = []
+    unknown = 0
     for process in psutil.process_iter(["name", "username"]):
         if process.pid == os.getpid():
             continue
@@ -279,15 +282,19 @@ def holders(device: str) -> dict[str, Any]:
             continue
         except OSError:  # it has ended
             continue
-        count = {
-            "devices": links.count(node),
-            "vms": links.count("anon_inode:kvm-vm"),
-            "vcpus": sum(link.startswith("anon_inode:kvm-vcpu") for link in links),
-        }
-        if any(count.values()):
-            info = process.info
-            found.append({"pid": process.pid, "name": info["name"], "user": info["username"]})
-            found[-1].update(count)
+        devices, vms = links.count(node), links.count("anon_inode:kvm-vm")
+        vcpus = sum(link.startswith("anon_inode:kvm-vcpu") for link in links)
+        if devices or vms or vcpus:
+            found.append(
+                {
+                    "pid": process.pid,
+                    "name": process.info["name"],
+                    "user": process.info["username"],
+                    "devices": devices,
+                    "vms": vms,
+                    "vcpus": vcpus,
+                }
+            )
     return {"processes": found, "unknown": unknown}
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from ..exit_status import ExitStatus
+
+if TYPE_CHECKING:
+    from .documents import CheckDocument, Holders, HostFacts, ReportDocument
 
 __all__ = [
     "FAIL",
@@ -109,26 +112,48 @@ class Check(NamedTuple):
         """The group, the VM type and the step as a path, without those that are empty."""
         return "/".join(filter(None, (self.group.value, self.vm_type, self.step.value)))
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> CheckDocument:
         """The check in the document of ``--json``."""
         return {
             "name": self.name,
             "status": self.status,
-            "asked": [asked._asdict() for asked in self.asked],
+            "asked": [
+                {"capability": asked.capability, "value": asked.value} for asked in self.asked
+            ],
             "tried": self.tried,
             "result": self.result,
             "hint": self.hint,
         }
 
     @classmethod
-    def from_json(cls, document: dict[str, Any]) -> Check:
-        """The check that `to_json` made a document from; ValueError for an unknown name."""
-        first, *between, last = document["name"].split("/")
-        if (group := Group(first)) is Group.VM:
-            between, last = [last], ""
-        rest = {key: document[key] for key in ("status", "tried", "result", "hint")}
-        asked = tuple(Asked(**asked) for asked in document["asked"])
-        return cls(group, Step(last), vm_type="/".join(between), asked=asked, **rest)
+    def from_json(cls, document: object) -> Check:
+        """The check that `to_json` made a document from.
+
+        ValueError for an unknown name, and for a field that is missing or of the wrong type.
+        """
+        match document:
+            case {
+                "name": str(name),
+                "status": str(status),
+                "asked": [*asked],
+                "tried": str(tried),
+                "result": str(result),
+                "hint": str(hint),
+            }:
+                first, *between, last = name.split("/")
+                if (group := Group(first)) is Group.VM:
+                    between, last = [last], ""
+                answers = tuple(map(_read_asked, asked))
+                vm_type = "/".join(between)
+                return cls(group, Step(last), status, vm_type, answers, tried, result, hint)
+        raise ValueError(f"not a check of `kvmpriv probe --json`: {document!r:.200}")
+
+
+def _read_asked(document: object) -> Asked:
+    match document:
+        case {"capability": str(capability), "value": int(value)}:
+            return Asked(capability, value)
+    raise ValueError(f"not a capability and its value: {document!r:.200}")
 
 
 class Report(NamedTuple):
@@ -138,8 +163,8 @@ class Report(NamedTuple):
     """
 
     checks: tuple[Check, ...]
-    host: dict[str, Any]
-    holders: dict[str, Any] | None = None
+    host: HostFacts
+    holders: Holders | None = None
 
     @property
     def verdict(self) -> str:
@@ -177,7 +202,7 @@ class Report(NamedTuple):
         made = any(check.status == PASS and check.group is Group.VM for check in self.checks)
         return ExitStatus.NEGATIVE if made else ExitStatus.UNABLE
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> ReportDocument:
         """The document of ``--json``; ``schema.json`` describes it."""
         return {
             "schema_version": SCHEMA_VERSION,
@@ -189,14 +214,28 @@ class Report(NamedTuple):
         }
 
     @classmethod
-    def from_json(cls, document: dict[str, Any]) -> Report:
-        """The report that a document was made from; ValueError for another schema version."""
-        if document.get("schema_version") != SCHEMA_VERSION:
-            raise ValueError(
-                f"schema version {document.get('schema_version')}, not {SCHEMA_VERSION}"
-            )
-        return cls(
-            tuple(map(Check.from_json, document["checks"])),
-            document["host"],
-            document["holders"],
-        )
+    def from_json(cls, document: object) -> Report:
+        """The report that a document was made from.
+
+        ValueError for another schema version, for a document without a part that the report needs,
+        and for a check that can't be read.  ``schema.json`` describes the values of all parts.
+        """
+        match document:
+            case {"schema_version": version} if version != SCHEMA_VERSION:
+                raise ValueError(f"schema version {version}, not {SCHEMA_VERSION}")
+            case {
+                "schema_version": _,
+                "checks": [*checks],
+                "host": dict(host),
+                "holders": None | {"processes": [*_], "unknown": int()} as holders,
+            }:
+                from .documents import HostFacts
+
+                if lacking := HostFacts.__required_keys__ - host.keys():
+                    raise ValueError(f"the host's facts have no {', '.join(sorted(lacking))}")
+                return cls(
+                    tuple(map(Check.from_json, checks)),
+                    cast("HostFacts", host),
+                    cast("Holders | None", holders),
+                )
+        raise ValueError(f"not a document of `kvmpriv probe --json`: {document!r:.200}")

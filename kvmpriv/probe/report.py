@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..terminal import BOLD, DIM, GREEN, RED, YELLOW, format_size, painter, plain
 from .records import FAIL, PASS, SKIP, Group
@@ -10,6 +10,7 @@ from .records import FAIL, PASS, SKIP, Group
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from .documents import Holders, HostFacts
     from .records import Check, Report
 
 __all__ = ["text"]
@@ -86,8 +87,8 @@ def _facts(report: Report) -> Iterator[tuple[str, str]]:
     )
     yield "memory slots of a VM", str(host["memory_slots"] or unknown)
     memory = host["memory"]
-    sizes = {name: format_size(value) for name, value in memory.items()}
-    yield "memory", "{total}, {free} free, {available} available".format(**sizes)
+    total, free = format_size(memory["total"]), format_size(memory["free"])
+    yield "memory", f"{total}, {free} free, {format_size(memory['available'])} available"
     yield "huge pages", ", ".join(_hugepages(host)) or "none"
     yield (
         "CPU flags",
@@ -105,14 +106,14 @@ def _facts(report: Report) -> Iterator[tuple[str, str]]:
         yield from _holders(report.holders)
 
 
-def _hugepages(host: dict[str, Any]) -> Iterator[str]:
+def _hugepages(host: HostFacts) -> Iterator[str]:
     for pool in host["hugepages"]:
         yield f"{format_size(pool['size'])}: {pool['free']} of {pool['total']} free"
     if host["transparent_hugepages"]:
         yield f"transparent: {host['transparent_hugepages']}"
 
 
-def _holders(holders: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _holders(holders: Holders) -> Iterator[tuple[str, str]]:
     label = "users of the device"
     for process in holders["processes"]:
         yield label, _HOLDER.format(**process)

@@ -93,6 +93,7 @@ def test_text_and_status(kvm: kvmpriv.Kvm) -> None:
 def test_json_is_the_text(kvm: kvmpriv.Kvm) -> None:
     found = of_json(run("--json"))
     assert found.holders is None
+    assert found.host["vcpus"] is not None
     assert found.host["vcpus"]["max"] == kvm.check_extension(cdefs.KVM_CAP_MAX_VCPUS)
     text = run().stdout.splitlines()
     assert text[0] == found.verdict

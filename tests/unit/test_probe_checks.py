@@ -19,7 +19,8 @@ from kvmpriv.private import guest_memfd, restrictedmem
 from kvmpriv.probe import Report, checks, host
 from kvmpriv.probe.records import FAIL, PASS, SKIP
 
-FACTS = host.facts("/nonexistent") | {"seccomp": 0}
+FACTS = host.facts("/nonexistent")
+FACTS["seccomp"] = 0
 
 
 class Kernel:
@@ -121,7 +122,7 @@ def probed(monkeypatch: pytest.MonkeyPatch) -> Any:
         for module, names in replaced.items():
             for name, value in names.items():
                 monkeypatch.setattr(module, name, value)
-        facts = dict(FACTS)
+        facts = FACTS.copy()
         return Report(checks.run("/dev/kvm", facts), facts)
 
     return run

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from kvmpriv.probe import host
+from kvmpriv.probe.documents import HostFacts
 
 EPYC: dict[str, str] = {
     "proc/meminfo": "MemTotal:       2048 kB\nMemFree:        1024 kB\nMemAvailable:   1536 kB\n",
@@ -29,7 +30,7 @@ EPYC: dict[str, str] = {
 }
 
 
-def recorded(root: Path, files: dict[str, str]) -> dict[str, Any]:
+def recorded(root: Path, files: dict[str, str]) -> HostFacts:
     for name, text in files.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,6 +75,11 @@ def test_facts_of_nothing(tmp_path: Path) -> None:
 NOTHING = host.facts("/nonexistent")
 
 
+def but(changes: dict[str, Any]) -> HostFacts:
+    """The facts of a host that reports nothing but `changes`."""
+    return cast("HostFacts", NOTHING | changes)
+
+
 @pytest.mark.parametrize(
     ("number", "facts", "words"),
     [
@@ -92,7 +98,7 @@ NOTHING = host.facts("/nonexistent")
     ],
 )
 def test_device_hint(number: int, facts: dict[str, Any], words: str) -> None:
-    assert words in host.device_hint("/x/kvm", number, NOTHING | facts)
+    assert words in host.device_hint("/x/kvm", number, but(facts))
     without = host.device_hint("/x/kvm", number, NOTHING)
     assert not facts or words not in without
 
@@ -108,9 +114,9 @@ def test_permission_hint_names_the_group(tmp_path: Path) -> None:
 
 def test_refusal_hint_names_only_what_is_active() -> None:
     assert host.refusal_hint(errno.EPERM, NOTHING, "it") == ""
-    assert host.refusal_hint(errno.EPERM, NOTHING | {"apparmor": "unconfined"}, "it") == ""
-    assert "SELinux" not in host.refusal_hint(errno.EPERM, NOTHING | {"seccomp": 2}, "it")
-    assert host.refusal_hint(errno.EINVAL, NOTHING | {"seccomp": 2}, "it") == ""
+    assert host.refusal_hint(errno.EPERM, but({"apparmor": "unconfined"}), "it") == ""
+    assert "SELinux" not in host.refusal_hint(errno.EPERM, but({"seccomp": 2}), "it")
+    assert host.refusal_hint(errno.EINVAL, but({"seccomp": 2}), "it") == ""
     assert "hypervisor" in host.refusal_hint(errno.EBUSY, NOTHING, "it")
 
 
@@ -155,7 +161,7 @@ AMD = {"backend": {"kvm_amd": "module"}}
     ],
 )
 def test_why_not_offered(vm_type: str, facts: dict[str, Any], reason: str, hint: str) -> None:
-    why, advice = host.why_not_offered(vm_type, NOTHING | facts)
+    why, advice = host.why_not_offered(vm_type, but(facts))
     assert why.startswith(reason)
     assert hint in advice
     assert bool(hint) == bool(advice)

@@ -202,7 +202,7 @@ def recorded() -> Report:
             a_check("guest_memfd/default/file", PASS, (), "KVM_CREATE_GUEST_MEMFD", "made"),
             a_check("guest_memfd/default/slot", PASS, (), "KVM_SET_…_REGION2", "bound", "unseen"),
         ),
-        facts("/nonexistent") | {"memory_slots": 32764, "nesting": ["svm"]},
+        {**facts("/nonexistent"), "memory_slots": 32764, "nesting": ["svm"]},
         {
             "processes": [
                 {"pid": 7, "name": "q\x1b[2Jü", "user": "me", "devices": 1, "vms": 1, "vcpus": 4}
@@ -220,6 +220,27 @@ def test_round_trip(recorded: Report) -> None:
     document["schema_version"] = 2
     with pytest.raises(ValueError, match="schema version 2, not 1"):
         Report.from_json(document)
+
+
+def test_what_is_no_document(recorded: Report) -> None:
+    """ValueError names the part that is missing or of the wrong type."""
+    good = json.loads(json.dumps(recorded.to_json()))
+    check, fact = good["checks"][1], {**good["host"]}
+    del fact["kernel"]
+    Report.from_json(good)
+    for bad, why in (
+        (None, "not a document of"),
+        ([], "not a document of"),
+        ({}, "not a document of"),
+        (good | {"checks": 1}, "not a document of"),
+        (good | {"holders": {"processes": []}}, "not a document of"),
+        (good | {"host": fact}, "the host's facts have no kernel"),
+        (good | {"checks": ["x"]}, "not a check of"),
+        (good | {"checks": [check | {"tried": None}]}, "not a check of"),
+        (good | {"checks": [check | {"asked": [{"value": 1}]}]}, "not a capability and its value"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            Report.from_json(bad)
 
 
 @pytest.mark.parametrize(
