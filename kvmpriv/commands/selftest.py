@@ -9,7 +9,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from contextlib import closing
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from ..exit_status import ExitStatus
 from ..selftest.records import INTERRUPTED, Result, Run
@@ -19,6 +19,7 @@ from ._options import parse_path, parse_seconds
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from ..selftest.documents import Selection
     from ..selftest.runner import Plan
 
 __all__ = ["EXAMPLES", "EXIT_STATUS", "add_arguments", "main"]
@@ -141,7 +142,7 @@ def _check_installed() -> None:
         raise CannotRun(f"the suite needs {names}: pip install 'kvmpriv[test]'")
 
 
-def _selection(arguments: argparse.Namespace) -> dict[str, Any]:
+def _selection(arguments: argparse.Namespace) -> Selection:
     return {
         "rules": arguments.rules,
         "expression": arguments.expression,
@@ -150,7 +151,7 @@ def _selection(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _list(folder: Path, selection: dict[str, Any]) -> int:
+def _list(folder: Path, selection: Selection) -> int:
     from ..selftest.runner import Plan, run
 
     with closing(run(folder, selection, collect=True)) as found:
@@ -199,6 +200,7 @@ def _run(folder: Path, arguments: argparse.Namespace) -> int:
         assert ending is not None
         output.never_began(stopped)
         raise ending
+    assert plan.host is not None, "only --list leaves it out"
     seconds = time.monotonic() - started
     run = Run(
         plan.host, selection, len(plan.tests), tuple(results), seconds, stopped, plan.sentences

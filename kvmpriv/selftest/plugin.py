@@ -1,6 +1,6 @@
 """The process that runs the tests: it reports what pytest does by a pipe, a JSON object a line.
 
-Events: "nothing" (why), "plan" (tests, host, sentences), "start" (test, timeout), "end" (result).
+documents.py describes the events: "nothing", "plan", "start", "end".
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Generator
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pytest
 import pytest_timeout
@@ -24,15 +24,18 @@ from .. import probe
 from . import rules
 from .records import FAILED, KNOWN_DEFECT, PASSED, SKIPPED, TIMEOUT
 
+if TYPE_CHECKING:
+    import pluggy
+
+    from .documents import Event, HostAbout, Outcome, PlannedDocument, Selection
+
 __all__ = ["main"]
 
 #: How the message of a test begins that failed by a known defect.
 DEFECT = "known defect: "
 
-Send = Callable[[dict[str, Any]], None]
 
-
-def main(folder: Path, selection: dict[str, Any], skip: int, pipe: int, *, collect: bool) -> int:
+def main(folder: Path, selection: Selection, skip: int, pipe: int, *, collect: bool) -> int:
     """Run the tests in `folder` but the first `skip`; returns pytest's exit status.
 
     It writes nothing to the folder.  The user's settings do not matter: no configuration file is
@@ -43,7 +46,7 @@ def main(folder: Path, selection: dict[str, Any], skip: int, pipe: int, *, colle
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     sys.dont_write_bytecode = True
 
-    def send(event: dict[str, Any]) -> None:
+    def send(event: Event) -> None:
         data = json.dumps(event).encode() + b"\n"
         while data:
             data = data[os.write(pipe, data) :]
@@ -63,7 +66,7 @@ def main(folder: Path, selection: dict[str, Any], skip: int, pipe: int, *, colle
     return int(pytest.main(arguments, plugins=[recorder, pytest_timeout]))
 
 
-def describe_host() -> dict[str, Any]:
+def describe_host() -> HostAbout:
     """The kernel, and which private memory the probe finds in it."""
     found = probe.probe()
     files = [check for check in found.checks if check.step is probe.Step.FILE]
@@ -90,8 +93,8 @@ class Recorder:
 
     def __init__(
         self,
-        send: Send,
-        selection: dict[str, Any],
+        send: Callable[[Event], None],
+        selection: Selection,
         skip: int,
         table: dict[str, rules.Rule],
         *,
@@ -102,8 +105,9 @@ class Recorder:
         self.selection = selection
         self.skip = skip
         self.describe = describe
-        self.not_collected: dict[str, dict[str, Any]] = {}
-        self.now: dict[str, Any] = {}
+        self.not_collected: dict[str, Outcome] = {}
+        #: How the test that runs now ends, as far as that is known.
+        self.now: Outcome = _passed()
         self.rules: set[str] = set()
 
     def pytest_itemcollected(self, item: pytest.Item) -> None:
@@ -113,12 +117,12 @@ class Recorder:
         if report.passed:
             return
         message = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext
-        result = {
+        self.not_collected[report.nodeid] = {
             "result": SKIPPED if report.skipped else FAILED,
             "message": f"can't be collected: {_last_line(message)}",
             "detail": "" if report.skipped else message,
+            "seconds": 0.0,
         }
-        self.not_collected[report.nodeid] = result
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
@@ -147,10 +151,10 @@ class Recorder:
                 {
                     "event": "plan",
                     "tests": [
-                        *({"test": name, "rules": [], "about": ""} for name in self.not_collected),
+                        *map(_planned_without_item, self.not_collected),
                         *map(self._planned, items),
                     ],
-                    "host": describe_host() if self.describe else {},
+                    "host": describe_host() if self.describe else None,
                     "sentences": {name: rule.sentence for name, rule in self.table.items()},
                 }
             )
@@ -159,14 +163,14 @@ class Recorder:
         del items[: max(0, self.skip - len(self.not_collected))]
 
     @staticmethod
-    def _planned(item: pytest.Item) -> dict[str, Any]:
+    def _planned(item: pytest.Item) -> PlannedDocument:
         doc = (getattr(getattr(item, "function", None), "__doc__", None) or "").strip()
         about = " ".join(doc.partition("\n\n")[0].split())
         return {"test": item.nodeid, "rules": rules_of(item), "about": about}
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> None:
-        self.now = {"result": PASSED, "message": "", "detail": "", "seconds": 0.0}
+        self.now = _passed()
         mark = item.get_closest_marker("timeout")
         own = mark and (mark.args[0] if mark.args else mark.kwargs.get("timeout"))
         timeout = own or self.selection["timeout"]
@@ -177,8 +181,10 @@ class Recorder:
         self.send({"event": "end", "result": self.now})
 
     @pytest.hookimpl(hookwrapper=True)
-    def pytest_runtest_makereport(self, call: pytest.CallInfo[None]) -> Generator[None, Any, None]:
-        report: pytest.TestReport = (yield).get_result()
+    def pytest_runtest_makereport(
+        self, call: pytest.CallInfo[None]
+    ) -> Generator[None, pluggy.Result[pytest.TestReport], None]:
+        report = (yield).get_result()
         now = self.now
         now["seconds"] += report.duration
         if report.passed or call.excinfo is None:
@@ -187,16 +193,25 @@ class Recorder:
         words = getattr(error, "msg", None) or call.excinfo.exconly(tryshort=True)
         message = _first_line(str(words))
         if report.skipped:
-            now.update(result=SKIPPED, message=message)
+            now["result"], now["message"] = SKIPPED, message
             return
         if message.startswith(DEFECT) and now["result"] == PASSED:
             result, message = KNOWN_DEFECT, message.removeprefix(DEFECT)
         else:
             result = TIMEOUT if re.match(r"Timeout \(?>", message) else FAILED
         if now["result"] in (PASSED, SKIPPED, KNOWN_DEFECT):  # else the first failure is the cause
-            now.update(result=result, message=message)
+            now["result"], now["message"] = result, message
         sections = (f"-- {title} --\n{text}" for title, text in report.sections)
         now["detail"] = "\n".join(filter(None, [now["detail"], report.longreprtext, *sections]))
+
+
+def _planned_without_item(name: str) -> PlannedDocument:
+    """A file that could not be collected, as a test that fails."""
+    return {"test": name, "rules": [], "about": ""}
+
+
+def _passed() -> Outcome:
+    return {"result": PASSED, "message": "", "detail": "", "seconds": 0.0}
 
 
 def _first_line(text: str) -> str:

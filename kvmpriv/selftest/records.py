@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from ..exit_status import ExitStatus
+
+if TYPE_CHECKING:
+    from .documents import HostAbout, RunDocument, Selection
 
 __all__ = [
     "CRASHED",
@@ -84,8 +87,8 @@ class RuleResult(NamedTuple):
 class Run(NamedTuple):
     """A run.  `stopped` says why some planned tests did not run; empty: all did."""
 
-    host: dict[str, Any]
-    selection: dict[str, Any]
+    host: HostAbout
+    selection: Selection
     planned: int
     results: tuple[Result, ...]
     seconds: float
@@ -124,7 +127,7 @@ class Run(NamedTuple):
             return ExitStatus.UNABLE
         return ExitStatus.OK if totals[PASSED] else ExitStatus.ALL_SKIPPED
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> RunDocument:
         """The document of ``--json``; ``schema.json`` describes it."""
         rules = self.rules
         found = Counter(rule.result for rule in rules)
@@ -139,11 +142,24 @@ class Run(NamedTuple):
                 "tests": self.totals,
                 "rules": {name: found[name] for name in (FAILED, KNOWN_DEFECT, PASSED, SKIPPED)},
             },
-            "rules": [rule._asdict() for rule in rules],
+            "rules": [
+                {
+                    "rule": rule.rule,
+                    "sentence": rule.sentence,
+                    "result": rule.result,
+                    "tests": rule.tests,
+                    "message": rule.message,
+                }
+                for rule in rules
+            ],
             "tests": [
                 {
-                    **result._asdict(),
+                    "test": result.test,
                     "rules": list(result.rules),
+                    "about": result.about,
+                    "result": result.result,
+                    "message": result.message,
+                    "detail": result.detail,
                     "seconds": round(result.seconds, 3),
                 }
                 for result in self.results
@@ -151,28 +167,39 @@ class Run(NamedTuple):
         }
 
     @classmethod
-    def from_json(cls, document: Any) -> Run:
+    def from_json(cls, document: object) -> Run:
         """The run that a document was made from; ValueError says what is wrong with it."""
         if not isinstance(document, dict) or "schema_version" not in document:
             raise ValueError("not a document of `kvmpriv selftest --json`: no schema_version")
         version = document["schema_version"]
         if type(version) is not int or version != SCHEMA_VERSION:
             raise ValueError(f"schema version {version!r}; this kvmpriv reads {SCHEMA_VERSION}")
-        _check(document)
-        results = (Result(**{**test, "rules": tuple(test["rules"])}) for test in document["tests"])
+        found = _checked(document)
+        results = (
+            Result(
+                test["test"],
+                tuple(test["rules"]),
+                test["about"],
+                test["result"],
+                test["message"],
+                test["detail"],
+                test["seconds"],
+            )
+            for test in found["tests"]
+        )
         return cls(
-            document["host"],
-            document["selection"],
-            document["planned"],
+            found["host"],
+            found["selection"],
+            found["planned"],
             tuple(results),
-            document["seconds"],
-            document["stopped"],
-            {rule["rule"]: rule["sentence"] for rule in document["rules"]},
+            found["seconds"],
+            found["stopped"],
+            {rule["rule"]: rule["sentence"] for rule in found["rules"]},
         )
 
 
-def _check(document: Any) -> None:
-    """ValueError unless the document is as ``schema.json`` says."""
+def _checked(document: object) -> RunDocument:
+    """The document; ValueError unless it is as ``schema.json`` describes it."""
     import jsonschema
 
     schema = json.loads(Path(__file__).with_name("schema.json").read_text(encoding="utf-8"))
@@ -182,6 +209,7 @@ def _check(document: Any) -> None:
         where = error.json_path.removeprefix("$").removeprefix(".") or "the document"
         message = error.message if len(error.message) <= 200 else f"{error.message[:197]}..."
         raise ValueError(f"not a document of `kvmpriv selftest --json`: {where}: {message}")
+    return cast("RunDocument", document)
 
 
 def _rule(name: str, sentence: str, results: list[Result]) -> RuleResult:

@@ -22,6 +22,7 @@ from .records import (
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from .documents import HostAbout
     from .runner import Plan
 
 __all__ = [
@@ -189,7 +190,9 @@ def compare(
 # -- parts -----------------------------------------------------------------------------------------
 
 
-def _host(host: dict[str, object]) -> str:
+def _host(host: HostAbout | None) -> str:
+    if host is None:
+        return ""
     return plain("Linux {release} {machine}, {verdict}; kvmpriv {kvmpriv}".format(**host))
 
 

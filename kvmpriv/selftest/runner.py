@@ -10,14 +10,17 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from .records import CRASHED, KNOWN_DEFECT, PASSED, SKIPPED, TIMEOUT, Planned, Result
 
-__all__ = ["BadSelection", "CannotRun", "Plan", "Selection", "run", "suite"]
+if TYPE_CHECKING:
+    from .documents import EndEvent, Event, HostAbout, PlanEvent, Selection, StartEvent
+
+__all__ = ["BadSelection", "CannotRun", "Plan", "run", "suite"]
 
 #: Seconds that a test may take beyond its own timeout before its process is killed.
 GRACE = 20.0
@@ -32,11 +35,6 @@ _TAIL = 8192
 #: pytest's own; arguments that it does not accept.
 _PYTEST_ENDED, _PYTEST_INTERNAL, _PYTEST_USAGE = (0, 1, 5), 3, 4
 
-#: What is run: the options of the command, as the JSON document has them.
-Selection = dict[str, Any]
-#: What the process of the tests reports, see plugin.py.
-Event = dict[str, Any]
-
 
 class CannotRun(Exception):  # noqa: N818  # it is an outcome
     """The suite could not be run, or not to its end; the message says why."""
@@ -47,10 +45,13 @@ class BadSelection(ValueError):  # noqa: N818
 
 
 class Plan(NamedTuple):
-    """The tests that are going to run, the kernel they run on, and the rules' sentences."""
+    """The tests that are going to run, the kernel they run on, and the rules' sentences.
+
+    `host` is None if the tests are only collected.
+    """
 
     tests: tuple[Planned, ...]
-    host: dict[str, Any]
+    host: HostAbout | None
     sentences: dict[str, str]
 
 
@@ -111,12 +112,6 @@ class _Run:
         self._started = 0.0
         #: The result that is not yielded yet.
         self._last: Result | None = None
-        self._handlers: dict[str, Callable[[Event], Iterator[Plan | Result]]] = {
-            "nothing": self._nothing,
-            "plan": self._planned,
-            "start": self._start,
-            "end": self._end,
-        }
 
     def results(self) -> Generator[Plan | Result, None, None]:
         """The plan and the results, as run() yields them."""
@@ -126,7 +121,7 @@ class _Run:
                 self._folder, self._selection, self._ended, collect=self._collect
             ) as process:
                 for event in process.events():
-                    yield from self._handlers[event["event"]](event)
+                    yield from self._handle(event)
                     if self._collect and self._plan:
                         return
             yield from self._process_ended(process, progress=self._ended > before)
@@ -135,11 +130,16 @@ class _Run:
     def _complete(self) -> bool:
         return self._plan is not None and self._ended == len(self._plan.tests)
 
-    def _nothing(self, event: Event) -> Iterator[Plan | Result]:
-        """The selection is empty."""
-        raise BadSelection(f"{event['why']} (--list shows what there is)")
+    def _handle(self, event: Event) -> Iterator[Plan | Result]:
+        if event["event"] == "nothing":
+            raise BadSelection(f"{event['why']} (--list shows what there is)")
+        if event["event"] == "plan":
+            return self._planned(event)
+        if event["event"] == "start":
+            return self._start(event)
+        return self._end(event)
 
-    def _planned(self, event: Event) -> Iterator[Plan | Result]:
+    def _planned(self, event: PlanEvent) -> Iterator[Plan | Result]:
         """The tests have been found."""
         tests = tuple(
             Planned(test["test"], tuple(test["rules"]), test["about"]) for test in event["tests"]
@@ -147,14 +147,14 @@ class _Run:
         self._plan = Plan(tests, event["host"], event["sentences"])
         yield self._plan
 
-    def _start(self, event: Event) -> Iterator[Plan | Result]:
+    def _start(self, event: StartEvent) -> Iterator[Plan | Result]:
         """A test starts."""
         yield from self._take_last()
         self._running, self._started = self._next(), time.monotonic()
         if event["test"] != self._running.test:
             raise CannotRun(f"the plan says {self._running.test}, but {event['test']} runs")
 
-    def _end(self, event: Event) -> Iterator[Plan | Result]:
+    def _end(self, event: EndEvent) -> Iterator[Plan | Result]:
         """A test has ended, or a file could not be collected."""
         yield from self._take_last()
         self._last = Result(*self._next(), **event["result"])
@@ -261,9 +261,11 @@ class _Process:
                 if data:
                     *lines, rest = (rest + data).split(b"\n")
                     for line in lines:
-                        event = json.loads(line)
-                        own = event["event"] == "start"
-                        deadline = time.monotonic() + (event["timeout"] + GRACE if own else BETWEEN)
+                        event: Event = json.loads(line)
+                        allowed = BETWEEN
+                        if event["event"] == "start":
+                            allowed = event["timeout"] + GRACE
+                        deadline = time.monotonic() + allowed
                         yield event
                     continue
                 ended = self._wait(deadline - time.monotonic())

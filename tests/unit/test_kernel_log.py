@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from kvmpriv.selftest import kernel_log, report
+from kvmpriv.selftest.documents import HostAbout, Selection
 from kvmpriv.selftest.kernel_log import KernelLog
 from kvmpriv.selftest.records import Run
 from kvmpriv.selftest.runner import Plan
@@ -104,6 +105,9 @@ def test_a_log_that_can_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert KernelLog(str(taint)).unseen() == ""
     monkeypatch.setattr(conftest, "KERNEL_LOG", log)
     assert conftest.pytest_report_header() == [note]
-    host = dict.fromkeys(("release", "machine", "verdict", "kvmpriv"), "x")
-    assert report.text(Run(host, {}, 0, (), 0.0), note).splitlines()[1] == note
+    host: HostAbout = {
+        "release": "x", "version": "x", "machine": "x", "kvmpriv": "x", "verdict": "x", "abis": [],
+    }  # fmt: skip
+    selection: Selection = {"rules": [], "expression": "", "dangerous": False, "timeout": 1.0}
+    assert report.text(Run(host, selection, 0, (), 0.0), note).splitlines()[1] == note
     assert report.ktap_plan(Plan((), host, {}), note).splitlines()[2] == f"# {note}"

@@ -9,6 +9,7 @@ import pytest
 
 from kvmpriv import private
 from kvmpriv.selftest import rules, runner
+from kvmpriv.selftest.documents import Selection
 from private.support.rules import RULES, rule
 
 
@@ -31,7 +32,7 @@ def test_every_rule_has_a_test() -> None:
     assert tested == ours
 
 
-SELECTION = {"rules": [], "expression": "", "dangerous": False, "timeout": 120.0}
+SELECTION: Selection = {"rules": [], "expression": "", "dangerous": False, "timeout": 120.0}
 
 
 def test_an_unknown_rule(request: pytest.FixtureRequest) -> None:

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jsonschema
 import pytest
@@ -17,6 +17,7 @@ import kvmpriv.selftest
 from kvmpriv import cli
 from kvmpriv.exit_status import ExitStatus
 from kvmpriv.selftest import report
+from kvmpriv.selftest.documents import HostAbout, Selection
 from kvmpriv.selftest.records import (
     CRASHED,
     FAILED,
@@ -33,7 +34,7 @@ from kvmpriv.selftest.runner import Plan
 from .ktap import parse
 
 SCHEMA = json.loads((Path(kvmpriv.selftest.__file__).parent / "schema.json").read_text())
-HOST = {
+HOST: HostAbout = {
     "release": "6.1.0",
     "version": "#1",
     "machine": "x86_64",
@@ -41,7 +42,7 @@ HOST = {
     "verdict": "none",
     "abis": [],
 }
-SELECTION = {"rules": [], "expression": "", "dangerous": False, "timeout": 120.0}
+SELECTION: Selection = {"rules": [], "expression": "", "dangerous": False, "timeout": 120.0}
 
 
 # -- records ---------------------------------------------------------------------------------------
@@ -55,7 +56,7 @@ def made(*ends: tuple[str, str], stopped: str = "", **changes: Any) -> Run:
         )
         for number, (rules, result) in enumerate(ends)
     )
-    host = {**HOST, **changes}
+    host = cast("HostAbout", {**HOST, **changes})
     names = sorted({name for result in results for name in result.rules})
     sentences = {name: f"{name} holds." for name in names}
     return Run(host, SELECTION, len(ends) + bool(stopped), results, 1.5, stopped, sentences)
