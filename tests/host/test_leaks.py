@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import inspect
 import os
@@ -166,6 +167,7 @@ class Owned(NamedTuple):
 def check(make: Callable[[Place], AbstractContextManager[object]], kvm: Kvm, path: Path) -> None:
     """Fails unless an object of `make` owns something and has given it back at its end."""
     for _ in range(2):  # the first makes what stays: imports, the stacks of threads
+        gc.collect()  # of other tests: what it closes must not look closed by this one
         before = Owned.now()
         with ExitStack() as stack, make(Place(kvm, path, stack)):
             during = Owned.now()
