@@ -183,10 +183,11 @@ def test_an_abi_that_says_one_thing_and_has_the_other() -> None:
 
 def test_registered_in_order_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(private, "ABIS", dict(private.ABIS))
-    before = dict(FAULT_LAYOUTS)
+    earlier, before = list(private.ABIS), dict(FAULT_LAYOUTS)
+    assert earlier[:2] == ["restrictedmem", "guest_memfd"]
     abi = NotedAbi("noted", VM_TRAITS)
     private.register(abi)
-    assert list(private.ABIS) == ["restrictedmem", "guest_memfd", "noted"]
+    assert list(private.ABIS) == [*earlier, "noted"]
     assert before == FAULT_LAYOUTS, "its exit reason had a layout already"
     with pytest.raises(ValueError, match="already called 'noted'"):
         private.register(NotedAbi("noted", VM_TRAITS))
