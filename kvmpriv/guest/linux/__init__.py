@@ -1,12 +1,17 @@
 """Linux guests: load a kernel, give it a machine, run it, and learn how it ended.
 
-from kvmpriv import Kvm
-from kvmpriv.guest.linux import LinuxMachine, initrd, load_linux, plan
+    from pathlib import Path
 
-kernel = load_linux(Path("/boot/vmlinuz").read_bytes())
-files = initrd.busybox("uname -a; poweroff -f")
-with Kvm() as kvm, LinuxMachine(kvm, kernel, plan(256 << 20), initrd=files, output=print) as linux:
-outcome = linux.run(timeout=60)
+    from kvmpriv import Kvm
+    from kvmpriv.guest.linux import LinuxMachine, initrd, load_linux, plan
+
+    kernel = load_linux(Path("/boot/vmlinuz").read_bytes())
+    files = initrd.busybox("uname -a; poweroff -f")
+    ranges = plan(256 << 20)
+    with Kvm() as kvm, LinuxMachine(kvm, kernel, ranges, initrd=files, output=print) as linux:
+        outcome = linux.run(timeout=60)
+
+`initrd.busybox` needs a statically linked busybox on the host.
 """
 
 from . import initrd
