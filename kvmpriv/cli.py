@@ -151,8 +151,8 @@ def make_parser(*, complete: bool = False) -> argparse.ArgumentParser:
         version=f"kvmpriv {__version__}",
         help="print the version and exit",
     )
-    parser.epilog = "`kvmpriv COMMAND --help` describes a command, and so does its manual page, "
-    parser.epilog += "kvmpriv-COMMAND(1)."
+    parser.epilog = "`kvmpriv COMMAND --help` and the manual page kvmpriv-COMMAND(1) describe "
+    parser.epilog += "a command."
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, summary in COMMANDS.items():
         added = commands.add_parser(name, help=summary)

@@ -19,7 +19,7 @@ COMMANDS = {
     "probe": "find out what private memory this host can give to guests",
     "run": "run a guest from a flat binary or an ELF file",
     "boot": "boot Linux from a bzImage or a vmlinux",
-    "trace": "show a recorded run, as text and as a page",
+    "trace": "summarise a recording of `boot --trace`, as text or HTML",
     "selftest": "test the running kernel against the rules of private memory",
 }
 

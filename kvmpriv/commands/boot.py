@@ -146,7 +146,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=parse_size,
         default=512 << 20,
         metavar="SIZE",
-        help="the guest's memory: bytes, or with K, M, G or T (default: 512M)",
+        help="the size of the guest's memory: bytes, or with K, M, G or T (default: 512M)",
     )
     add("--cpus", type=parse_cpus, default=1, metavar="N", help="the number of vCPUs (default: 1)")
     add(
@@ -155,25 +155,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         const="any",
         type=parse_abi,
         metavar="ABI",
-        help="keep the applications' memory private. Choose the ABI with --private=ABI:"
-        f" {' or '.join(ABIS)}; without it, the first that works is used",
+        help="make all of the guest's memory above 4 GiB private, and keep its applications there."
+        f" --private=ABI chooses the ABI ({', '.join(ABIS)}); --private alone uses the first that"
+        " works",
     )
     add(
         "--disk",
         type=parse_path,
         metavar="FILE",
-        help="a raw disk image, virtio-blk (/dev/vda); read-only if the file can't be written",
+        help="a raw disk image, the guest's /dev/vda (virtio-blk); read-only if the file can't be"
+        " written",
     )
     add(
         "--net",
         type=parse_net,
         default=None,
         metavar="WHERE",
-        help="tap: a virtio-net card in a network namespace of its own, in which the host has the"
-        f" address {HOST_ADDRESS}/{PREFIX_LENGTH}. `ip netns` lists the namespace; it ends with the"
-        " guest. Without CAP_NET_ADMIN the network is made in a user namespace, and the command"
-        " prints the PID for `nsenter`. tap=BRIDGE: a tap device on this bridge. none: no card"
-        " (default). tap,mac=MAC sets the card's MAC address, which is random by default",
+        help="tap: give the guest a virtio-net card. The command makes a network namespace for it,"
+        f" which ends with the guest; the host has the address {HOST_ADDRESS}/{PREFIX_LENGTH} in"
+        " it. `ip netns` lists it. Without CAP_NET_ADMIN the command makes it in a user namespace"
+        " and prints the PID for `nsenter`. tap=BRIDGE: connect the card to this bridge."
+        " tap,mac=MAC: give the card this MAC address (default: a random one). none: no card"
+        " (default)",
     )
     add("--timeout", type=parse_seconds, metavar="SECONDS", help="end the guest after this time")
     add(
@@ -181,7 +184,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=parse_pin,
         default=[],
         metavar="CPU,...",
-        help="run each vCPU on this CPU of the host, in this order",
+        help="run the vCPUs on these CPUs of the host: one CPU for each vCPU, in this order",
     )
     add(
         "--watch",

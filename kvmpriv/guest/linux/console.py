@@ -18,7 +18,7 @@ __all__ = ["HELP", "Keyboard", "keyboard"]
 _ESCAPE, _QUIT = b"\x01", b"xX"
 _QUIT_OUTCOME = Outcome("signal", ExitStatus.SIGNALLED + signal.SIGINT, "Ctrl-A x")
 #: For the user of a terminal.
-HELP = "Ctrl-A x ends the guest, Ctrl-A Ctrl-A is a Ctrl-A"
+HELP = "Ctrl-A x ends the guest, and Ctrl-A Ctrl-A sends it a Ctrl-A"
 
 
 class Keyboard:
