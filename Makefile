@@ -5,8 +5,8 @@ BIN    := $(VENV)/bin
 SETUP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-debug test-literal test-all soak calibrate mutate check kernels cdefs \
-	manual docs bench clean packages
+.PHONY: help demo test test-debug test-literal test-all soak calibrate mutate check check-static \
+	check-unit kernels cdefs manual docs bench clean packages
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -41,10 +41,16 @@ calibrate: kernels  ## our suite beside the kernel's own C selftests, case by ca
 mutate: $(SETUP)  ## break the kernel series, one line at a time: a test must fail each time (hours)
 	scripts/kernel/mutate
 
+# The unit tests wait for other processes often: beside them there is time for the types.
 check: $(SETUP)  ## lint, format, types and unit tests (about a minute)
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target check-unit check-static
+
+check-static:
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+check-unit:
 	$(BIN)/python -m pytest -q tests/unit
 
 kernels: $(SETUP)  ## build the kernels of `make test`, or find them in the cache (~/.cache/kvmpriv)

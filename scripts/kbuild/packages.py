@@ -44,6 +44,7 @@ DEVELOPING = {
     "/usr/include/linux/kvm.h": "linux-libc-dev",
     "objcopy": "binutils",
     "man": "man-db",
+    "node": "nodejs",  # runs pyright
     "bpftool": "bpftool",
     "busybox": "busybox-static",
 }
