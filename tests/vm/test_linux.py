@@ -218,7 +218,7 @@ def test_a_guest_that_converts(boots: dict[str, Boot], folder: Path) -> None:
         "size": 16 * 4096,
         "by": "hypercall",
     }
-    assert "to shared, by hypercall: 0.1 MiB" in "\n".join(trace.text(recording))
+    assert "to shared, by hypercall: 64 KiB" in "\n".join(trace.text(recording))
     assert "".join(trace.page(recording)).count("<svg") == 3
 
 
