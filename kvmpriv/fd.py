@@ -248,7 +248,8 @@ class Fd:
         errno = last_errno()
         if errno == _errno.EBADF and self._fd < 0:
             return self._closed_error()
-        return os_error(errno, f"{_name(request)}({describe(argument)})")
+        shown = _show_pointer(argument) if errno == _errno.EFAULT else describe(argument)
+        return os_error(errno, f"{_name(request)}({shown})")
 
     def _closed_error(self) -> ClosedError:
         return ClosedError(f"{self._what} is closed")
@@ -269,6 +270,13 @@ class Fd:
     def __repr__(self) -> str:
         state = "CLOSED" if self.closed else f"fd={self._fd}"
         return f"<{type(self).__name__} {state}>"
+
+
+def _show_pointer(argument: object) -> str:
+    """An argument that the kernel could not read or write: to look into it might be a crash."""
+    if isinstance(argument, int):
+        return _show(argument)
+    return f"{_ffi.typeof(argument).cname} at {int(_ffi.cast(_UINTPTR, argument)):#x}"
 
 
 def _name(request: int) -> str:
