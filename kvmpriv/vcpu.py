@@ -215,7 +215,7 @@ class Vcpu(KvmFd):
                     vcpu.reply(bytes((status,)))
         """
         self._check_idle()
-        data = bytes(data)
+        data = bytes(memoryview(data))  # bytes(1) would be one byte of 0
         run = self.kvm_run
         reason = run.exit_reason
         if reason == kvm_h.KVM_EXIT_IO and run.io.direction == kvm_h.KVM_EXIT_IO_IN:
@@ -481,6 +481,7 @@ class Vcpu(KvmFd):
         """KVM_GET_CPUID2: the CPUID leaves that the guest sees."""
         from .cpuid import read_cpuid_growing
 
+        self._check_idle()
         return read_cpuid_growing(self, kvm_h.KVM_GET_CPUID2)
 
     def set_cpuid2(self, entries: Iterable[CpuidEntry]) -> None:
