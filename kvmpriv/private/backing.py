@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from .. import libc
 from ..errors import ArgumentError, ClosedError
-from ..fd import Fd
+from ..fd import Fd, check_range
 from ..slots import HeldBySlots, Slot
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class PrivateFile(HeldBySlots, Fd):
         return ClosedError(f"{self._what} is closed")
 
     def fallocate(self, mode: int, offset: int, length: int) -> None:
-        """fallocate(2) with ``FALLOC_FL_*``; bytes.  OSError; ArgumentError beyond 2^63."""
+        """fallocate(2) with ``FALLOC_FL_*``; bytes.  OSError; ArgumentError out of range."""
         self.fileno()
         self.fallocate_held(mode, offset, length)
 
@@ -83,6 +83,7 @@ class PrivateFile(HeldBySlots, Fd):
 
     def fallocate_held(self, mode: int, offset: int, length: int) -> None:
         """fallocate(2) for a slot that holds the file; also works after `close`."""
+        check_range("mode", mode, 1 << 31)
         check_loff(offset, length)
         if libc.fallocate(Fd.fileno(self), mode, offset, length) != 0:
             what = f"fallocate(mode {mode:#x}, {offset:#x}, {length:#x})"
