@@ -42,6 +42,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from ..cdefs import kvm as kvm_h
 from ..errors import ArgumentError
+from ..fd import check_range
 from ..kvm import Kvm
 from ..libc import os_error
 from ..memory import PAGE_SIZE, HostMemory
@@ -182,8 +183,7 @@ class PuppetCommands(ABC):
 
     def increment(self, gpa: int, times: int) -> int:
         """Add 1 to the 64-bit word, `times` times, by compare and swap; returns the last value."""
-        if times < 0:
-            raise ArgumentError(f"times must be 0 or more, not {times}")
+        check_range("times", times, 1 << 64)
         return self._one("increment", _seen(gpa), times, shows=(gpa, 8))
 
     def load(self, gpa: int, size: int) -> int:
@@ -196,10 +196,12 @@ class PuppetCommands(ABC):
 
     def port_out(self, port: int, size: int, value: int) -> None:
         """One OUT of 1, 2 or 4 bytes, which is an exit: see `serve`."""
+        check_range("port", port, 1 << 16)
         self._ask(_nothing, "out", value, _checked_size(size, 4), port)
 
     def port_in(self, port: int, size: int) -> int:
         """One IN of 1, 2 or 4 bytes, which is an exit: `serve` answers it by `Vcpu.reply`."""
+        check_range("port", port, 1 << 16)
         return self._one("in", 0, _checked_size(size, 4), port)
 
     def hypercall(self, number: int, *arguments: int) -> int:
@@ -218,6 +220,8 @@ class PuppetCommands(ABC):
 
     def cpuid(self, leaf: int, index: int = 0) -> tuple[int, int, int, int]:
         """CPUID in the guest: (eax, ebx, ecx, edx)."""
+        check_range("leaf", leaf, 1 << 32)
+        check_range("index", index, 1 << 32)
         cpu = self.cpu
 
         def registers(_: int) -> tuple[int, int, int, int]:
@@ -233,10 +237,12 @@ class PuppetCommands(ABC):
 
     def rdmsr(self, index: int) -> int:
         """RDMSR in the guest.  GuestCrash if the vCPU has no such register."""
+        check_range("index", index, 1 << 32)
         return self._one("rdmsr", index)
 
     def wrmsr(self, index: int, value: int) -> None:
         """WRMSR in the guest.  GuestCrash if the vCPU has no such register."""
+        check_range("index", index, 1 << 32)
         self._ask(_nothing, "wrmsr", index, value)
 
     def run(self, gpa: int, argument: int = 0) -> int:

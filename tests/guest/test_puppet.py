@@ -260,7 +260,7 @@ def test_numbers_out_of_range(guest: Puppet, memory: HostMemory) -> None:
     for stride, count, wrong in ((0, 1, "stride"), (-1, 1, "stride"), (1, -1, "count")):
         with pytest.raises(ArgumentError, match=f"^{wrong} must be [01] or more, not"):
             guest.touch(GPA, stride, count, 1)
-    with pytest.raises(ArgumentError, match="times must be 0 or more, not -1"):
+    with pytest.raises(ArgumentError, match=r"times must be .* not -0x1"):
         guest.increment(GPA, -1)
     assert guest.increment(GPA, 0) == 0
     with pytest.raises(ArgumentError, match="a hypercall has up to 4 arguments, not 5"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from kvmpriv import ArgumentError, CpuidEntry, HostMemory, Kvm, Vcpu, Vm, uapi
+from kvmpriv import ArgumentError, CpuidEntry, HostMemory, Kvm, Puppet, Vcpu, Vm, private, uapi
 from kvmpriv.fd import describe, new_struct
 from kvmpriv.routing import IrqchipRoute, MsiRoute
 
@@ -25,12 +26,15 @@ LEAF = CpuidEntry(1, 0, 0, 0, 0, 0, 0)
 #: What is called with a number that does not fit; and a number next to it that does.
 OF_KVM: dict[str, tuple[Callable[[Kvm, int], Any], tuple[int, ...]]] = {
     "create_vm": (lambda kvm, n: kvm.create_vm(n), (-1, U64, -U64)),
-    "check_extension": (lambda kvm, n: kvm.check_extension(n), (-1, U64, U64 + 3, U64 + 0x7FFF)),
+    "check_extension": (
+        lambda kvm, n: kvm.check_extension(n),
+        (-1, U64, U64 + 3, U64 + 0x7FFF, 3 - U64),
+    ),
     "ioctl": (lambda kvm, n: kvm.ioctl(k.KVM_CHECK_EXTENSION, n), (-1, U64, U64 + 3)),
     "ioctl_errno": (lambda kvm, n: kvm.ioctl_errno(k.KVM_CHECK_EXTENSION, n), (-1, U64, U64 + 3)),
 }
 OF_VM: dict[str, tuple[Callable[[Vm, int], Any], tuple[int, ...]]] = {
-    "check_extension": (lambda vm, n: vm.check_extension(n), (-1, U64, U64 + 3)),
+    "check_extension": (lambda vm, n: vm.check_extension(n), (-1, U64, U64 + 3, 3 - U64)),
     "create_vcpu": (lambda vm, n: vm.create_vcpu(n), (-1, U32, U64)),
     "enable_cap": (lambda vm, n: vm.enable_cap(n), (-1, U32)),
     "enable_cap flags": (lambda vm, n: vm.enable_cap(1, flags=n), (-1, U32)),
@@ -232,3 +236,65 @@ import kvmpriv
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert ctypes.sizeof(ctypes.c_long) == 8, "off_t is as long as off64_t here"
+
+
+# -- what was cut, or hung, or crashed -----------------------------------------------------------
+
+
+def test_an_argument_that_the_kernel_can_not_read(vm: Vm) -> None:
+    """The error is the kernel's EFAULT: the message does not read the struct either."""
+    for address in (0, 16):
+        for kind in ("struct kvm_clock_data *", "__u64 *"):
+            request = k.KVM_GET_CLOCK if "clock" in kind else k.KVM_SET_IDENTITY_MAP_ADDR
+            pointer = k.ffi.cast(kind, address)
+            with pytest.raises(OSError, match=f"at {address:#x}") as caught:
+                vm.ioctl(request, pointer)
+            assert caught.value.errno == errno.EFAULT
+
+
+def test_cpuid_of_a_vcpu_that_another_thread_runs(vm: Vm) -> None:
+    """The ioctl would wait for that thread, perhaps for ever."""
+    with vm.create_vcpu() as vcpu:
+        vcpu._runner["thread"] = object()
+        try:
+            with pytest.raises(RuntimeError, match="is being run by another thread"):
+                vcpu.get_cpuid2()
+        finally:
+            vcpu._runner.clear()
+        assert vcpu.get_cpuid2() == []
+
+
+def test_a_number_is_no_reply(vm: Vm) -> None:
+    """bytes(1) is one byte of 0: the guest would read 0 instead of 1."""
+    with vm.create_vcpu() as vcpu:
+        vcpu.kvm_run.exit_reason = k.KVM_EXIT_MMIO
+        vcpu.kvm_run.mmio.len = 1
+        with pytest.raises(TypeError):
+            vcpu.reply(1)  # type: ignore[arg-type]
+        vcpu.reply(b"\1")
+        assert vcpu.kvm_run.mmio.data[0] == 1
+
+
+@pytest.mark.parametrize("mode", [-1, U32, U32 + 3])
+def test_a_mode_of_fallocate(mode: int) -> None:
+    with private.PrivateFile(os.memfd_create("file", os.MFD_CLOEXEC)) as file:
+        with pytest.raises(ArgumentError, match=f"mode must be .* not {mode:#x}"):
+            file.fallocate(mode, 0, 4096)
+        assert os.fstat(file.fileno()).st_blocks == 0
+
+
+def test_ports_and_registers_of_the_puppet(vm: Vm) -> None:
+    with Puppet(vm) as guest:
+        calls: dict[str, Callable[[int], Any]] = {
+            "port": lambda n: guest.port_out(n, 1, 0),
+            "port ": lambda n: guest.port_in(n, 1),
+            "index": guest.rdmsr,
+            "index ": lambda n: guest.wrmsr(n, 0),
+            "leaf": guest.cpuid,
+            "index  ": lambda n: guest.cpuid(0, n),
+            "times": lambda n: guest.increment(0, n),
+        }
+        for name, call in calls.items():
+            for number in (-1, U64 + 0x10, 0x1_0000 if "port" in name else U64):
+                with pytest.raises(ArgumentError, match=f"^{name.strip()} must be .*{number:#x}"):
+                    call(number)
