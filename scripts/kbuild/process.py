@@ -13,10 +13,14 @@ def die_with_parent() -> None:
 
 
 def exit_on(*signals: signal.Signals) -> None:
-    """Turn these signals into SystemExit(128 + number), so that `finally` blocks run."""
+    """Turn these signals into SystemExit(128 + number), so that `finally` blocks run.
+
+    A signal that is ignored stays ignored: nohup(1) does that to SIGHUP.
+    """
 
     def stop(number: int, frame: object) -> NoReturn:
         raise SystemExit(128 + number)
 
     for number in signals:
-        signal.signal(number, stop)
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, stop)

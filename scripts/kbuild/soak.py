@@ -24,10 +24,13 @@ MORE = 1800
 def main(arguments: list[str]) -> int:
     """The command scripts/soak."""
     run = suite.parse("soak", __doc__, arguments)
+    hours = os.environ.get("HOURS") or "1"
     try:
-        seconds = int(float(os.environ.get("HOURS", "1")) * 3600)
-    except ValueError:
-        say(f"soak: HOURS must be a number, not {os.environ['HOURS']!r}")
+        seconds = int(float(hours) * 3600)
+    except (ValueError, OverflowError):  # OverflowError: infinite
+        seconds = 0
+    if seconds <= 0:
+        say(f"soak: HOURS must be a number above 0, not {hours!r}")
         return Status.USAGE
     artifacts = Path(os.environ.get("ARTIFACTS") or cache_root().parent / "soak").absolute()
     artifacts.mkdir(parents=True, exist_ok=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from kbuild import soak, suite, vm
+from kbuild.process import exit_on
 
 Main = Callable[[list[str]], int]
 NAME = "restrictedmem"
@@ -128,8 +130,28 @@ def test_usage(
     assert asked == []
 
 
-def test_hours_that_are_no_number(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hours that are not a number are a usage error."""
-    monkeypatch.setenv("HOURS", "long")
+@pytest.mark.parametrize("hours", ["long", "inf", "nan", "-1", "0"])
+def test_hours_that_are_no_number(
+    asked: list[str], monkeypatch: pytest.MonkeyPatch, hours: str
+) -> None:
+    """Hours that are not a number above 0 are a usage error."""
+    monkeypatch.setenv("HOURS", hours)
     assert soak.main([NAME]) == 2
     assert asked == []
+
+
+def test_empty_hours_are_the_default(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with STEPS and SEED, an empty variable is one that is not set."""
+    monkeypatch.setenv("HOURS", "")
+    assert soak.main([NAME]) == 7
+    assert "KVMPRIV_MODEL_SECONDS=3600" in asked
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    """`nohup scripts/soak` runs on when its terminal is closed."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        exit_on(signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
