@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
 from typing import NamedTuple, TextIO
 
@@ -291,22 +291,27 @@ class _Screen:
         self._in_line = not data.endswith(b"\n")
 
     def say(self, text: str) -> None:
-        """Write a message of this command."""
+        """Write a message of this command.  It is lost if standard error can't be written."""
         start = "\n" if self._together and self._in_line else ""
         self._in_line = False
         lines = "\n".join(printable(line) for line in text.splitlines())
-        print(f"{start}kvmpriv boot: {lines}", file=sys.stderr, flush=True)
+        with suppress(OSError):  # it must not replace the guest's exit status
+            print(f"{start}kvmpriv boot: {lines}", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    """Make signals that would end the process end the guest: the terminal has to be restored."""
+    """Make signals that would end the process end the guest: the terminal has to be restored.
+
+    A signal that is ignored stays ignored: nohup(1) does that to SIGHUP.
+    """
 
     def stop(number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         raise Interrupted(Outcome("signal", ExitStatus.SIGNALLED + number, name))
 
-    before = {number: signal.signal(number, stop) for number in _SIGNALS}
+    ours = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in ours}
     try:
         yield
     finally:
@@ -383,7 +388,7 @@ def _run(machine: LinuxMachine, options: argparse.Namespace, screen: _Screen) ->
             return machine.run(options.timeout, source, look=look, trace=options.trace)
     except Interrupted as interrupted:  # before the run, or after it
         return interrupted.outcome
-    except OutputError:
+    except (OutputError, BrokenPipeError):  # the second: the console, with --json
         raise
     except OSError as error:
         if options.trace is not None and error.filename == options.trace:
