@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno as _errno
 import os
 import stat
 from contextlib import suppress
@@ -11,6 +12,12 @@ from .page import page
 from .record import Recording
 
 __all__ = ["is_same_file", "write_page"]
+
+#: What making a file beside another one, or renaming it over that, fails with where the other file
+#: may still be written to.
+_NO_FILE_BESIDE = frozenset(
+    (_errno.EACCES, _errno.EPERM, _errno.EROFS, _errno.EBUSY, _errno.ENAMETOOLONG)
+)
 
 
 def is_same_file(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
@@ -26,7 +33,8 @@ def write_page(recording: Recording, path: str | os.PathLike[str]) -> None:
 
     A regular file is replaced only when the page is complete, and keeps its mode; so an earlier
     page is not lost if something fails.  Symbolic links are followed.  A pipe, a device, and a
-    file in a directory that can't be written to are written to in place.
+    file that can't be replaced (its directory can't be written to, it is a mount point, its name is
+    too long for a second one) are written to in place.
     """
     found: os.stat_result | None = None
     with suppress(FileNotFoundError):
@@ -36,8 +44,8 @@ def write_page(recording: Recording, path: str | os.PathLike[str]) -> None:
         mode = None if found is None else stat.S_IMODE(found.st_mode)
         try:
             _replace(recording, target, mode)
-        except PermissionError:
-            if found is None:
+        except OSError as error:
+            if error.errno not in _NO_FILE_BESIDE:
                 raise
         else:
             return

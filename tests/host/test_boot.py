@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pty
 import re
@@ -433,6 +434,21 @@ def test_no_such_bridge() -> None:
     with pytest.raises(OSError, match="there is no bridge nowhere"):
         Tap("nowhere")
     assert namespaces() == set()
+
+
+def test_a_cpu_that_goes_away(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A vCPU whose host CPU a cpuset takes away ends the run with that error, and does not hang."""
+
+    def refuse(pid: int, cpus: object) -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(os, "sched_setaffinity", refuse)
+    image = load_linux(kernel(UP))
+    with (
+        LinuxMachine(kvm, image, plan(32 << 20), pin=[CPU]) as machine,
+        pytest.raises(OSError, match="Invalid argument"),
+    ):
+        machine.run(timeout=30)
 
 
 def test_what_the_host_sees_of_a_guest(kvm: Kvm) -> None:

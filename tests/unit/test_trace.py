@@ -185,6 +185,19 @@ def test_a_page_to_a_device(path: Path, tmp_path: Path) -> None:
     assert stat.S_ISCHR(node.lstat().st_mode)
 
 
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_page_whose_name_is_too_long_for_a_second_one(
+    path: Path, tmp_path: Path, exists: bool
+) -> None:
+    """255 bytes are a file's longest name: no longer name can be made from it."""
+    page = tmp_path / ("p" * 250 + ".html")
+    if exists:
+        page.write_text("old")
+    assert kvmpriv(path, "--page", page).returncode == 0
+    assert page.read_text().startswith("<!doctype html>")
+    assert list(tmp_path.glob("p*")) == [page]
+
+
 def test_a_page_to_standard_output(path: Path, tmp_path: Path) -> None:
     """After the summary, whatever kind of file it is.
 

@@ -60,9 +60,13 @@ class GuestThread(VcpuThread[Outcome]):
         self.seconds: float = 0.0
 
     def run(self) -> None:
-        if self._cpu is not None:
-            os.sched_setaffinity(0, {self._cpu})  # 0: this thread
-        super().run()
+        try:
+            if self._cpu is not None:
+                os.sched_setaffinity(0, {self._cpu})  # 0: this thread
+        except OSError as error:  # a cpuset took the CPU away; result() raises it
+            self._error = error
+        else:
+            super().run()
         self.seconds = time.thread_time()
         self._ended()
 
