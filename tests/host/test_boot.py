@@ -20,6 +20,7 @@ from conftest import ROOT
 from kvmpriv import ArgumentError, Kvm, private, trace
 from kvmpriv.guest.linux import Cost, Interrupted, LinuxMachine, Outcome, load_linux, plan
 from kvmpriv.guest.linux.disk import Entropy
+from kvmpriv.guest.linux.dispatch import GuestThread
 from kvmpriv.guest.linux.tap import HOST_ADDRESS, Tap
 from private.support.requirements import missing
 from unit.test_linux_image import bzimage
@@ -434,6 +435,29 @@ def test_no_such_bridge() -> None:
     with pytest.raises(OSError, match="there is no bridge nowhere"):
         Tap("nowhere")
     assert namespaces() == set()
+
+
+def test_a_second_signal_while_the_guest_is_stopped(
+    kvm: Kvm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A handler that raises while `run` stops its threads does not keep the others running."""
+    stop, raised = GuestThread.stop, []
+
+    def interrupted(thread: GuestThread) -> None:
+        stop(thread)
+        raised.append(thread)
+        raise KeyboardInterrupt
+
+    def look() -> None:
+        raise Interrupted(Outcome("off", 0, "enough"))
+
+    monkeypatch.setattr(GuestThread, "stop", interrupted)
+    before = set(threading.enumerate())
+    with LinuxMachine(kvm, load_linux(kernel(SPIN)), plan(32 << 20), cpus=2) as machine:
+        with pytest.raises(KeyboardInterrupt):
+            machine.run(timeout=30, look=look, every=0.1)
+        assert len(raised) == 2
+        assert set(threading.enumerate()) == before
 
 
 def test_a_cpu_that_goes_away(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -382,13 +382,15 @@ class LinuxMachine:
                 thread.start()
             self._supervisor.watch(threads, self.console, source, timeout, calls)
         finally:
-            # A vCPU that waits for room for its output must see that the guest has ended.
-            self.end(crashed("ended by the caller"))
-            self._supervisor.release()
-            for thread in threads:
-                if thread.ident is not None:
-                    thread.stop()
-            self._io.stop()
+            # Last in, first out.  All of them are called, also if a second signal's handler raises.
+            with ExitStack() as stops:
+                stops.callback(self._io.stop)
+                for thread in threads:
+                    if thread.ident is not None:
+                        stops.callback(thread.stop)
+                # A vCPU that waits for room for its output must see that the guest has ended.
+                stops.callback(self._supervisor.release)
+                stops.callback(self.end, crashed("ended by the caller"))
         for periodic in calls:
             periodic.call()
         for thread in threads:
