@@ -5,6 +5,7 @@ from .page import page
 from .record import (
     About,
     ConversionEvent,
+    DeviceAbout,
     EndEvent,
     Event,
     ExitEvent,
@@ -21,6 +22,7 @@ from .summary import Summary, summarize, text
 __all__ = [
     "About",
     "ConversionEvent",
+    "DeviceAbout",
     "EndEvent",
     "Event",
     "ExitEvent",

@@ -19,6 +19,7 @@ from ..terminal import printable
 __all__ = [
     "About",
     "ConversionEvent",
+    "DeviceAbout",
     "EndEvent",
     "Event",
     "ExitEvent",
@@ -44,6 +45,19 @@ class RangeAbout(TypedDict):
     purpose: str
 
 
+class _DeviceAbout(TypedDict):
+    name: str
+    size: int
+
+
+@final
+class DeviceAbout(_DeviceAbout, total=False):
+    """A device: its first address, either a `port` or a `gpa`, and how many addresses it has."""
+
+    port: int
+    gpa: int
+
+
 class _About(TypedDict):
     kvmpriv_trace: int
     what: str
@@ -53,9 +67,17 @@ class _About(TypedDict):
 
 @final
 class About(_About, total=False):
-    """The first line: the format's version, what ran, the number of vCPUs, RAM, and the ABI."""
+    """The first line: the format's version, what ran, the number of vCPUs, RAM, and the ABI.
+
+    `cmdline` is the kernel's command line, `date` the time when the recording began, in UTC
+    (``2026-01-31T12:00:00Z``).  Recordings of earlier versions of kvmpriv do not have the last
+    three.
+    """
 
     private_abi: str | None
+    cmdline: str
+    date: str
+    devices: list[DeviceAbout]
 
 
 class _Timed(TypedDict):
@@ -226,7 +248,20 @@ _is_cpu = _is_int(0, 1 << 16)
 _is_status = _is_int(-(1 << 31), (1 << 31) - 1)
 _is_range = _has(gpa=_is_address, size=_is_size, kind=_is_text, purpose=_is_text)
 _is_about = _has(what=_is_text, cpus=_is_int(1, 1 << 16), ranges=_is_list(_is_range))
-_is_abi = _may_have(private_abi=lambda value: value is None or isinstance(value, str))
+_is_place = _may_have(port=_is_int(0, 0xFFFF), gpa=_is_address, write=_is_bool)
+
+
+def _is_device(value: object) -> bool:
+    named = _has(name=_is_text, size=_is_size)(value) and _is_place(value)
+    return named and isinstance(value, dict) and ("port" in value) != ("gpa" in value)
+
+
+_is_more_about = _may_have(
+    private_abi=lambda value: value is None or isinstance(value, str),
+    cmdline=_is_text,
+    date=_is_text,
+    devices=_is_list(_is_device),
+)
 _is_use = _has(resident=_is_size, private=_is_size)
 #: The field that only this kind of event has -> what the event has to have.
 _EVENTS: dict[str, _Check] = {
@@ -242,7 +277,6 @@ _EVENTS: dict[str, _Check] = {
     "end": _has(end=_is_text, status=_is_status, why=_is_text),
 }
 _has_time = _has(t=_is_seconds)
-_is_place = _may_have(port=_is_int(0, 0xFFFF), gpa=_is_address, write=_is_bool)
 
 
 def _is_event(entry: object, ranges: int) -> bool:
@@ -309,6 +343,6 @@ def _read_about(line: bytes) -> About:
     if version != VERSION:
         shown = repr(version)[:60]
         raise TraceError(f"a recording of version {shown}; this kvmpriv reads version {VERSION}")
-    if not _is_about(about) or not _is_abi(about):
+    if not _is_about(about) or not _is_more_about(about):
         raise TraceError("line 1: it does not describe a run")
     return cast("About", about)

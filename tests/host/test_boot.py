@@ -12,6 +12,7 @@ import sys
 import termios
 import threading
 import time
+from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,12 @@ def test_a_recorded_run(image: Path, tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (124, "up\n")
     recording = trace.read(path)
     assert recording.about["ranges"] == [part._asdict() for part in plan(32 << 20)]
+    assert recording.about["cmdline"] == "console=ttyS0 panic=-1"
+    when = datetime.strptime(recording.about["date"], "%Y-%m-%dT%H:%M:%S%z")
+    assert abs((datetime.now(timezone.utc) - when).total_seconds()) < 60
+    devices = recording.about["devices"]
+    assert devices[0] == {"name": "console (COM1)", "port": 0x3F8, "size": 8}
+    assert devices[-1] == {"name": "virtio-rng", "gpa": 0xD0000000, "size": 0x200}
     exits = [event for event in recording.events if "exit" in event]
     where = {"cpu": 0, "exit": "KVM_EXIT_IO", "port": 0x3F8, "write": True}
     assert [{**event, "t": 0} for event in exits] == [{"t": 0, **where}] * 3

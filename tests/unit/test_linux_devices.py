@@ -181,6 +181,8 @@ def test_bus() -> None:
     with pytest.raises(ValueError, match="address 0x103 already belongs to another device"):
         bus.add(Log(), 0x102 + 1, 8)
     assert bus.read(0x105, 1) == 0xFF  # nothing of the one that was refused is there
+    bus.add(Log(), 0x200, 1, "a log")
+    assert bus.ranges == [(0x100, 4, "Log"), (0x200, 1, "a log")]
 
 
 def test_acpi_tables_hang_together() -> None:

@@ -307,6 +307,14 @@ def test_a_damaged_event(path: Path, tmp_path: Path, event: dict[str, Any]) -> N
         {"cpus": 10**400},
         {"private_abi": 7},
         {"what": None},
+        {"cmdline": 7},
+        {"date": None},
+        {"devices": {}},
+        {"devices": [{"name": "console", "size": 8}]},
+        {"devices": [{"name": "console", "size": 8, "port": 0x10000}]},
+        {"devices": [{"name": "console", "size": 8, "port": 0, "gpa": 0}]},
+        {"devices": [{"name": "console", "port": 0x3F8}]},
+        {"devices": [{"size": 8, "port": 0x3F8}]},
     ],
 )
 def test_a_damaged_first_line(path: Path, change: dict[str, Any]) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from ...errors import ArgumentError
 
-__all__ = ["Bus", "Device"]
+__all__ = ["Bus", "BusRange", "Device"]
 
 
 class Device(Protocol):
@@ -25,22 +25,35 @@ class Device(Protocol):
         ...
 
 
+class BusRange(NamedTuple):
+    """The addresses of a device: `size` addresses from `start` on."""
+
+    start: int
+    size: int
+    #: For a person.
+    name: str
+
+
 class Bus:
     """Devices by address.  Where there is none, reads give all ones and writes have no effect."""
 
     def __init__(self) -> None:
         self._devices: dict[int, tuple[Device, int]] = {}
+        #: The devices, in the order in which they were added.
+        self.ranges: list[BusRange] = []
 
-    def add(self, device: Device, start: int, size: int) -> None:
+    def add(self, device: Device, start: int, size: int, name: str = "") -> None:
         """Give `device` the `size` addresses from `start` on.
 
-        ArgumentError if another device has one of them.
+        A recording calls it `name`, or by its class without one.  ArgumentError if another device
+        has one of the addresses.
         """
         for address in range(start, start + size):
             if address in self._devices:
                 raise ArgumentError(f"address {address:#x} already belongs to another device")
         for address in range(start, start + size):
             self._devices[address] = (device, address - start)
+        self.ranges.append(BusRange(start, size, name or type(device).__name__))
 
     def read(self, address: int, size: int) -> int:
         """Read `size` bytes from the device at `address`."""

@@ -211,13 +211,13 @@ class LinuxMachine:
         self.memory = GuestMemory(list(zip(self.ranges, self._backing, strict=True)))
 
     def _add_ports(self) -> None:
-        def serial(output: Callable[[int], object], port: int, irq: int) -> Serial:
+        def serial(output: Callable[[int], object], port: int, irq: int, name: str) -> Serial:
             made = Serial(output, lambda level: self.vm.irq_line(irq, level))
-            self.ports.add(made, port, SERIAL_SIZE)
+            self.ports.add(made, port, SERIAL_SIZE, name)
             return made
 
-        self.console = serial(self._supervisor.put, *_COM1)
-        serial(self._said.put, *_COM2)
+        self.console = serial(self._supervisor.put, *_COM1, "console (COM1)")
+        serial(self._said.put, *_COM2, "reports (COM2)")
         add_power(
             self.ports,
             EXIT_PORT,
@@ -250,7 +250,7 @@ class LinuxMachine:
                 self._complain,
                 access_platform=self.abi is not None,
             )
-            self.mmio.add(transport, base, virtio.SIZE)
+            self.mmio.add(transport, base, virtio.SIZE, device.name)
             for queue in range(device.queue_count):
                 notify = eventfd()
                 self.vm.ioeventfd(

@@ -70,7 +70,8 @@ def add_power(
         if value & acpi.RESET_VALUE == acpi.RESET_VALUE:
             reset()
 
-    ports.add(_Port(lambda value: leave(value & 0xFF)), exit_port, 1)
-    ports.add(_Port(keyboard), _KEYBOARD_COMMAND, 1)  # reads as 0: no command is under way
-    ports.add(_Port(reset_register), acpi.RESET_PORT, 1)
-    ports.add(_PowerManagement(turn_off), acpi.PM1_EVENT, _PM1_SIZE)
+    ports.add(_Port(lambda value: leave(value & 0xFF)), exit_port, 1, "exit status")
+    # It reads as 0: no command is under way.
+    ports.add(_Port(keyboard), _KEYBOARD_COMMAND, 1, "keyboard controller")
+    ports.add(_Port(reset_register), acpi.RESET_PORT, 1, "ACPI reset")
+    ports.add(_PowerManagement(turn_off), acpi.PM1_EVENT, _PM1_SIZE, "ACPI power")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -44,6 +45,13 @@ class RunRecorder:
                 "cpus": len(machine.vcpus),
                 "ranges": [part._asdict() for part in machine.ranges],
                 "private_abi": machine.abi.name if machine.abi else None,
+                "cmdline": machine.cmdline,
+                "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                "devices": [
+                    {"name": each.name, key: each.start, "size": each.size}
+                    for key, bus in (("port", machine.ports), ("gpa", machine.mmio))
+                    for each in bus.ranges
+                ],
             },
         )
         #: Records an event, from any thread.
