@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 from ..exit_status import ExitStatus
-from ..trace import TraceError, is_same_file, read, text, write_page
+from ..output import is_same_file, write_file
+from ..trace import TraceError, page, read, text
 from . import fail
 from ._options import parse_path
 
@@ -59,7 +60,7 @@ def main(options: argparse.Namespace) -> int:
         return ExitStatus.OK
     sys.stdout.flush()  # the page may go there, too
     try:
-        write_page(recording, options.page)
+        write_file(options.page, "".join(page(recording)))
     except OSError as error:
         return fail("trace", f"{options.page}: {error.strerror}", ExitStatus.UNABLE)
     return ExitStatus.OK

@@ -1,6 +1,5 @@
 """Recordings of a guest's run: written, read, and shown as text and as a page."""
 
-from .output import is_same_file, write_page
 from .page import page
 from .record import (
     About,
@@ -33,10 +32,8 @@ __all__ = [
     "Summary",
     "TraceError",
     "UseAbout",
-    "is_same_file",
     "page",
     "read",
     "summarize",
     "text",
-    "write_page",
 ]

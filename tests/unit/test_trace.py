@@ -215,7 +215,9 @@ def test_a_page_to_standard_output(path: Path, tmp_path: Path) -> None:
         command = [sys.executable, "-m", "kvmpriv", "trace", str(path), "--page", str(link)]
         assert subprocess.run(command, stdout=file).returncode == 0
     assert link.is_symlink()
-    assert "<!doctype html>" in out.read_text()
+    written = out.read_text()
+    assert written.startswith("Linux 6.1")
+    assert written.index("<!doctype html>") > written.index("0.25\n")
 
 
 def test_a_page_over_its_own_recording(path: Path, tmp_path: Path) -> None:
@@ -248,14 +250,6 @@ def test_a_page_in_a_folder_that_can_not_be_written_to(path: Path, tmp_path: Pat
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert page.read_text().startswith("<!doctype html>")
-
-
-def test_a_page_that_can_not_be_drawn_leaves_nothing(tmp_path: Path) -> None:
-    events: list[Any] = [{"t": 0, "exit": "x", "cpu": 0}, {"t": "a"}]
-    recording = trace.Recording(ABOUT, events, cut_off=False)
-    with pytest.raises(TypeError):
-        trace.write_page(recording, tmp_path / "page.html")
-    assert list(tmp_path.iterdir()) == []
 
 
 EXIT = {"t": 0.5, "cpu": 0, "exit": "KVM_EXIT_IO"}
