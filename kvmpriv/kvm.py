@@ -76,7 +76,7 @@ class Kvm(Fd):
         """
         result: int = _ioctl(self._fd, _CHECK_EXTENSION, cap)
         # The check costs time, and only a number that ctypes has cut to 64 bits needs it.
-        if result <= 0 or cap >> 30:
+        if result <= 0 or cap > 0x3FFFFFFF or cap < 0:
             check_range("cap", cap, 1 << 64)
             if result < 0:
                 raise self._error(_CHECK_EXTENSION, cap)

@@ -52,15 +52,13 @@ class HeldBySlots(ABC):
     def release(self) -> None:
         """A slot that held it has ended."""
         self._users.pop()
-        self._end_if_unused()
+        if not self._open and not self._users:
+            self._end()
 
     def close(self) -> None:
         """End the owner's use; may be called twice.  What slots use lives on until they end."""
         self._open = False
-        self._end_if_unused()
-
-    def _end_if_unused(self) -> None:
-        if not self._open and not self._users:
+        if not self._users:
             self._end()
 
     @abstractmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno as _errno
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from .base import KvmFd
 from .cdefs import kvm as kvm_h
@@ -31,6 +31,7 @@ _ffi = kvm_h.ffi
 _CHECK_EXTENSION = kvm_h.KVM_CHECK_EXTENSION
 _SET_REGION = kvm_h.KVM_SET_USER_MEMORY_REGION
 _REGIONS = Structs(_ffi.typeof("struct kvm_userspace_memory_region *"))
+_SlotT = TypeVar("_SlotT", bound=Slot)
 
 
 def _region(slot: Slot) -> tuple[int, ...]:
@@ -79,7 +80,7 @@ class Vm(KvmFd):
         """
         result: int = _ioctl(self._fd, _CHECK_EXTENSION, cap)
         # The check costs time, and only a number that ctypes has cut to 64 bits needs it.
-        if result <= 0 or cap >> 30:
+        if result <= 0 or cap > 0x3FFFFFFF or cap < 0:
             check_range("cap", cap, 1 << 64)
             if result < 0:
                 raise self._error(_CHECK_EXTENSION, cap)
@@ -145,10 +146,10 @@ class Vm(KvmFd):
 
     def set_slot(
         self,
-        slot: Slot,
+        slot: _SlotT,
         request: int,
         structs: Structs,
-        fields: Callable[[Slot], tuple[object, ...]],
+        fields: Callable[[_SlotT], tuple[object, ...]],
     ) -> None:
         """Set, change or delete a slot by any ABI's ioctl.  For the layers that have such ABIs.
 
@@ -229,10 +230,10 @@ class Vm(KvmFd):
 
     def _delete_by_number(
         self,
-        slot: Slot,
+        slot: _SlotT,
         request: int,
         structs: Structs,
-        fields: Callable[[Slot], tuple[object, ...]],
+        fields: Callable[[_SlotT], tuple[object, ...]],
     ) -> None:
         region = structs.take(fields(slot))
         with self.slots_lock:

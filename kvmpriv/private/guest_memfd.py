@@ -33,6 +33,7 @@ __all__ = [
     "set_user_memory_region2",
 ]
 
+_SET_REGION2 = guest_memfd_h.KVM_SET_USER_MEMORY_REGION2
 _REGIONS = Structs(guest_memfd_h.ffi.typeof("struct kvm_userspace_memory_region2 *"))
 _CREATE = guest_memfd_h.ffi.typeof("struct kvm_create_guest_memfd *")
 _ATTRIBUTES = guest_memfd_h.ffi.typeof("struct kvm_memory_attributes *")
@@ -90,16 +91,26 @@ def set_user_memory_region2(
     held = tuple(thing for thing in (memory, file) if thing and not isinstance(thing, int))
     userspace_addr = memory.userspace_addr + memory_offset if memory else 0
     new = Slot(vm, slot, guest_phys_addr, memory_size, flags, held, userspace_addr)
-    _set_slot(new, fd, guest_memfd_offset)
+    fd = fd_field(fd)
+    vm.set_slot(new, _SET_REGION2, _REGIONS, lambda new: _region2(new, guest_memfd_offset, fd))
     return new
 
 
-def _set_slot(slot: Slot, fd: int, offset: int) -> None:
-    def fields(slot: Slot) -> tuple[object, ...]:
-        where = (slot.guest_phys_addr, slot.memory_size, slot.userspace_addr)
-        return (slot.slot, slot.flags, *where, offset, fd_field(fd))
+def _region2(slot: Slot, offset: int, fd: int) -> tuple[int, ...]:
+    """The fields of struct kvm_userspace_memory_region2."""
+    return (
+        slot.slot,
+        slot.flags,
+        slot.guest_phys_addr,
+        slot.memory_size,
+        slot.userspace_addr,
+        offset,
+        fd,
+    )
 
-    slot.vm.set_slot(slot, guest_memfd_h.KVM_SET_USER_MEMORY_REGION2, _REGIONS, fields)
+
+def _private_region2(slot: PrivateSlot) -> tuple[int, ...]:
+    return _region2(slot, slot.offset, slot.file.fileno())
 
 
 def set_memory_attributes(vm: Vm, address: int, size: int, attributes: int) -> None:
@@ -168,7 +179,7 @@ class GuestMemfdAbi(PrivateAbi):
         return GuestMemfd(vm, size, self.file_flags)
 
     def set_slot(self, slot: PrivateSlot) -> None:
-        _set_slot(slot, slot.file.fileno(), slot.offset)
+        slot.vm.set_slot(slot, _SET_REGION2, _REGIONS, _private_region2)
 
     def convert_vm(self, vm: PrivateVm, gpa: int, size: int, *, private: bool) -> None:
         attributes = guest_memfd_h.KVM_MEMORY_ATTRIBUTE_PRIVATE if private else 0

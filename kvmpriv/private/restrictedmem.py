@@ -36,6 +36,7 @@ __all__ = [
     "set_user_memory_region_ext",
 ]
 
+_SET_REGION = kvm_h.KVM_SET_USER_MEMORY_REGION
 _REGIONS = Structs(restrictedmem_h.ffi.typeof("struct kvm_userspace_memory_region_ext *"))
 _RANGE = kvm_h.ffi.typeof("struct kvm_enc_region *")
 
@@ -122,16 +123,19 @@ def set_user_memory_region_ext(
     held = (memory,) if memory else ()  # not the file, to which the kernel's slot has a reference
     userspace_addr = memory.userspace_addr + memory_offset if memory else 0
     new = Slot(vm, slot, guest_phys_addr, memory_size, flags, held, userspace_addr)
-    _set_slot(new, fd, restricted_offset)
+    fd = fd_field(fd)
+    vm.set_slot(new, _SET_REGION, _REGIONS, lambda new: _region_ext(new, restricted_offset, fd))
     return new
 
 
-def _set_slot(slot: Slot, fd: int, offset: int) -> None:
-    def fields(slot: Slot) -> tuple[object, ...]:
-        where = (slot.guest_phys_addr, slot.memory_size, slot.userspace_addr)
-        return ((slot.slot, slot.flags, *where), offset, fd_field(fd))
+def _region_ext(slot: Slot, offset: int, fd: int) -> tuple[object, ...]:
+    """The fields of struct kvm_userspace_memory_region_ext."""
+    where = (slot.guest_phys_addr, slot.memory_size, slot.userspace_addr)
+    return ((slot.slot, slot.flags, *where), offset, fd)
 
-    slot.vm.set_slot(slot, kvm_h.KVM_SET_USER_MEMORY_REGION, _REGIONS, fields)
+
+def _private_region_ext(slot: PrivateSlot) -> tuple[object, ...]:
+    return _region_ext(slot, slot.offset, slot.file.fileno())
 
 
 def memory_encrypt_reg_region(vm: Vm, gpa: int, size: int) -> None:
@@ -185,7 +189,7 @@ class RestrictedMemAbi(PrivateAbi):
         return file
 
     def set_slot(self, slot: PrivateSlot) -> None:
-        _set_slot(slot, slot.file.fileno(), slot.offset)
+        slot.vm.set_slot(slot, _SET_REGION, _REGIONS, _private_region_ext)
 
     def convert_vm(self, vm: PrivateVm, gpa: int, size: int, *, private: bool) -> None:
         request = memory_encrypt_reg_region if private else memory_encrypt_unreg_region

@@ -397,7 +397,7 @@ class Bench:
 
     def probe_process(self) -> Iterator[Result]:
         need_probe()
-        yield self._processes("probe_process", PROBE, BASE, Limit("ratio", 2.5))
+        yield self._processes("probe_process", PROBE, BASE, Limit("ratio", 2.6))
 
     def import_(self) -> Iterator[Result]:
         ours = (sys.executable, "-c", "import kvmpriv")
