@@ -263,43 +263,26 @@ def holders(device: str) -> Holders:
     """The processes that have descriptors of the device, of VMs and of vCPUs, and how many.
 
     One thing may have several: Python's mmap keeps one of each vCPU's.  `unknown` counts the
-    processes whose descriptors this user may not list.  Links are read, never followed: to stat
-    what a descriptor leads to can crash a kernel with literal v9 patches.
+    processes whose descriptors this user may not list.
     """
-    import psutil
+    from .. import processes
 
-    node = os.path.realpath(device)
+    scan = processes.scan(device=device)
     found: list[Holder] = []
-    unknown = 0
-    for process in psutil.process_iter(["name", "username"]):
-        if process.pid == os.getpid():
+    for pid, descriptors in scan.found.items():
+        kinds = [descriptor.kind for descriptor in descriptors]
+        devices, vms, vcpus = map(kinds.count, (processes.DEVICE, processes.VM, processes.VCPU))
+        if pid == os.getpid() or not (devices or vms or vcpus):
             continue
-        folder = f"/proc/{process.pid}/fd"
-        try:
-            links = [_link(f"{folder}/{fd}") for fd in os.listdir(folder)]
-        except PermissionError:
-            unknown += 1
-            continue
-        except OSError:  # it has ended
-            continue
-        devices, vms = links.count(node), links.count("anon_inode:kvm-vm")
-        vcpus = sum(link.startswith("anon_inode:kvm-vcpu") for link in links)
-        if devices or vms or vcpus:
+        if process := processes.about(pid):
             found.append(
                 {
-                    "pid": process.pid,
-                    "name": process.info["name"],
-                    "user": process.info["username"],
+                    "pid": pid,
+                    "name": process.name,
+                    "user": process.user,
                     "devices": devices,
                     "vms": vms,
                     "vcpus": vcpus,
                 }
             )
-    return {"processes": found, "unknown": unknown}
-
-
-def _link(path: str) -> str:
-    try:
-        return os.readlink(path)
-    except OSError:
-        return ""
+    return {"processes": found, "unknown": len(scan.unreadable)}
