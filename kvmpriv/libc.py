@@ -19,6 +19,11 @@ __all__ = [
     "CLONE_NEWUSER",
     "FALLOC_FL_KEEP_SIZE",
     "FALLOC_FL_PUNCH_HOLE",
+    "RLIMIT_AS",
+    "RLIMIT_CPU",
+    "RLIMIT_DATA",
+    "RLIMIT_NOFILE",
+    "RLIMIT_NPROC",
     "block_signals",
     "fallocate",
     "fstatfs_type",
@@ -31,6 +36,7 @@ __all__ = [
     "set_signal_mask",
     "signal_ignored_in_c",
     "signal_mask",
+    "soft_limit",
     "syscall",
     "tgkill",
     "unshare",
@@ -98,6 +104,27 @@ def fstatfs_type(fd: int) -> int:
     """``fstatfs(2)``'s f_type (the file system's magic number), or -1."""
     buffer = _Statfs()
     return int(buffer.f_type) if _fstatfs(fd, ctypes.byref(buffer)) == 0 else -1
+
+
+# <asm-generic/resource.h>
+RLIMIT_CPU, RLIMIT_DATA, RLIMIT_NPROC, RLIMIT_NOFILE, RLIMIT_AS = 0, 2, 6, 7, 9
+_RLIM_INFINITY = (1 << 64) - 1
+_Limits = c_ulong * 2  # struct rlimit: soft, hard
+
+_getrlimit = _libc.getrlimit
+_getrlimit.argtypes = (c_int, c_void_p)
+_getrlimit.restype = c_int
+
+
+def soft_limit(resource: int) -> int | None:
+    """``getrlimit(2)``'s soft limit for one of ``RLIMIT_*``; None if there is no limit.
+
+    As resource.getrlimit, which can't be imported when no descriptor is left.
+    """
+    limits = _Limits()
+    if _getrlimit(resource, limits) != 0 or limits[0] == _RLIM_INFINITY:
+        return None
+    return int(limits[0])
 
 
 def unshare(flags: int) -> int:

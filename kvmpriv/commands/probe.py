@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import sys
+import time
 from typing import TYPE_CHECKING
 
 from ..exit_status import ExitStatus
+from ..libc import RLIMIT_CPU, soft_limit
 from ..probe import VERDICTS, probe, report
-from ..probe.records import FAIL
+from ..probe.records import COULD_NOT_PROBE
 from ..terminal import colour_wanted
 from . import fail
 from ._options import add_device
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Callable
 
 __all__ = ["EXAMPLES", "EXIT_STATUS", "add_arguments", "main"]
 
+
+_TO_PRINT = 0.1  # seconds of CPU time that are kept for the answer
 
 EXAMPLES = (
     ("kvmpriv probe", "print the verdict, each check with its hint, and facts about the host"),
@@ -58,7 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Probe and print; returns the exit status."""
-    found = probe(arguments.device, verbose=arguments.verbose and not arguments.quiet)
+    verbose = arguments.verbose and not arguments.quiet
+    found = probe(arguments.device, verbose=verbose, out_of_time=_cpu_time_ends())
     if arguments.quiet:
         sys.stdout.write(f"{found.verdict}\n")
     elif arguments.json:
@@ -68,8 +74,16 @@ def main(arguments: argparse.Namespace) -> int:
         sys.stdout.write("\n")
     else:
         sys.stdout.write(report.text(found, colour=colour_wanted()))
-    if found.exit_status == ExitStatus.UNABLE:
-        failed = next(check for check in found.checks if check.status == FAIL and check.tried)
-        why = f"{failed.tried}: {failed.result}{f' ({failed.hint})' if failed.hint else ''}"
-        fail("probe", f"could not probe: {why}", ExitStatus.UNABLE)
+    if found.verdict == COULD_NOT_PROBE:
+        fail("probe", f"{found.verdict}: {found.meaning}", ExitStatus.UNABLE)
     return found.exit_status
+
+
+def _cpu_time_ends() -> Callable[[], object]:
+    """Return a function that returns true when this process's CPU time is about to end.
+
+    At the soft limit of RLIMIT_CPU the kernel sends SIGXCPU, at the hard limit SIGKILL; `ulimit -t`
+    sets both.
+    """
+    limit = soft_limit(RLIMIT_CPU)
+    return bool if limit is None else lambda: time.process_time() > limit - _TO_PRINT

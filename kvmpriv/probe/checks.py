@@ -23,6 +23,7 @@ from . import host as _host
 from .records import FAIL, PASS, SKIP, Asked, Check, Group, Step
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import ModuleType
 
     from ..vm import Vm
@@ -44,6 +45,9 @@ _GPA = 0x100000
 _OFFSET = PAGE_SIZE
 _SIZE = 2 * PAGE_SIZE
 
+#: Errors that tell of this process or of the host, and not of KVM.
+SHORTAGES = (_errno.EMFILE, _errno.ENFILE, _errno.ENOMEM)
+
 _V9_KERNEL = "needs a kernel with the v9 patches (CONFIG_RESTRICTEDMEM)"
 
 
@@ -51,78 +55,140 @@ def _name(errno: int | None) -> str:
     return _errno.errorcode.get(errno, f"errno {errno}") if errno else "0"
 
 
+class _OutOfTimeError(Exception):
+    """`out_of_time` has returned true."""
+
+
 class _Recorder:
     """Adds checks of one group, in one type of VM, to those of the whole probe."""
 
     def __init__(
-        self, host: HostFacts, checks: list[Check], group: Group, vm_type: str = ""
+        self,
+        host: HostFacts,
+        checks: list[Check],
+        out_of_time: Callable[[], object],
+        group: Group,
+        vm_type: str = "",
+        system: Kvm | None = None,
     ) -> None:
         self.host = host
         self.checks = checks
+        self.out_of_time = out_of_time
         self.group = group
         self.vm_type = vm_type
+        self.system = system
 
     def within(self, group: Group, vm_type: str = "") -> _Recorder:
         """A recorder of another group or VM type, for the same probe."""
-        return _Recorder(self.host, self.checks, group, vm_type)
+        return _Recorder(self.host, self.checks, self.out_of_time, group, vm_type, self.system)
+
+    def ask(self, fd: Kvm | Vm, module: ModuleType, *capabilities: str) -> tuple[Asked, ...]:
+        """Ask `fd` for capabilities; if it is a VM, ask the device as well."""
+        system = None if fd is self.system else self.system
+        asked = []
+        for name in capabilities:
+            number = getattr(module, name)
+            device = system.check_extension(number) if system else None
+            asked.append(Asked(name, fd.check_extension(number), device))
+        return tuple(asked)
 
     def add(
-        self, step: Step, status: str, result: str, *asked: Asked, tried: str = "", hint: str = ""
-    ) -> None:
-        found = Check(self.group, step, status, self.vm_type, asked, tried, result, hint)
+        self,
+        step: Step,
+        status: str,
+        result: str,
+        *asked: Asked,
+        tried: str = "",
+        hint: str = "",
+        shortage: str = "",
+    ) -> Check:
+        found = Check(self.group, step, status, self.vm_type, asked, tried, result, hint, shortage)
         self.checks.append(found)
+        if self.out_of_time():
+            raise _OutOfTimeError
+        return found
 
-    def failed(self, step: Step, error: OSError, *asked: Asked, tried: str, hint: str = "") -> None:
+    def failed(
+        self, step: Step, error: OSError, *asked: Asked, tried: str, hint: str = ""
+    ) -> Check:
+        """A call failed: KVM refused it, or something ran out, which leaves the step undecided."""
+        name = _name(error.errno)
+        if error.errno in SHORTAGES:
+            return self.short(step, name, *asked, tried=tried)
         hint = _host.refusal_hint(error.errno, self.host, tried.partition("(")[0]) or hint
-        self.add(step, FAIL, _name(error.errno), *asked, tried=tried, hint=hint)
+        return self.add(step, FAIL, name, *asked, tried=tried, hint=hint)
+
+    def short(self, step: Step, shortage: str, *asked: Asked, tried: str) -> Check:
+        hint = _host.shortage_hint(shortage, self.host)
+        result = f"{shortage}, undecided"
+        return self.add(step, SKIP, result, *asked, tried=tried, hint=hint, shortage=shortage)
+
+    def skip(self, step: Step, why: str, after: Check | None = None) -> None:
+        """Not tried; undecided as well if that is because something ran out in `after`."""
+        self.add(step, SKIP, why, shortage=after.shortage if after else "")
 
     def passed(self, step: Step) -> bool:
         wanted = (self.group, step, PASS, self.vm_type)
         return any(check[:4] == wanted for check in self.checks)
 
 
-def _ask(fd: Kvm | Vm, module: ModuleType, *capabilities: str) -> tuple[Asked, ...]:
-    return tuple(Asked(name, fd.check_extension(getattr(module, name))) for name in capabilities)
+def run(
+    device: str, host: HostFacts, out_of_time: Callable[[], object] = bool
+) -> tuple[Check, ...]:
+    """Probe KVM at `device`; adds to `host` what KVM says of itself.
+
+    `out_of_time` is called after each step; the probe ends as soon as it returns true.
+    """
+    out = _Recorder(host, [], out_of_time, Group.KVM)
+    try:
+        _check_syscall(out.within(Group.V9))
+        _check_device(out, device)
+    except _OutOfTimeError:
+        out.out_of_time = bool
+        out.short(Step.IOCTL, "RLIMIT_CPU", tried="the rest of the probe")
+    except MemoryError:
+        out.short(Step.IOCTL, "ENOMEM", tried="allocate memory in this process")
+    groups = list(Group)
+    return tuple(sorted(out.checks, key=lambda check: groups.index(check.group)))
 
 
-def run(device: str, host: HostFacts) -> tuple[Check, ...]:
-    """Probe KVM at `device`; adds to `host` what KVM says of itself."""
-    out = _Recorder(host, [], Group.KVM)
-    _check_syscall(out.within(Group.V9))
+def _check_device(out: _Recorder, device: str) -> None:
     tried = f"open {device}"
     try:
         system = Kvm(device)
     except OSError as error:
-        hint = _host.device_hint(device, error.errno, host)
-        out.add(Step.DEVICE, FAIL, _name(error.errno), tried=tried, hint=hint)
+        if error.errno in SHORTAGES:
+            opened = out.failed(Step.DEVICE, error, tried=tried)
+        else:
+            hint = _host.device_hint(device, error.errno, out.host)
+            opened = out.add(Step.DEVICE, FAIL, _name(error.errno), tried=tried, hint=hint)
         for group, step, vm_type in (
             (Group.VM, Step.CREATE, "default"),
             (Group.V9, Step.CAPABILITY, ""),
             (Group.V10, Step.CAPABILITY, "default"),
             (Group.GUEST_MEMFD, Step.FILE, "default"),
         ):
-            out.within(group, vm_type).add(step, SKIP, "KVM could not be asked")
-    else:
+            out.within(group, vm_type).skip(step, "KVM could not be asked", opened)
+        return
+    with system:
+        out.system = system
         out.add(Step.DEVICE, PASS, f"API version {system.get_api_version()}", tried=tried)
-        with system:
-            try:
-                _host.add_kvm_facts(host, system)
-                _check_system(out, system)
-            except OSError as error:  # nothing above makes KVM refuse what it always does
-                out.failed(Step.IOCTL, error, tried=error.strerror or "")
-    groups = list(Group)
-    return tuple(sorted(out.checks, key=lambda check: groups.index(check.group)))
+        try:
+            _host.add_kvm_facts(out.host, system)
+            _check_system(out, system)
+        except OSError as error:  # nothing above makes KVM refuse what it always does
+            out.failed(Step.IOCTL, error, tried=error.strerror or "")
 
 
 def _check_system(out: _Recorder, system: Kvm) -> None:
-    (private_mem,) = _ask(system, restrictedmem_h, "KVM_CAP_PRIVATE_MEM")
+    (private_mem,) = out.ask(system, restrictedmem_h, "KVM_CAP_PRIVATE_MEM")
     out.within(Group.V9).add(
         Step.CAPABILITY,
         PASS if private_mem.value else FAIL,
         "advertised" if private_mem.value else "not advertised",
         private_mem,
     )
-    (types,) = _ask(system, guest_memfd_h, "KVM_CAP_VM_TYPES")
+    (types,) = out.ask(system, guest_memfd_h, "KVM_CAP_VM_TYPES")
     offered = types.value or 1 << guest_memfd_h.KVM_X86_DEFAULT_VM  # before there were types
     numbers = [bit for bit in range(32) if offered >> bit & 1]
     out.add(
@@ -180,7 +246,11 @@ def _check_syscall(out: _Recorder) -> None:
     """Ask what system call 451 is, without any effect, and in a child where a filter may kill."""
     step, tried = Step.SYSCALL, "memfd_restricted(0xffffffff)"
     filtered = out.host["seccomp"] != 0
-    errno = _ask_in_child() if filtered else restrictedmem.ask_memfd_restricted()
+    try:
+        errno = _ask_in_child() if filtered else restrictedmem.ask_memfd_restricted()
+    except OSError as error:  # no child could be made
+        out.short(step, _name(error.errno), tried="fork()")
+        return
     if errno == _errno.EINVAL:
         out.add(step, PASS, "EINVAL, as it must", tried=tried)
     elif errno == _errno.EBADF:
@@ -194,28 +264,33 @@ def _check_syscall(out: _Recorder) -> None:
 
 
 def _ask_in_child() -> int:
-    """The errno, or minus the signal that a filter killed the child with."""
-    try:
-        pid = os.fork()
-        if pid == 0:
-            errno = _errno.EPERM
-            try:
-                import resource
+    """The errno, or minus the signal that a filter killed the child with.
 
-                with suppress(OSError, ValueError):
-                    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # leaves nothing behind
-                errno = restrictedmem.ask_memfd_restricted()
-            finally:
-                os._exit(errno)
+    OSError if no child could be made: EAGAIN, ENOMEM.
+    """
+    pid = os.fork()
+    if pid == 0:
+        errno = _errno.EPERM
+        try:
+            with suppress(ImportError, OSError, ValueError):
+                import resource  # may need a descriptor
+
+                resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # leaves nothing behind
+            errno = restrictedmem.ask_memfd_restricted()
+        finally:
+            os._exit(errno)
+    try:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    except OSError as error:  # no child could be made, or SIGCHLD is ignored and its status lost
+    except OSError as error:  # SIGCHLD is ignored, and the child's status is lost
         return error.errno or _errno.EPERM
 
 
 def _check_v9_file(out: _Recorder, stack: ExitStack) -> restrictedmem.RestrictedMem | None:
     step, tried = Step.FILE, "memfd_restricted(0)"
-    if not out.passed(Step.SYSCALL):
-        out.add(step, SKIP, "system call 451 is not memfd_restricted, or its answer is unknown")
+    syscall = next(check for check in out.checks if check.step is Step.SYSCALL)
+    if syscall.status != PASS:
+        why = "system call 451 is not memfd_restricted, or its answer is unknown"
+        out.skip(step, why, syscall)
         return None
     try:
         file = stack.enter_context(restrictedmem.RestrictedMem())
@@ -230,12 +305,15 @@ def _check_v9_file(out: _Recorder, stack: ExitStack) -> restrictedmem.Restricted
 def _check_v9_slot(out: _Recorder, vm: Vm, file: restrictedmem.RestrictedMem | None) -> None:
     # Without both, bit 2 and REG_REGION are another generation's, or SEV's with a host address.
     if file is None or not out.within(Group.V9).passed(Step.CAPABILITY):
-        why = "there is no v9 file" if file is None else "KVM_CAP_PRIVATE_MEM is 0"
+        why, after = "KVM_CAP_PRIVATE_MEM is 0", None
+        if file is None:
+            why = "there is no v9 file"
+            after = next(c for c in out.checks if c.group is Group.V9 and c.step is Step.FILE)
         if out.vm_type == VM_TYPES[guest_memfd_h.KVM_X86_DEFAULT_VM]:  # once is enough
-            out.add(Step.SLOT, SKIP, why)
-            out.add(Step.CONVERSION, SKIP, why)
+            out.skip(Step.SLOT, why, after)
+            out.skip(Step.CONVERSION, why, after)
         return
-    asked = _ask(vm, restrictedmem_h, "KVM_CAP_PRIVATE_MEM")
+    asked = out.ask(vm, restrictedmem_h, "KVM_CAP_PRIVATE_MEM")
     tried = f"KVM_SET_USER_MEMORY_REGION(KVM_MEM_PRIVATE, offset {_OFFSET:#x})"
     with HostMemory(_SIZE) as memory:
         try:
@@ -247,8 +325,8 @@ def _check_v9_slot(out: _Recorder, vm: Vm, file: restrictedmem.RestrictedMem | N
                 "the architecture's hook refuses private memory to this VM: v9 needs TDX or SNP, "
                 "or the module parameter kvm.private_mem_testing of this project's kernel"
             )
-            out.failed(Step.SLOT, error, *asked, tried=tried, hint=hint)
-            out.add(Step.CONVERSION, SKIP, "there is no private slot")
+            bound = out.failed(Step.SLOT, error, *asked, tried=tried, hint=hint)
+            out.skip(Step.CONVERSION, "there is no private slot", bound)
             return
         out.add(Step.SLOT, PASS, "bound", *asked, tried=tried)
         try:
@@ -266,7 +344,7 @@ def _check_v9_slot(out: _Recorder, vm: Vm, file: restrictedmem.RestrictedMem | N
 
 
 def _check_v10(out: _Recorder, vm: Vm) -> None:
-    asked = _ask(vm, restrictedmem_v10_h, "KVM_CAP_MEMORY_ATTRIBUTES")
+    asked = out.ask(vm, restrictedmem_v10_h, "KVM_CAP_MEMORY_ATTRIBUTES")
     out.add(
         Step.CAPABILITY,
         PASS if asked[0].value else FAIL,
@@ -288,19 +366,19 @@ def _check_v10(out: _Recorder, vm: Vm) -> None:
 
 
 def _check_guest_memfd(out: _Recorder, vm: Vm) -> None:
-    asked = _ask(vm, guest_memfd_h, "KVM_CAP_GUEST_MEMFD")
+    asked = out.ask(vm, guest_memfd_h, "KVM_CAP_GUEST_MEMFD")
     tried = f"KVM_CREATE_GUEST_MEMFD({_OFFSET + _SIZE:#x} bytes)"
     try:
         file = guest_memfd.GuestMemfd(vm, _OFFSET + _SIZE)
     except OSError as error:
         hint = "needs Linux 6.8 with CONFIG_KVM_SW_PROTECTED_VM, SNP or TDX, or 6.18"
-        out.failed(Step.FILE, error, *asked, tried=tried, hint=hint)
+        made = out.failed(Step.FILE, error, *asked, tried=tried, hint=hint)
         for step in (Step.SLOT, Step.CONVERSION, Step.MMAP, Step.PRE_FAULT):
-            out.add(step, SKIP, "there is no guest_memfd file")
+            out.skip(step, "there is no guest_memfd file", made)
         return
     with file, HostMemory(_SIZE) as memory:
         out.add(Step.FILE, PASS, "made", *asked, tried=tried)
-        asked = _ask(vm, guest_memfd_h, "KVM_CAP_USER_MEMORY2")
+        asked = out.ask(vm, guest_memfd_h, "KVM_CAP_USER_MEMORY2")
         tried = f"KVM_SET_USER_MEMORY_REGION2(offset {_OFFSET:#x})"
         try:
             slot = guest_memfd.set_user_memory_region2(vm, 0, _GPA, _SIZE, memory, file, _OFFSET)
@@ -318,7 +396,7 @@ def _check_guest_memfd(out: _Recorder, vm: Vm) -> None:
 
 
 def _check_attributes(out: _Recorder, vm: Vm) -> None:
-    asked = _ask(vm, guest_memfd_h, "KVM_CAP_MEMORY_ATTRIBUTES")
+    asked = out.ask(vm, guest_memfd_h, "KVM_CAP_MEMORY_ATTRIBUTES")
     tried = "KVM_SET_MEMORY_ATTRIBUTES(PRIVATE, 1 page)"
     try:
         guest_memfd.set_memory_attributes(
@@ -335,7 +413,7 @@ def _check_attributes(out: _Recorder, vm: Vm) -> None:
 
 
 def _check_mmap(out: _Recorder, vm: Vm) -> None:
-    asked = _ask(vm, guest_memfd_h, "KVM_CAP_GUEST_MEMFD_FLAGS")
+    asked = out.ask(vm, guest_memfd_h, "KVM_CAP_GUEST_MEMFD_FLAGS")
     flags = asked[0].value & (
         guest_memfd_h.GUEST_MEMFD_FLAG_MMAP | guest_memfd_h.GUEST_MEMFD_FLAG_INIT_SHARED
     )
@@ -363,7 +441,7 @@ def _check_mmap(out: _Recorder, vm: Vm) -> None:
 
 def _check_pre_fault(out: _Recorder, vm: Vm) -> None:
     step = Step.PRE_FAULT
-    asked = _ask(vm, guest_memfd_h, "KVM_CAP_PRE_FAULT_MEMORY")
+    asked = out.ask(vm, guest_memfd_h, "KVM_CAP_PRE_FAULT_MEMORY")
     if not asked[0].value:
         out.add(step, SKIP, "not offered", *asked)
     elif not out.passed(Step.SLOT):

@@ -84,10 +84,14 @@ class Holders(TypedDict):
 
 
 class AskedDocument(TypedDict):
-    """A capability and what KVM_CHECK_EXTENSION returned for it."""
+    """A capability and what KVM_CHECK_EXTENSION returned for it.
+
+    `device` is what the device returned for it if a VM was asked, else None.
+    """
 
     capability: str
     value: int
+    device: int | None
 
 
 class CheckDocument(TypedDict):
@@ -99,6 +103,7 @@ class CheckDocument(TypedDict):
     tried: str
     result: str
     hint: str
+    shortage: str
 
 
 class ReportDocument(TypedDict):
@@ -106,6 +111,8 @@ class ReportDocument(TypedDict):
 
     schema_version: int
     verdict: str
+    meaning: str
+    notes: list[str]
     exit_status: int
     checks: list[CheckDocument]
     host: HostFacts

@@ -9,11 +9,22 @@ import errno as _errno
 import os
 from typing import TYPE_CHECKING
 
+from .. import libc
+from ..terminal import format_size
+
 if TYPE_CHECKING:
     from ..kvm import Kvm
     from .documents import Holder, Holders, HostFacts, VcpuLimits
 
-__all__ = ["add_kvm_facts", "device_hint", "facts", "holders", "refusal_hint", "why_not_offered"]
+__all__ = [
+    "add_kvm_facts",
+    "device_hint",
+    "facts",
+    "holders",
+    "refusal_hint",
+    "shortage_hint",
+    "why_not_offered",
+]
 
 # CPUID: AMD APM volume 3, Fn8000_0001_ECX; Intel SDM volume 2, leaf 1.
 _SVM = (0x80000001, 1 << 2)
@@ -157,12 +168,49 @@ def refusal_hint(errno: int | None, host: HostFacts, what: str) -> str:
     """The hint for a call that failed for lack of permission or of a resource."""
     if errno in (_errno.EPERM, _errno.EACCES):
         return "; ".join(_confinement(host, what))
-    return {
-        _errno.EMFILE: "too many open files in this process: ulimit -n",
-        _errno.ENFILE: "too many open files on this host: sysctl fs.file-max",
-        _errno.ENOMEM: "not enough memory: see host memory below, and the memory cgroup's limit",
-        _errno.EBUSY: "another hypervisor uses the CPU's virtualization: unload its module",
-    }.get(errno or 0, "")
+    if errno == _errno.EBUSY:
+        return "another hypervisor uses the CPU's virtualization: unload its module"
+    return shortage_hint(_errno.errorcode.get(errno or 0, ""), host)
+
+
+def shortage_hint(shortage: str, host: HostFacts) -> str:
+    """What ran out, its limit, and what to do; empty if `shortage` is none.
+
+    It opens at most one file, which may fail here.  The module `resource` is not imported for the
+    same reason: that takes a descriptor.
+    """
+    if shortage == "EMFILE":
+        limit = libc.soft_limit(libc.RLIMIT_NOFILE)
+        return f"this process may have {limit} files open (RLIMIT_NOFILE): raise it by ulimit -n 64"
+    if shortage == "ENFILE":
+        most = _read("/proc/sys/fs/file-max") or "as many as fs.file-max allows"
+        return f"this host has {most} files open, its limit: raise fs.file-max by sysctl -w"
+    if shortage == "ENOMEM":
+        return _memory_hint(host)
+    if shortage == "EAGAIN":
+        limit = libc.soft_limit(libc.RLIMIT_NPROC)
+        many = "limited" if limit is None else f"{limit} (RLIMIT_NPROC)"
+        return f"the number of this user's processes is {many}: raise it by ulimit -u, or pids.max"
+    if shortage == "RLIMIT_CPU":
+        limit = libc.soft_limit(libc.RLIMIT_CPU)
+        return f"this process may use {limit} s of CPU time (RLIMIT_CPU): raise it by ulimit -t"
+    return ""
+
+
+def _memory_hint(host: HostFacts) -> str:
+    for number, name, option in (
+        (libc.RLIMIT_AS, "RLIMIT_AS", "v"),
+        (libc.RLIMIT_DATA, "RLIMIT_DATA", "d"),
+    ):
+        if (limit := libc.soft_limit(number)) is not None:
+            may = f"this process may have {format_size(limit)} of memory ({name})"
+            return f"{may}: raise it by ulimit -{option}"
+    group = (_read("/proc/self/cgroup") or "").partition("0::")[2].partition("\n")[0]
+    limit = _number(_read(f"/sys/fs/cgroup{group}/memory.max"))
+    if limit is not None:
+        return f"the memory cgroup {group} may have {format_size(limit)}: raise its memory.max"
+    available = format_size(host["memory"]["available"])
+    return f"{available} of this host's memory is available: free some"
 
 
 def device_hint(path: str, errno: int | None, host: HostFacts) -> str:

@@ -23,13 +23,13 @@ __all__ = [
     "Step",
 ]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 #: Asked or tried, and the answer was yes.
 PASS = "PASS"  # noqa: S105  # no password
 #: Asked or tried, and the answer was no.
 FAIL = "FAIL"
-#: Not tried, or undecided; the result says why.
+#: Not tried, or undecided; the result gives the reason.
 SKIP = "SKIP"
 
 VERDICTS = (
@@ -39,14 +39,39 @@ VERDICTS = (
     GUEST_MEMFD_PRIVATE := "guest_memfd private",
     GUEST_MEMFD_SHARED := "guest_memfd shared only",
     NONE := "none",
+    COULD_NOT_PROBE := "could not probe",
 )
+
+#: What each verdict means, in one sentence; COULD_NOT_PROBE gives the reason instead.
+_MEANINGS = {
+    V9_USABLE: "A guest's memory can be private: this kernel has v9 of memfd_restricted, and KVM "
+    "bound a private slot and converted a page.",
+    V9_REFUSED: "This kernel has v9 of memfd_restricted, but KVM gives no VM a private slot that "
+    "works.",
+    V10_RECOGNISED: "This kernel has v10 of memfd_restricted, which kvmpriv recognises and does "
+    "not use.",
+    GUEST_MEMFD_PRIVATE: "A guest's memory can be private: KVM bound a guest_memfd to a VM and "
+    "converted a page.",
+    GUEST_MEMFD_SHARED: "KVM can hold guest memory in a guest_memfd, but no VM type that it offers "
+    "has private memory: the host can read all of it.",
+    NONE: "KVM makes VMs, but it binds neither v9's files nor a guest_memfd to any of them.",
+}
+_EXIT_STATUS = {
+    V9_USABLE: ExitStatus.OK,
+    GUEST_MEMFD_PRIVATE: ExitStatus.OK,
+    COULD_NOT_PROBE: ExitStatus.UNABLE,
+}  # all others: ExitStatus.NEGATIVE
 
 
 class Asked(NamedTuple):
-    """A capability and what KVM_CHECK_EXTENSION returned for it."""
+    """A capability and what KVM_CHECK_EXTENSION returned for it.
+
+    If a VM was asked, `device` is what the device returned for the same capability, else None.
+    """
 
     capability: str
     value: int
+    device: int | None = None
 
 
 class _Titled(Enum):
@@ -95,7 +120,9 @@ class Check(NamedTuple):
 
     `vm_type` is the type of the VM that was asked, empty if it was the device or the kernel.
     `asked` are the capabilities that were asked for; `tried` is what was done, `result` what came
-    back, `hint` what may repair it.
+    back, `hint` what may repair it.  `shortage` is what this process or the host ran out of
+    (``EMFILE``, ``ENFILE``, ``ENOMEM``, ``EAGAIN``, ``RLIMIT_CPU``): the check is undecided.  Else
+    it is empty.
     """
 
     group: Group
@@ -106,6 +133,7 @@ class Check(NamedTuple):
     tried: str = ""
     result: str = ""
     hint: str = ""
+    shortage: str = ""
 
     @property
     def name(self) -> str:
@@ -118,11 +146,13 @@ class Check(NamedTuple):
             "name": self.name,
             "status": self.status,
             "asked": [
-                {"capability": asked.capability, "value": asked.value} for asked in self.asked
+                {"capability": one.capability, "value": one.value, "device": one.device}
+                for one in self.asked
             ],
             "tried": self.tried,
             "result": self.result,
             "hint": self.hint,
+            "shortage": self.shortage,
         }
 
     @classmethod
@@ -139,20 +169,23 @@ class Check(NamedTuple):
                 "tried": str(tried),
                 "result": str(result),
                 "hint": str(hint),
+                "shortage": str(shortage),
             }:
                 first, *between, last = name.split("/")
                 if (group := Group(first)) is Group.VM:
                     between, last = [last], ""
                 answers = tuple(map(_read_asked, asked))
                 vm_type = "/".join(between)
-                return cls(group, Step(last), status, vm_type, answers, tried, result, hint)
+                return cls(
+                    group, Step(last), status, vm_type, answers, tried, result, hint, shortage
+                )
         raise ValueError(f"not a check of `kvmpriv probe --json`: {document!r:.200}")
 
 
 def _read_asked(document: object) -> Asked:
     match document:
-        case {"capability": str(capability), "value": int(value)}:
-            return Asked(capability, value)
+        case {"capability": str(capability), "value": int(value), "device": None | int() as device}:
+            return Asked(capability, value, device)
     raise ValueError(f"not a capability and its value: {document!r:.200}")
 
 
@@ -168,7 +201,26 @@ class Report(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """One of VERDICTS; private memory that works comes before what is only there."""
+        """One of VERDICTS; private memory that works comes before what is only there.
+
+        Private memory that was seen to work is usable, whatever ran out elsewhere.  All other
+        verdicts need a probe that was complete.
+        """
+        seen = self._seen()
+        if seen in (V9_USABLE, GUEST_MEMFD_PRIVATE) or self._complete():
+            return seen
+        return COULD_NOT_PROBE
+
+    def _complete(self) -> bool:
+        """Whether a VM was made, nothing ended the probe early, and nothing ran out."""
+        made = False
+        for check in self.checks:
+            if check.shortage or (check.step is Step.IOCTL and check.status != PASS):
+                return False
+            made = made or (check.group is Group.VM and check.status == PASS)
+        return made
+
+    def _seen(self) -> str:
         status = {(check.group, check.step, check.vm_type): check.status for check in self.checks}
         types = {check.vm_type for check in self.checks if check.vm_type}
 
@@ -196,17 +248,58 @@ class Report(NamedTuple):
 
     @property
     def exit_status(self) -> ExitStatus:
-        """0 usable private memory, 1 probed and none usable, 3 could not probe: no VM was made."""
-        if self.verdict in (V9_USABLE, GUEST_MEMFD_PRIVATE):
-            return ExitStatus.OK
-        made = any(check.status == PASS and check.group is Group.VM for check in self.checks)
-        return ExitStatus.NEGATIVE if made else ExitStatus.UNABLE
+        """0 usable private memory, 1 probed and none usable, 3 could not probe.
+
+        It follows from the verdict alone.
+        """
+        return _EXIT_STATUS.get(self.verdict, ExitStatus.NEGATIVE)
+
+    @property
+    def meaning(self) -> str:
+        """One sentence that explains the verdict; for COULD_NOT_PROBE the reason and the hint."""
+        if self.verdict != COULD_NOT_PROBE:
+            return _MEANINGS[self.verdict]
+        check = self._reason()
+        if check is None:
+            return "The probe made no VM."
+        return f"{check.tried}: {check.result}{f' ({check.hint})' if check.hint else ''}"
+
+    def _reason(self) -> Check | None:
+        """The check because of which the probe is not complete."""
+        tried = [check for check in self.checks if check.tried]
+        for check in tried:
+            if check.shortage:
+                return check
+        for check in tried:
+            if check.status == FAIL and (
+                check.group is Group.VM or check.step in (Step.DEVICE, Step.IOCTL)
+            ):
+                return check
+        return None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader must not overlook: where the device and a VM give different answers."""
+        differ: dict[tuple[str, int | None, int], list[str]] = {}
+        for check in self.checks:
+            for name, value, device in check.asked:
+                if device is not None and device != value:
+                    types = differ.setdefault((name, device, value), [])
+                    if check.vm_type not in types:
+                        types.append(check.vm_type)
+        return tuple(
+            f"the device reports {name} = {device}, but a VM of type {' or '.join(types)} reports"
+            f" {value}: ask the VM"
+            for (name, device, value), types in differ.items()
+        )
 
     def to_json(self) -> ReportDocument:
         """The document of ``--json``; ``schema.json`` describes it."""
         return {
             "schema_version": SCHEMA_VERSION,
             "verdict": self.verdict,
+            "meaning": self.meaning,
+            "notes": [*self.notes],
             "exit_status": self.exit_status,
             "checks": [check.to_json() for check in self.checks],
             "host": self.host,

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from .documents import Holders, HostFacts
-    from .records import Check, Report
+    from .records import Asked, Check, Report
 
 __all__ = ["text"]
 
@@ -31,7 +31,8 @@ _STEP = 17  # the longest title's width
 def text(report: Report, *, colour: bool = False) -> str:
     """The verdict, the tree of checks, facts about the host; a line each, ASCII alone."""
     paint = painter(colour)
-    lines = [paint(BOLD, report.verdict)]
+    lines = [paint(BOLD, report.verdict), plain(report.meaning)]
+    lines += [paint(YELLOW, f"note: {plain(note)}") for note in report.notes]
     group: Group | None = None
     vm_type = ""
     for check in report.checks:
@@ -58,11 +59,20 @@ def text(report: Report, *, colour: bool = False) -> str:
 
 
 def _finding(check: Check) -> str:
-    asked = ", ".join(
-        f"{capability} = {value if value < 10 else hex(value)}" for capability, value in check.asked
-    )
+    asked = ", ".join(map(_asked, check.asked))
     tried = f"{check.tried}: {check.result}" if check.tried else check.result
     return "; ".join(part for part in (asked, tried) if part)
+
+
+def _asked(asked: Asked) -> str:
+    answer = f"{asked.capability} = {_number(asked.value)}"
+    if asked.device is None or asked.device == asked.value:
+        return answer
+    return f"{answer}, but {_number(asked.device)} on the device"
+
+
+def _number(value: int) -> str:
+    return str(value) if value < 10 else hex(value)
 
 
 def _facts(report: Report) -> Iterator[tuple[str, str]]:

@@ -195,16 +195,18 @@ def test_no_locale() -> None:
 # -- what is missing ---------------------------------------------------------------------------
 
 
-def could_not_probe(process: subprocess.CompletedProcess[str], *words: str) -> Report:
+def could_not_probe(
+    process: subprocess.CompletedProcess[str], *words: str, facts: bool = True
+) -> Report:
     assert process.returncode == 3
     assert process.stderr.startswith("kvmpriv probe: could not probe: ")
     assert process.stderr.count("\n") == 1
     for word in words:
         assert word in process.stderr
     found = of_json(process)
-    assert found.verdict == "none"
+    assert found.verdict == "could not probe"
     assert found.host["kernel"]
-    assert found.host["vcpus"] is None
+    assert found.host["vcpus"] is None or not facts  # as KVM could not be asked
     return found
 
 
@@ -215,7 +217,7 @@ def test_no_device_node(tmp_path: Path) -> None:
 
 def test_no_stderr(tmp_path: Path) -> None:
     process = run("-q", "--device", str(tmp_path / "kvm"), preexec_fn=lambda: os.close(2))
-    assert (process.returncode, process.stdout) == (3, "none\n")
+    assert (process.returncode, process.stdout) == (3, "could not probe\n")
 
 
 @pytest.mark.parametrize("path", ["/dev/null", "/dev/zero", "{folder}/file"])
@@ -366,12 +368,109 @@ def test_descriptors_that_run_out(kvm: kvmpriv.Kvm, no_leak: Callable[[], None])
         for more in range(8):
             resource.setrlimit(resource.RLIMIT_NOFILE, (first + more, hard))
             found = probe()
-            refused |= {check.name for check in found.checks if check.result == "EMFILE"}
+            refused |= {check.name for check in found.checks if check.shortage == "EMFILE"}
+            assert found.verdict != "none"
+            assert (found.exit_status == 3) == (found.verdict == "could not probe")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert {"kvm/device", "vm/default"} <= refused
     if status_of(found)["guest_memfd/default/file"] == PASS:
         assert "guest_memfd/default/file" in refused
+
+
+def limited(which: int, limit: int) -> Callable[[], None]:
+    """For preexec_fn."""
+    return lambda: resource.setrlimit(which, (limit, limit))
+
+
+def test_starvation_table(kvm: kvmpriv.Kvm) -> None:
+    """Every number of descriptors, from that with which Python starts to that which is enough.
+
+    The first line, -q, the document and the exit status agree, and a shortage is never a verdict
+    about KVM.
+    """
+    enough = run("--json")
+    verdict, table = of_json(enough).verdict, {}
+    for limit in range(3, 32):
+        starved = limited(resource.RLIMIT_NOFILE, limit)
+        python = [sys.executable, "-c", "import argparse, ctypes, json, mmap, signal"]
+        if subprocess.run(python, preexec_fn=starved, capture_output=True).returncode:
+            continue
+        answers = [run(*form, preexec_fn=starved) for form in ((), ("-q",), ("--json",))]
+        found = of_json(answers[2])
+        assert {answer.returncode for answer in answers} == {found.exit_status}, limit
+        for answer in answers[:2]:
+            assert answer.stdout.splitlines()[0] == found.verdict, limit
+        if found.exit_status == 3:
+            assert found.verdict == "could not probe"
+            for answer in answers:
+                assert f"this process may have {limit} files open (RLIMIT_NOFILE)" in answer.stderr
+        else:
+            assert (found.verdict, answers[0].stderr) == (verdict, "")
+        assert all(check.status == SKIP for check in found.checks if check.shortage)
+        table[limit] = found.verdict
+        if not any(check.shortage for check in found.checks):
+            break
+    verdicts = list(table.values())
+    assert (verdicts[0], verdicts[-1]) == ("could not probe", verdict)
+    assert len(table) > 2
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+@pytest.mark.parametrize("request_", [cdefs.KVM_CREATE_VM, cdefs.KVM_CHECK_EXTENSION])
+def test_kvm_that_lacks_something(kvm: kvmpriv.Kvm, request_: int, number: int) -> None:
+    """KVM itself returns the error: a filter does so here."""
+    filtered = seccomp(_SYS_IOCTL, _ERRNO | number, request_)
+    process = run("--json", preexec_fn=filtered)
+    name = errno.errorcode[number]
+    assert name in {check.shortage for check in could_not_probe(process, name, facts=False).checks}
+    assert run("-q", preexec_fn=filtered).stdout == "could not probe\n"
+
+
+def test_no_memory(kvm: kvmpriv.Kvm) -> None:
+    """Less and less address space: the right verdict, or exit status 3 with a reason."""
+    verdict = probe().verdict
+    statuses = set()
+    for limit in range(40, 16, -1):
+        process = run("-q", preexec_fn=limited(resource.RLIMIT_AS, limit << 20))
+        if process.returncode == 3:
+            assert process.stdout in ("could not probe\n", ""), limit
+            assert "memory" in process.stderr, limit
+        elif "Traceback" not in process.stderr:
+            assert process.stdout == f"{verdict}\n", limit
+        else:  # it has failed to load kvmpriv; Python's exit status
+            assert process.stdout == "", limit
+            break
+        statuses.add(process.returncode)
+    assert 3 in statuses
+    assert len(statuses) == 2
+
+
+@pytest.mark.parametrize("hard", [1, 2])
+def test_no_cpu_time(kvm: kvmpriv.Kvm, hard: int) -> None:
+    """The limit is 1 s, and half of it is used before: `ulimit -t 1`, and a lower soft limit."""
+    code = (
+        "import json, resource, sys, time; from kvmpriv.cli import main;"
+        "import kvmpriv.commands.probe; kvmpriv.commands.probe._TO_PRINT = 0.6;"
+        f"resource.setrlimit(resource.RLIMIT_CPU, (1, {hard}))\n"
+        "while time.process_time() < 0.5: pass\n"
+        "sys.exit(main(['probe', *sys.argv[1:]]))"
+    )
+    for form in ("-q", "--json"):
+        process = subprocess.run(
+            [sys.executable, "-c", code, form], capture_output=True, text=True, cwd=ROOT
+        )
+        assert process.returncode == 3
+        assert "this process may use 1 s of CPU time (RLIMIT_CPU)" in process.stderr
+        if form == "-q":
+            assert process.stdout == "could not probe\n"
+        else:
+            assert of_json(process).verdict == "could not probe"
+
+
+def test_enough_cpu_time(kvm: kvmpriv.Kvm) -> None:
+    process = run("-q", preexec_fn=limited(resource.RLIMIT_CPU, 60))
+    assert process.stdout == f"{probe().verdict}\n"
 
 
 def test_resident_memory() -> None:

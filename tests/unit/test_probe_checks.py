@@ -5,8 +5,11 @@ The binding's functions are replaced by ones that answer as such a kernel, and r
 
 from __future__ import annotations
 
+import copy
 import errno
-from collections.abc import Iterable
+import itertools
+import os
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -32,11 +35,13 @@ class Kernel:
         capabilities: dict[int, int] | None = None,
         refusals: dict[str, int] | None = None,
         ioctls: Iterable[int] = (),
+        device: dict[int, int] | None = None,
     ) -> None:
         self.syscall = syscall
         self.capabilities = capabilities or {}
         self.refusals = refusals or {}
         self.ioctls = ioctls
+        self.device = device
         self.calls: list[tuple[Any, ...]] = []
 
     def call(self, name: str, *arguments: Any) -> None:
@@ -90,7 +95,16 @@ class Kernel:
 def probed(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Probe a kernel."""
 
-    def run(kernel: Kernel) -> Report:
+    def run(kernel: Kernel, out_of_time: Callable[[], object] = bool) -> Report:
+        device = copy.copy(kernel)  # what opens /dev/kvm; the VMs are the kernel itself
+        if kernel.device is not None:
+            device.capabilities = kernel.device
+        device.create_vm = kernel.create_vm  # type: ignore[method-assign]
+
+        def opened(path: str) -> Kernel:
+            kernel.call("open")
+            return device
+
         def standing_for(name: str, *arguments: Any) -> Kernel:
             kernel.call(name, *arguments)
             return kernel
@@ -104,7 +118,7 @@ def probed(monkeypatch: pytest.MonkeyPatch) -> Any:
             return 0
 
         replaced: dict[Any, dict[str, Any]] = {
-            checks: {"Kvm": lambda path: kernel},
+            checks: {"Kvm": opened},
             restrictedmem: {
                 "ask_memfd_restricted": ask,
                 "RestrictedMem": lambda: standing_for("memfd_restricted"),
@@ -123,7 +137,7 @@ def probed(monkeypatch: pytest.MonkeyPatch) -> Any:
             for name, value in names.items():
                 monkeypatch.setattr(module, name, value)
         facts = FACTS.copy()
-        return Report(checks.run("/dev/kvm", facts), facts)
+        return Report(checks.run("/dev/kvm", facts, out_of_time), facts)
 
     return run
 
@@ -227,7 +241,7 @@ def test_mainline_vm_types(probed: Any) -> None:
 def test_vm_type_that_can_not_be_made(probed: Any) -> None:
     capabilities = {gmem.KVM_CAP_VM_TYPES: 1}
     found = probed(Kernel(capabilities=capabilities, refusals={"create_vm": errno.EBUSY}))
-    assert (found.verdict, found.exit_status) == ("none", 3)
+    assert (found.verdict, found.exit_status) == ("could not probe", 3)
     check = next(check for check in found.checks if check.name == "vm/default")
     assert (check.status, check.result) == (FAIL, "EBUSY")
     assert "another hypervisor" in check.hint
@@ -244,3 +258,118 @@ def test_the_question_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(libc, "_syscall", syscall)
     restrictedmem.ask_memfd_restricted()
     assert asked == [(451, 0xFFFFFFFF, 0, 0, 0, 0, 0)]
+
+
+# -- what runs out -----------------------------------------------------------------------------
+
+SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+#: A kernel with everything of v9, and one with everything of mainline.
+EVERYTHING = (
+    (errno.EINVAL, {v9.KVM_CAP_PRIVATE_MEM: 1}, NO_MAINLINE),
+    (
+        errno.EBADF,
+        {gmem.KVM_CAP_VM_TYPES: 3, gmem.KVM_CAP_PRE_FAULT_MEMORY: 1},
+        dict[str, int](),
+    ),
+)
+
+
+def calls_of(kernel: Kernel, probed: Any) -> list[str]:
+    probed(kernel)
+    return sorted(kernel.called() - {"ask", "close"} - set(kernel.refusals))
+
+
+@pytest.mark.parametrize("number", SHORTAGES)
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_call_that_lacks_something(probed: Any, which: int, number: int) -> None:
+    """Each call in turn meets a shortage: it is told as one, never as what KVM can not do."""
+    syscall, capabilities, refusals = EVERYTHING[which]
+    calls = calls_of(Kernel(syscall, capabilities, refusals), probed)
+    assert len(calls) > 5
+    for call in calls:
+        found = probed(Kernel(syscall, capabilities, refusals | {call: number}))
+        name = errno.errorcode[number]
+        short = [check for check in found.checks if check.shortage]
+        assert short, call
+        for check in short:
+            assert (check.status, check.shortage) == (SKIP, name), call
+        met = next(check for check in short if check.tried)
+        assert met.result == f"{name}, undecided"
+        assert met.hint
+        assert not any(check.status == FAIL and check.result == name for check in found.checks)
+        if found.exit_status == 0:
+            assert found.verdict == ("v9 usable", "guest_memfd private")[which]
+            assert call in ("create_vcpu", "pre_fault", "delete"), call
+        else:
+            assert (found.verdict, found.exit_status) == ("could not probe", 3), call
+            assert found.meaning.startswith(f"{met.tried}: {name}, undecided ("), call
+
+
+def test_what_follows_a_shortage_is_undecided_too(probed: Any) -> None:
+    found = probed(Kernel(errno.EINVAL, {}, {"memfd_restricted": errno.EMFILE}))
+    short = {check.name for check in found.checks if check.shortage}
+    assert short == {"v9/file", "v9/default/slot", "v9/default/conversion"}
+    found = probed(Kernel(errno.EBADF, {}, {"guest_memfd": errno.ENFILE}))
+    short = {check.name for check in found.checks if check.shortage}
+    assert {"guest_memfd/default/slot", "guest_memfd/default/conversion"} <= short
+
+
+def test_no_memory_for_python(probed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MemoryError anywhere in the probe."""
+
+    def fails(*_: object) -> None:
+        raise MemoryError
+
+    kernel = Kernel(errno.EBADF)
+    monkeypatch.setattr(kernel, "create_vm", fails)
+    found = probed(kernel)
+    assert (found.verdict, found.exit_status) == ("could not probe", 3)
+    assert found.meaning.startswith("allocate memory in this process: ENOMEM, undecided (")
+    assert kernel.calls.count(("close",)) == 1
+
+
+def test_no_child(probed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a filter is active the system call is made in a child; none can be made."""
+
+    def fork() -> int:
+        raise OSError(errno.EAGAIN, "no process")
+
+    monkeypatch.setitem(FACTS, "seccomp", 2)
+    monkeypatch.setattr(os, "fork", fork)
+    found = probed(Kernel(refusals=NO_MAINLINE))
+    check = next(check for check in found.checks if check.name == "v9/syscall")
+    assert (check.status, check.shortage, check.tried) == (SKIP, "EAGAIN", "fork()")
+    assert "ulimit -u" in check.hint
+    assert found.verdict == "could not probe"
+
+
+def test_no_cpu_time(probed: Any) -> None:
+    """Time ends after each number of steps in turn."""
+    capabilities = {gmem.KVM_CAP_VM_TYPES: 3}
+    steps = len(probed(Kernel(errno.EBADF, capabilities)).checks)
+    verdicts = []
+    for enough in range(steps + 1):
+        counter = itertools.count()
+        kernel = Kernel(errno.EBADF, capabilities)
+        found = probed(kernel, lambda counter=counter, enough=enough: next(counter) >= enough)
+        verdicts.append(found.verdict)
+        if enough < steps:
+            check = next(check for check in found.checks if check.shortage)
+            assert (check.name, check.shortage) == ("kvm/ioctl", "RLIMIT_CPU")
+            assert "ulimit -t" in check.hint
+        # Whatever was made has been closed.
+        made = sum(name in ("open", "create_vm", "guest_memfd") for name, *_ in kernel.calls)
+        assert kernel.calls.count(("close",)) == made, enough
+    assert (verdicts[0], verdicts[-1]) == ("could not probe", "guest_memfd private")
+    assert set(verdicts) == {verdicts[0], verdicts[-1]}
+
+
+def test_the_device_and_the_vm(probed: Any) -> None:
+    """Both are asked, and the check has both answers."""
+    attributes = gmem.KVM_CAP_MEMORY_ATTRIBUTES
+    found = probed(Kernel(errno.EBADF, {attributes: 0}, device={attributes: 8}))
+    asked = next(c.asked for c in found.checks if c.name == "guest_memfd/default/conversion")
+    assert asked == (("KVM_CAP_MEMORY_ATTRIBUTES", 0, 8),)
+    assert len(found.notes) == 1
+    types = next(c.asked for c in found.checks if c.name == "kvm/vm_types")
+    assert types == (("KVM_CAP_VM_TYPES", 0, None),)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import resource
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
+from kvmpriv import libc
 from kvmpriv.probe import host
 from kvmpriv.probe.documents import HostFacts
 
@@ -165,3 +167,45 @@ def test_why_not_offered(vm_type: str, facts: dict[str, Any], reason: str, hint:
     assert why.startswith(reason)
     assert hint in advice
     assert bool(hint) == bool(advice)
+
+
+def test_shortage_hint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ran out, its limit, and the command that raises it."""
+    limits: dict[int, int] = {}
+    files: dict[str, str] = {}
+    monkeypatch.setattr(libc, "soft_limit", limits.get)
+    monkeypatch.setattr(host, "_read", lambda path, size=0: files.get(path))
+    facts = but({"memory": {"total": None, "free": None, "available": 3 << 20}})
+
+    def hint(shortage: str) -> str:
+        return host.shortage_hint(shortage, facts)
+
+    assert hint("ENOMEM") == "3 MiB of this host's memory is available: free some"
+    files["/proc/self/cgroup"] = "1:cpu:/no\n0::/a/b\n"
+    files["/sys/fs/cgroup/a/b/memory.max"] = "max"
+    assert "this host's memory" in hint("ENOMEM")
+    files["/sys/fs/cgroup/a/b/memory.max"] = "4096"
+    assert hint("ENOMEM") == "the memory cgroup /a/b may have 4 KiB: raise its memory.max"
+    limits[libc.RLIMIT_DATA] = 1 << 20
+    assert "1 MiB of memory (RLIMIT_DATA): raise it by ulimit -d" in hint("ENOMEM")
+    limits[libc.RLIMIT_AS] = 2 << 20
+    assert "2 MiB of memory (RLIMIT_AS): raise it by ulimit -v" in hint("ENOMEM")
+    limits[libc.RLIMIT_NOFILE] = 5
+    assert "5 files open (RLIMIT_NOFILE): raise it by ulimit -n" in hint("EMFILE")
+    assert "fs.file-max" in hint("ENFILE")
+    files["/proc/sys/fs/file-max"] = "1000"
+    assert "this host has 1000 files open" in hint("ENFILE")
+    assert "is limited" in hint("EAGAIN")
+    limits[libc.RLIMIT_NPROC] = 7
+    assert "is 7 (RLIMIT_NPROC): raise it by ulimit -u" in hint("EAGAIN")
+    limits[libc.RLIMIT_CPU] = 1
+    assert "1 s of CPU time (RLIMIT_CPU): raise it by ulimit -t" in hint("RLIMIT_CPU")
+    assert hint("EINVAL") == hint("") == ""
+
+
+def test_soft_limit() -> None:
+    """The same as the standard library's."""
+    for name in ("AS", "CPU", "DATA", "NOFILE", "NPROC"):
+        soft, _ = resource.getrlimit(getattr(resource, f"RLIMIT_{name}"))
+        expected = None if soft == resource.RLIM_INFINITY else soft
+        assert libc.soft_limit(getattr(libc, f"RLIMIT_{name}")) == expected

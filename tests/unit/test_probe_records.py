@@ -137,8 +137,24 @@ RECORDED: list[tuple[str, str, int, dict[str, str]]] = [
         | {"guest_memfd/default/conversion": FAIL},
     ),
     ("a KVM of before 2022", "none", 1, VM_MADE | NOT_V9 | NOT_V10 | NO_GUEST_MEMFD),
-    ("no /dev/kvm", "none", 3, {"kvm/device": FAIL, "v9/syscall": FAIL, "vm/default": SKIP}),
-    ("no VM to be had", "none", 3, {"kvm/device": PASS, "vm/default": FAIL, "v9/syscall": FAIL}),
+    (
+        "no /dev/kvm",
+        "could not probe",
+        3,
+        {"kvm/device": FAIL, "v9/syscall": FAIL, "vm/default": SKIP},
+    ),
+    (
+        "no VM to be had",
+        "could not probe",
+        3,
+        {"kvm/device": PASS, "vm/default": FAIL, "v9/syscall": FAIL},
+    ),
+    (
+        "a filter that ends the probe after it has made a VM",
+        "could not probe",
+        3,
+        VM_MADE | NOT_V9 | {"kvm/ioctl": FAIL},
+    ),
 ]
 
 
@@ -149,9 +165,11 @@ def a_check(
     tried: str = "",
     result: str = "so",
     hint: str = "",
+    shortage: str = "",
 ) -> Check:
     """A check by the name that documents give it."""
     document = {"name": name, "status": status, "tried": tried, "result": result, "hint": hint}
+    document["shortage"] = shortage
     return Check.from_json({**document, "asked": [one._asdict() for one in asked]})
 
 
@@ -170,6 +188,95 @@ def test_verdict(verdict: str, exit_status: int, status: dict[str, str]) -> None
     assert found.exit_status == exit_status
     # It follows from what was found, not from the order in which it was.
     assert a_report(dict(reversed(status.items())), host={}).verdict == verdict
+
+
+@pytest.mark.parametrize("case", RECORDED, ids=[case[0] for case in RECORDED])
+def test_a_shortage_anywhere(case: tuple[str, str, int, dict[str, str]]) -> None:
+    """Each check in turn met a shortage: usable memory stays usable, all else is not known."""
+    _, verdict, _, status = case
+    for short in status:
+        checks = [
+            a_check(name, SKIP, tried="it", hint="raise it", shortage="EMFILE")
+            if name == short
+            else a_check(name, what)
+            for name, what in status.items()
+        ]
+        found = Report(tuple(checks), facts("/nonexistent"))
+        needed = short.startswith(("v9/", "guest_memfd/")) and status[short] == PASS
+        needed = needed and short != "v9/syscall"  # which the file has shown
+        if verdict in ("v9 usable", "guest_memfd private") and not needed:
+            assert (found.verdict, found.exit_status) == (verdict, 0), short
+        elif found.verdict != "guest_memfd private":  # the other file may be usable as well
+            assert (found.verdict, found.exit_status) == ("could not probe", 3), short
+            assert found.meaning == "it: so (raise it)"
+
+
+def test_first_line_and_exit_status_agree() -> None:
+    """The verdict decides the exit status, in every combination of what was found and ran out."""
+    names = [f"v9/{step}" for step in ("capability", "file", "default/slot", "default/conversion")]
+    names += [f"guest_memfd/default/{step}" for step in ("slot", "conversion")]
+    names += ["vm/default"]
+    outcomes = ((PASS, ""), (FAIL, ""), (SKIP, "ENOMEM"))
+    expected = dict.fromkeys(VERDICTS, 1)
+    expected |= {"v9 usable": 0, "guest_memfd private": 0, "could not probe": 3}
+    host = facts("/nonexistent")
+    seen = set()
+    for outcome in itertools.product(outcomes, repeat=len(names)):
+        found = Report(
+            tuple(
+                a_check(name, status, tried="it", shortage=shortage)
+                for name, (status, shortage) in zip(names, outcome, strict=True)
+            )
+            + (a_check("guest_memfd/default/file", PASS),),
+            host,
+        )
+        verdict = found.verdict
+        assert found.exit_status == expected[verdict]
+        if any(shortage for _, shortage in outcome):
+            assert verdict in ("v9 usable", "guest_memfd private", "could not probe")
+        seen.add(verdict)
+    assert len(seen) > 4
+
+
+@pytest.mark.parametrize("verdict", VERDICTS)
+def test_meaning(verdict: str) -> None:
+    """Each verdict has a sentence of its own."""
+    status = next(case[3] for case in RECORDED if case[1] == verdict)
+    found = a_report(status, host={})
+    assert found.meaning[-1] == "." or verdict == "could not probe"
+    others = {
+        a_report(case[3], host={}).meaning for case in RECORDED if case[1] not in (verdict, "")
+    }
+    assert found.meaning not in others
+
+
+def test_a_probe_without_a_vm_has_a_meaning() -> None:
+    assert a_report({"kvm/device": PASS}, host={}).meaning == "The probe made no VM."
+
+
+def test_notes_on_two_answers() -> None:
+    """Where the device and a VM differ, once for all VM types with the same answer."""
+    attributes = "KVM_CAP_MEMORY_ATTRIBUTES"
+    found = Report(
+        (
+            a_check("guest_memfd/default/file", PASS, (Asked("KVM_CAP_GUEST_MEMFD", 1, 1),)),
+            a_check("guest_memfd/default/conversion", FAIL, (Asked(attributes, 0, 8),)),
+            a_check("guest_memfd/sev/conversion", FAIL, (Asked(attributes, 0, 8),)),
+            a_check("guest_memfd/snp/conversion", PASS, (Asked(attributes, 8, 8),)),
+            a_check("kvm/vm_types", PASS, (Asked("KVM_CAP_VM_TYPES", 1),)),
+        ),
+        facts("/nonexistent"),
+    )
+    note = (
+        "the device reports KVM_CAP_MEMORY_ATTRIBUTES = 8, but a VM of type default or sev"
+        " reports 0: ask the VM"
+    )
+    assert found.notes == (note,)
+    assert found.to_json()["notes"] == [note]
+    text = report.text(found)
+    assert text.splitlines()[2] == f"note: {note}"
+    assert "KVM_CAP_MEMORY_ATTRIBUTES = 0, but 8 on the device" in text
+    assert "KVM_CAP_GUEST_MEMFD = 1; so" in text
 
 
 def test_every_verdict_is_recorded() -> None:
@@ -217,8 +324,8 @@ def test_round_trip(recorded: Report) -> None:
     assert Report.from_json(document) == recorded
     assert document["verdict"] == "guest_memfd shared only"
     assert document["exit_status"] == 1
-    document["schema_version"] = 2
-    with pytest.raises(ValueError, match="schema version 2, not 1"):
+    document["schema_version"] = 1
+    with pytest.raises(ValueError, match="schema version 1, not 2"):
         Report.from_json(document)
 
 
@@ -237,6 +344,7 @@ def test_what_is_no_document(recorded: Report) -> None:
         (good | {"host": fact}, "the host's facts have no kernel"),
         (good | {"checks": ["x"]}, "not a check of"),
         (good | {"checks": [check | {"tried": None}]}, "not a check of"),
+        (good | {"checks": [check | {"shortage": 1}]}, "not a check of"),
         (good | {"checks": [check | {"asked": [{"value": 1}]}]}, "not a capability and its value"),
     ):
         with pytest.raises(ValueError, match=why):
@@ -280,6 +388,9 @@ def test_schema(recorded: Report) -> None:
     change: dict[str, Any]
     for change in (
         {"verdict": "perhaps"},
+        {"meaning": ""},
+        {"notes": "none"},
+        {"checks": [{**document["checks"][0], "shortage": "EPERM"}]},
         {"exit_status": 2},
         {"checks": []},
         {"more": 1},
@@ -295,6 +406,7 @@ def test_text(recorded: Report) -> None:
     plain = report.text(recorded)
     lines = plain.splitlines()
     assert lines[0] == "guest_memfd shared only"
+    assert lines[1] == recorded.meaning
     assert plain.isascii()
     assert "\x1b" not in plain
     assert "  [ PASS ] VM types        KVM_CAP_VM_TYPES = 1; default" in lines
