@@ -222,14 +222,11 @@ def test_first_line_and_exit_status_agree() -> None:
     host = facts("/nonexistent")
     seen = set()
     for outcome in itertools.product(outcomes, repeat=len(names)):
-        found = Report(
-            tuple(
-                a_check(name, status, tried="it", shortage=shortage)
-                for name, (status, shortage) in zip(names, outcome, strict=True)
-            )
-            + (a_check("guest_memfd/default/file", PASS),),
-            host,
-        )
+        checks = [
+            a_check(name, status, tried="it", shortage=shortage)
+            for name, (status, shortage) in zip(names, outcome, strict=True)
+        ]
+        found = Report((*checks, a_check("guest_memfd/default/file", PASS)), host)
         verdict = found.verdict
         assert found.exit_status == expected[verdict]
         if any(shortage for _, shortage in outcome):
