@@ -6,7 +6,7 @@ SETUP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-debug test-literal test-all soak calibrate mutate check check-static \
-	check-unit kernels cdefs manual docs bench clean packages
+	check-unit kernels browser cdefs manual docs bench clean packages
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -14,8 +14,9 @@ help:  ## list the targets
 demo: $(SETUP)  ## probe this host, and run a guest and Linux in private memory, here or in a VM
 	@scripts/demo
 
-test: kernels  ## unit and host tests, and the suite in both kernels (under an hour)
-	$(BIN)/python -m pytest tests/unit tests/host tests/guest tests/private
+test: kernels browser  ## unit and host tests, and the suite in both kernels (under an hour)
+	KVMPRIV_REQUIRE="$${KVMPRIV_REQUIRE:+$$KVMPRIV_REQUIRE,}browser" \
+		$(BIN)/python -m pytest tests/unit tests/host tests/guest tests/private
 	KVMPRIV_REQUIRE=restrictedmem,guest_memfd $(BIN)/python -m pytest tests/vm
 	scripts/suite restrictedmem
 	scripts/suite restrictedmem --append kvm.tdp_mmu=0
@@ -56,6 +57,9 @@ check-unit:
 kernels: $(SETUP)  ## build the kernels of `make test`, or find them in the cache (~/.cache/kvmpriv)
 	scripts/kernel/build restrictedmem
 	scripts/kernel/build guest_memfd
+
+browser: $(SETUP)  ## install Chromium (about 100 MB), in which `make test` looks at a page
+	$(BIN)/python scripts/launch.py kbuild.packages browser
 
 cdefs: $(SETUP)  ## generate kvmpriv/cdefs from the headers in cdefs/, and the ready-made guests
 	$(BIN)/python scripts/generate/cdefs.py

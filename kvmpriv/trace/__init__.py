@@ -8,6 +8,7 @@ from .record import (
     EndEvent,
     Event,
     ExitEvent,
+    MarkEvent,
     RangeAbout,
     Recorder,
     Recording,
@@ -16,7 +17,7 @@ from .record import (
     UseAbout,
     read,
 )
-from .summary import Summary, summarize, text
+from .summary import Summary, headline, summarize, text
 
 __all__ = [
     "About",
@@ -25,6 +26,7 @@ __all__ = [
     "EndEvent",
     "Event",
     "ExitEvent",
+    "MarkEvent",
     "RangeAbout",
     "Recorder",
     "Recording",
@@ -32,6 +34,7 @@ __all__ = [
     "Summary",
     "TraceError",
     "UseAbout",
+    "headline",
     "page",
     "read",
     "summarize",

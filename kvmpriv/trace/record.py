@@ -1,8 +1,8 @@
 """A recorded run: how it is written to a file, and how it is read.
 
 A file of JSON lines.  The first line describes the run.  Each other line is an event: an exit, a
-conversion, a sample of memory and cost, or the end, with the time ``t`` in seconds since the
-recording began.  A run that was cut off is a shorter file.
+conversion, a sample of memory and cost, a mark, or the end, with the time ``t`` in seconds since
+the recording began.  A run that was cut off is a shorter file.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ __all__ = [
     "EndEvent",
     "Event",
     "ExitEvent",
+    "MarkEvent",
     "RangeAbout",
     "Recorder",
     "Recording",
@@ -134,6 +135,13 @@ class SampleEvent(_SampleEvent, total=False):
 
 
 @final
+class MarkEvent(_Timed):
+    """A moment that whoever recorded the run has named, for example "ready"."""
+
+    mark: str
+
+
+@final
 class EndEvent(_Timed):
     """How the guest ended, its exit status, and why."""
 
@@ -143,7 +151,7 @@ class EndEvent(_Timed):
 
 
 #: Any line but the first.  ``"exit" in event`` tells the kinds apart.
-Event: TypeAlias = ExitEvent | ConversionEvent | SampleEvent | EndEvent
+Event: TypeAlias = ExitEvent | ConversionEvent | SampleEvent | MarkEvent | EndEvent
 
 
 class TraceError(ValueError):
@@ -274,6 +282,7 @@ _EVENTS: dict[str, _Check] = {
         by=_is_text,
     ),
     "memory": _has(memory=_is_list(_is_use), rss=_is_size, cpu=_is_list(_is_seconds)),
+    "mark": _has(mark=_is_text),
     "end": _has(end=_is_text, status=_is_status, why=_is_text),
 }
 _has_time = _has(t=_is_seconds)

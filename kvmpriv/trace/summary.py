@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ..terminal import format_size
-from .record import ConversionEvent, EndEvent, Recording, SampleEvent
+from .devices import Devices
+from .record import ConversionEvent, EndEvent, MarkEvent, Recording, SampleEvent
+from .scale import format_bytes
 
-__all__ = ["Summary", "summarize", "text"]
+__all__ = ["Summary", "counted", "headline", "summarize", "text"]
 
-_MIB = 1 << 20
-_PLACES_MAX = 5  # how many ports or addresses to list for each kind of exit
+_PLACES_MAX = 5  # how many devices to list for each kind of exit
 
 
 class Summary(NamedTuple):
@@ -22,21 +23,24 @@ class Summary(NamedTuple):
     seconds: float
     #: How many exits there are of each kind.
     exits: Counter[str]
-    #: For each kind of exit, how many there are at each port or address.
+    #: For each kind of exit, how many there are for each device, or port or address without one.
     places: dict[str, Counter[str]]
     conversions: list[ConversionEvent]
     #: What memory and CPU time was in use, in order.
     samples: list[SampleEvent]
+    marks: list[MarkEvent]
     #: How the guest ended; None if the recording was cut off.
     end: EndEvent | None
 
 
 def summarize(recording: Recording) -> Summary:
     """Count the events of a recording."""
+    devices = Devices(recording.about)
     exits: Counter[str] = Counter()
     places: dict[str, Counter[str]] = {}
     conversions: list[ConversionEvent] = []
     samples: list[SampleEvent] = []
+    marks: list[MarkEvent] = []
     end: EndEvent | None = None
     seconds = 0.0
     for event in recording.events:
@@ -44,20 +48,53 @@ def summarize(recording: Recording) -> Summary:
         if "exit" in event:
             kind = event["exit"]
             exits[kind] += 1
-            if (place := event.get("port", event.get("gpa"))) is not None:
-                name = f"port {place:#x}" if "port" in event else f"{place:#x}"
-                places.setdefault(kind, Counter())[name] += 1
+            if place := devices.place(event):
+                places.setdefault(kind, Counter())[place] += 1
         elif "convert" in event:
             conversions.append(event)
         elif "memory" in event:
             samples.append(event)
+        elif "mark" in event:
+            marks.append(event)
         else:
             end = event
-    return Summary(seconds, exits, places, conversions, samples, end)
+    return Summary(seconds, exits, places, conversions, samples, marks, end)
 
 
-def _count(number: int, what: str) -> str:
+def counted(number: int, what: str) -> str:
+    """A number of things, with the plural where there is not one."""
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def headline(recording: Recording, found: Summary) -> str:
+    """What the recording shows, in a sentence: how much of the memory the host could read."""
+    ranges = recording.about["ranges"]
+
+    def most(field: str, kind: str) -> int:
+        sums = (
+            sum(
+                use["private"] if field == "private" else use["resident"]
+                for part, use in zip(ranges, sample["memory"], strict=True)
+                if part["kind"] == kind
+            )
+            for sample in found.samples
+        )
+        return max(sums, default=0)
+
+    if not found.samples:
+        return "This recording has no samples of the guest's memory"
+    if all(part["kind"] != "private" for part in ranges):
+        used = format_bytes(most("resident", "shared"))
+        return f"The host could read all {used} that the guest used"
+    private, readable = most("private", "private"), most("resident", "private")
+    if not private:
+        return "The guest used no private memory"
+    if not readable:
+        return f"The host could read 0 of the {format_bytes(private)} that the guest kept private"
+    return (
+        f"The host could read {format_bytes(readable)} where the guest kept"
+        f" {format_bytes(private)} private"
+    )
 
 
 def text(recording: Recording) -> Iterator[str]:
@@ -66,13 +103,17 @@ def text(recording: Recording) -> Iterator[str]:
     ram = sum(part["size"] for part in about["ranges"])
     abi = about.get("private_abi")
     yield (
-        f"{about['what']}: {_count(about['cpus'], 'vCPU')}, {ram // _MIB} MiB of RAM"
+        f"{about['what']}: {counted(about['cpus'], 'vCPU')}, {format_size(ram)} of RAM"
         + (f", private by {abi}" if abi else "")
     )
     if found.end is not None:
         yield f"after {found.seconds:.3f} s: {found.end['why']} (exit status {found.end['status']})"
     else:
         yield f"after {found.seconds:.3f} s the recording ends, before the end of the guest"
+    if found.samples:
+        yield headline(recording, found)
+    for mark in found.marks:
+        yield f"at {mark['t']:.3f} s: {mark['mark']}"
     total = found.exits.total()
     yield ""
     yield f"exits to user space: {total}" + (

@@ -48,6 +48,9 @@ DEVELOPING = {
     "bpftool": "bpftool",
     "busybox": "busybox-static",
 }
+#: For the test of `kvmpriv trace --page`; each of these commands will do.
+BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+BROWSER = {BROWSERS[0]: "chromium-headless-shell"}
 
 
 def absent(needs: dict[str, str]) -> dict[str, str]:
@@ -122,9 +125,12 @@ def ensure(needs: dict[str, str]) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """The command scripts/packages: what `make` needs."""
+    """The command scripts/packages: what `make` needs; with the argument "browser", a browser."""
     try:
-        ensure(DEVELOPING)
+        if arguments != ["browser"]:
+            ensure(DEVELOPING)
+        elif not any(map(shutil.which, BROWSERS)):
+            ensure(BROWSER)
     except Refused as refused:
         say(f"packages: {refused}")
         return refused.code

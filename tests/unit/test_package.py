@@ -25,6 +25,7 @@ def test_the_wheel_is_pure_python(wheel: Path) -> None:
         "cdefs/include/kvm.h",
         "guest/ready.py",
         "probe/schema.json",
+        "trace/page.css",
         "py.typed",
         "_suite/support/rules.py",
         "CHANGELOG.md",

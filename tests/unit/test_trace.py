@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -75,9 +76,10 @@ def test_summary(path: Path) -> None:
         """\
 Linux 6.1 & more: 2 vCPUs, 512 MiB of RAM, private by restrictedmem
 after 2.000 s: turned off (exit status 7)
+The host could read 0 of the 300 MiB that the guest kept private
 
 exits to user space: 7, 4/s
-          5  KVM_EXIT_IO  (port 0x3f8: 5)
+          5  KVM_EXIT_IO  (COM1: 5)
           1  KVM_EXIT_MMIO  (0xd0000000: 1)
           1  KVM_EXIT_HYPERCALL
 
@@ -98,6 +100,20 @@ def test_one_vcpu_is_not_plural(path: Path) -> None:
     assert kvmpriv(path).stdout.startswith("Linux 6.1 & more: 1 vCPU, 512 MiB of RAM")
 
 
+PATH, LINE, BAR = "path", "polyline", "rect"
+
+
+def labels(chart: str) -> list[tuple[str, str]]:
+    """The labels at the ends of lines: the value, and the text below it."""
+    return re.findall(r'<b title="[^"]*">([^<]*)</b> <span title="[^"]*">([^<]*)</span>', chart)
+
+
+def ticks(chart: str) -> list[str]:
+    """The texts of the axes, without those beside lanes."""
+    found = re.findall(r'<span style="(?:top|left):[^"]*">([^<]*)</span>', chart)
+    return [text for text in found if not text.startswith("to ")]
+
+
 def drawings(page: str) -> list[ElementTree.Element]:
     """The pictures of the page; each must be well-formed."""
     found = [part[: part.index("</svg>") + 6] for part in page.split("<svg")[1:]]
@@ -112,20 +128,103 @@ def test_page(path: Path, tmp_path: Path) -> None:
     assert "kernel &lt;and&gt; rings" in page
     assert "<and>" not in page
     assert "http" not in page, "it needs nothing else"
-    memory, exits, conversions = drawings(page)
-    names = [text.text for text in memory.iter("text")]
-    assert names[-3:] == [
-        "0x0: host can read",
-        "0x100000000: host can read",
-        "0x100000000: private",
+    assert "<h1>The host could read 0 of the 300 MiB that the guest kept private</h1>" in page
+    assert "After 2.00 s: turned off (exit status 7)." in page
+    assert "<title>Linux 6.1 &amp; more – kvmpriv trace</title>" in page
+    charts = page.split('<div class="chart">')[1:]
+    memory, conversions, exits, cpu, resident = charts
+    lanes, plot, *_ = drawings(memory)
+    assert [lane.get("d") for lane in lanes.iter(PATH)] == ["M200 3v14", "M150 23v14"]
+    lines = [line.get("points", "") for line in plot.iter(LINE)]
+    assert lines[0] == "0,240 500,0", "half of the time, and all there is: 300 MiB"
+    assert labels(memory) == [
+        ("300 MiB private", "applications"),
+        ("64 MiB readable by the host", "kernel &lt;and&gt; rings"),
+        ("0 B readable by the host", "applications"),
     ]
-    top, *_ = (line.get("points", "").split()[-1] for line in list(memory.iter("polyline"))[::-1])
-    assert top == "370.0,16.0", "half of the time, and all there is: 300 MiB"
-    bars = [bar for bar in exits.iter("rect") if bar.get("width") != "10"]
-    assert sum(float(bar.get("height", "")) for bar in bars) > 0
-    marks = [mark for mark in conversions.iter("rect") if mark.get("width") == "2"]
-    assert [mark.get("x") for mark in marks] == ["160.0", "190.0"]
-    assert len({mark.get("fill") for mark in marks}) == 2
+    assert ticks(memory) == [
+        "0",
+        "100 MiB",
+        "200 MiB",
+        "300 MiB",
+        "0",
+        "0.5 s",
+        "1 s",
+        "1.5 s",
+        "2 s",
+    ]
+    marks = [
+        (mark.get("class"), mark.get("x"), mark.get("y"))
+        for mark in drawings(conversions)[0].iter(BAR)
+    ]
+    assert marks == [("to-shared", "148", "117.0"), ("to-private", "196", "117.0")]
+    assert re.findall(
+        r'<div class="head"><span title="([^"]*)">[^<]*</span><span>([^<]*)', exits
+    ) == [
+        ("COM1", "5 exits"),
+        ("other addresses", "1 exit"),
+        ("hypercalls", "1 exit"),
+    ]
+    bars = [bar for row in drawings(exits) for bar in row.iter(BAR)]
+    assert len(bars) == 5
+    assert labels(cpu) == [("0.50 s", "vCPUs"), ("0.00 s", "other threads")]
+    assert labels(resident)[0] == ("114 MiB", "in all")
+
+
+def test_a_page_with_devices_and_marks(path: Path, tmp_path: Path) -> None:
+    """What newer recordings have: the machine's devices, its command line, the date and marks."""
+    devices = [
+        {"name": "console <1>", "port": 0x3F8, "size": 8},
+        {"name": "virtio-blk", "gpa": 0xD0000000, "size": 0x200},
+    ]
+    about = {**ABOUT, "devices": devices, "cmdline": "quiet <x>", "date": "2026-01-31T12:00:00Z"}
+    extra = [
+        {"t": 0.5, "cpu": 0, "exit": "KVM_EXIT_IO", "port": port} for port in (0xCF8, 0x3FF, 7)
+    ]
+    mark = {"t": 1.5, "mark": "ready <now>"}
+    path.write_bytes(lines(about, *EVENTS[:-1], *extra, mark, EVENTS[-1]))
+    out = tmp_path / "page.html"
+    done = kvmpriv(path, "--page", out)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "  8  KVM_EXIT_IO  (console <1>: 6, PCI (no device): 1, port 0x7: 1)" in (done.stdout)
+    assert "  1  KVM_EXIT_MMIO  (virtio-blk: 1)" in done.stdout
+    assert "\nat 1.500 s: ready <now>\n" in done.stdout
+    page = out.read_text()
+    assert "2026-01-31 12:00:00 UTC" in page
+    assert "<code>quiet &lt;x&gt;</code>" in page
+    assert set(re.findall(r'<i style="left:[^"]*" title="([^"]*)"', page)) == {
+        "console is used",
+        "ready &lt;now&gt;",
+        "end: off",
+    }
+    heads = re.findall(r'<div class="head"><span title="([^"]*)"', page)
+    assert heads[0] == "console &lt;1&gt;"
+    assert {"virtio-blk", "PCI (no device)", "other ports", "hypercalls"} < {*heads}
+
+
+@pytest.mark.parametrize(
+    ("memory", "words"),
+    [
+        ([(30, 0), (0, 200)], "The host could read 0 of the 200 MiB that the guest kept private"),
+        ([(30, 0), (4, 200)], "The host could read 4 MiB where the guest kept 200 MiB private"),
+        ([(30, 0), (0, 0)], "The guest used no private memory"),
+        ([], "This recording has no samples of the guest's memory"),
+    ],
+)
+def test_headline(path: Path, memory: list[tuple[int, int]], words: str) -> None:
+    """It counts the most that any sample shows: at the end the guest may have given all back."""
+    uses = [{"resident": host << 20, "private": own << 20} for host, own in memory]
+    nothing = [{"resident": 0, "private": 0}] * 2
+    some = [{**EVENTS[0], "memory": each} for each in (uses, nothing) if uses]
+    path.write_bytes(lines(ABOUT, *some))
+    recording = trace.read(path)
+    assert trace.headline(recording, trace.summarize(recording)) == words
+
+
+def test_headline_of_an_ordinary_guest(path: Path) -> None:
+    about = {**ABOUT, "ranges": [{**RANGES[0], "purpose": "RAM"}], "private_abi": None}
+    path.write_bytes(lines(about, {**EVENTS[0], "memory": [{"resident": 26 << 20, "private": 0}]}))
+    assert "\nThe host could read all 26 MiB that the guest used\n" in kvmpriv(path).stdout
 
 
 def test_a_page_that_cannot_be_written_loses_nothing(path: Path, tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def test_a_recording(boots: dict[str, Boot], folder: Path) -> None:
     assert held[0] < held[-1]
     assert found.end is not None
     assert (found.end["end"], found.end["status"]) == ("off", 7)
-    assert "".join(trace.page(recording)).count("<svg") == 2  # no conversions
+    assert "The guest converted no memory." in "".join(trace.page(recording))
 
 
 @pytest.mark.parametrize("kind", DISKS)
@@ -219,7 +219,7 @@ def test_a_guest_that_converts(boots: dict[str, Boot], folder: Path) -> None:
         "by": "hypercall",
     }
     assert "to shared, by hypercall: 64 KiB" in "\n".join(trace.text(recording))
-    assert "".join(trace.page(recording)).count("<svg") == 3
+    assert "conversions by address" in "".join(trace.page(recording))
 
 
 def test_a_panic(boots: dict[str, Boot]) -> None:
