@@ -1,7 +1,8 @@
 """The kernel's numbers, for programs: ``uapi.kvm.KVM_EXIT_IO``.
 
-Four namespaces, one per header in ``cdefs/``: ``kvm`` (what all private-memory ABIs share),
-``restrictedmem`` (v9), ``restrictedmem_v10`` (what v10 changed) and ``guest_memfd`` (mainline).
+Five namespaces, one per header in ``cdefs/``: ``kvm`` (what all private-memory ABIs share),
+``restrictedmem`` (v9), ``restrictedmem_v10`` (what v10 changed), ``guest_memfd`` (mainline) and
+``unmerged`` (numbers of patched kernels, which may be something else in another kernel).
 Two of them may give one name different values, so they are never merged.  Each has the header's
 constants as plain ints, ``REQUESTS`` (ioctl number -> name) and ``ffi``, the cffi object that
 makes the header's structs: ``uapi.kvm.ffi.new("struct kvm_regs *")``.
@@ -14,9 +15,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .cdefs import guest_memfd, kvm, restrictedmem, restrictedmem_v10
+    from .cdefs import guest_memfd, kvm, restrictedmem, restrictedmem_v10, unmerged
 
-__all__ = ["guest_memfd", "kvm", "restrictedmem", "restrictedmem_v10"]
+__all__ = ["guest_memfd", "kvm", "restrictedmem", "restrictedmem_v10", "unmerged"]
 
 if not TYPE_CHECKING:  # a type checker would believe that every name exists
 

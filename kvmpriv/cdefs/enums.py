@@ -127,3 +127,4 @@ class MemFlag(NamedFlag):
     READONLY = 2
     PRIVATE = 4
     GUEST_MEMFD = 4
+    USERFAULT = 8

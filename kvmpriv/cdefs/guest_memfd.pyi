@@ -4,13 +4,15 @@
 from typing import Final, Literal, Protocol, overload
 
 from .cffi_types import Cdata, CType, Ffi
-from .guest_memfd_structs import kvm_create_guest_memfd, kvm_memory_attributes, kvm_pre_fault_memory, kvm_run_memory_fault, kvm_userspace_memory_region2
+from .guest_memfd_structs import kvm_create_guest_memfd, kvm_memory_attributes, kvm_memory_attributes2, kvm_pre_fault_memory, kvm_run_memory_fault, kvm_userspace_memory_region2
 
 class _Ffi(Ffi, Protocol):
     @overload
     def new(self, cdecl: Literal["struct kvm_create_guest_memfd *"], init: object = ..., /) -> kvm_create_guest_memfd: ...
     @overload
     def new(self, cdecl: Literal["struct kvm_memory_attributes *"], init: object = ..., /) -> kvm_memory_attributes: ...
+    @overload
+    def new(self, cdecl: Literal["struct kvm_memory_attributes2 *"], init: object = ..., /) -> kvm_memory_attributes2: ...
     @overload
     def new(self, cdecl: Literal["struct kvm_pre_fault_memory *"], init: object = ..., /) -> kvm_pre_fault_memory: ...
     @overload
@@ -36,14 +38,19 @@ KVM_X86_SEV_ES_VM: Final[int] = 3
 KVM_X86_SNP_VM: Final[int] = 4
 KVM_X86_TDX_VM: Final[int] = 5
 KVM_MEM_GUEST_MEMFD: Final[int] = 4
+KVM_MEM_USERFAULT: Final[int] = 8
 KVM_MEMORY_ATTRIBUTE_PRIVATE: Final[int] = 8
 GUEST_MEMFD_FLAG_MMAP: Final[int] = 1
 GUEST_MEMFD_FLAG_INIT_SHARED: Final[int] = 2
+GUEST_MEMFD_FLAG_NO_DIRECT_MAP: Final[int] = 4
+GUEST_MEMFD_MAGIC: Final[int] = 0x474d454d
+ANON_INODE_FS_MAGIC: Final[int] = 0x9041934
 EHWPOISON: Final[int] = 133
 KVM_EXIT_MEMORY_FAULT: Final[int] = 39
 KVM_MEMORY_EXIT_FLAG_PRIVATE: Final[int] = 8
 KVM_SET_USER_MEMORY_REGION2: Final[int] = 0x40a0ae49
 KVM_SET_MEMORY_ATTRIBUTES: Final[int] = 0x4020aed2
+KVM_SET_MEMORY_ATTRIBUTES2: Final[int] = 0xc080aed2
 KVM_CREATE_GUEST_MEMFD: Final[int] = 0xc040aed4
 KVM_PRE_FAULT_MEMORY: Final[int] = 0xc040aed5
 

@@ -13,6 +13,7 @@ from .cffi_types import Array
 __all__ = [
     "kvm_create_guest_memfd",
     "kvm_memory_attributes",
+    "kvm_memory_attributes2",
     "kvm_pre_fault_memory",
     "kvm_run_memory_fault",
     "kvm_userspace_memory_region2",
@@ -34,6 +35,18 @@ class kvm_memory_attributes(Protocol):
     size: int  # __u64
     attributes: int  # __u64
     flags: int  # __u64
+
+
+class kvm_memory_attributes2(Protocol):
+    """struct kvm_memory_attributes2: 128 bytes."""
+
+    address: int  # __u64
+    offset: int  # __u64
+    size: int  # __u64
+    attributes: int  # __u64
+    flags: int  # __u64
+    error_offset: int  # __u64
+    reserved: Array[int]  # __u64[11]
 
 
 class kvm_pre_fault_memory(Protocol):

@@ -16,7 +16,9 @@ from ..cdefs import guest_memfd as guest_memfd_h
 from ..cdefs import kvm as kvm_h
 from ..cdefs import restrictedmem as restrictedmem_h
 from ..cdefs import restrictedmem_v10 as restrictedmem_v10_h
+from ..fd import new_struct
 from ..kvm import Kvm
+from ..libc import fstatfs_type
 from ..memory import PAGE_SIZE, HostMemory
 from ..private import guest_memfd, restrictedmem
 from . import host as _host
@@ -44,6 +46,24 @@ VM_TYPES = {
 _GPA = 0x100000
 _OFFSET = PAGE_SIZE
 _SIZE = 2 * PAGE_SIZE
+_ELSEWHERE = 2 * _GPA  # for a second slot
+
+#: What is tried with a guest_memfd, besides binding it.
+_WITH_A_FILE = (
+    Step.CONVERSION,
+    Step.MMAP,
+    Step.INIT_SHARED,
+    Step.NO_DIRECT_MAP,
+    Step.PUNCH_HOLE,
+    Step.IN_PLACE,
+    Step.USERFAULT,
+    Step.HYPERCALL,
+    Step.PRE_FAULT,
+)
+_MAPPABLE = guest_memfd_h.GUEST_MEMFD_FLAG_MMAP
+_SHARED = _MAPPABLE | guest_memfd_h.GUEST_MEMFD_FLAG_INIT_SHARED
+_REGION = guest_memfd_h.ffi.typeof("struct kvm_userspace_memory_region2 *")
+_ATTRIBUTES2 = guest_memfd_h.ffi.typeof("struct kvm_memory_attributes2 *")
 
 #: Errors that tell of this process or of the host, and not of KVM.
 SHORTAGES = (_errno.EMFILE, _errno.ENFILE, _errno.ENOMEM)
@@ -212,6 +232,7 @@ def _check_system(out: _Recorder, system: Kvm) -> None:
                 if number == guest_memfd_h.KVM_X86_DEFAULT_VM:
                     _check_encryption(out, vm)
                     _check_v10(out.within(Group.V10, vm_type), vm)
+                    _check_new_capabilities(out.within(Group.TREE), vm)
                 _check_v9_slot(out.within(Group.V9, vm_type), vm, file)
                 _check_guest_memfd(out.within(Group.GUEST_MEMFD, vm_type), vm)
     for number, vm_type in VM_TYPES.items():
@@ -373,11 +394,15 @@ def _check_guest_memfd(out: _Recorder, vm: Vm) -> None:
     except OSError as error:
         hint = "needs Linux 6.8 with CONFIG_KVM_SW_PROTECTED_VM, SNP or TDX, or 6.18"
         made = out.failed(Step.FILE, error, *asked, tried=tried, hint=hint)
-        for step in (Step.SLOT, Step.CONVERSION, Step.MMAP, Step.PRE_FAULT):
+        for step in (Step.SLOT, *_WITH_A_FILE):
             out.skip(step, "there is no guest_memfd file", made)
         return
     with file, HostMemory(_SIZE) as memory:
         out.add(Step.FILE, PASS, "made", *asked, tried=tried)
+        tree = out.within(Group.TREE)
+        if not any(check.step is Step.INODE for check in out.checks):  # once is enough
+            _check_inode(tree, file)
+            _check_create_flags(tree, vm)
         asked = out.ask(vm, guest_memfd_h, "KVM_CAP_USER_MEMORY2")
         tried = f"KVM_SET_USER_MEMORY_REGION2(offset {_OFFSET:#x})"
         try:
@@ -390,6 +415,11 @@ def _check_guest_memfd(out: _Recorder, vm: Vm) -> None:
             out.add(Step.SLOT, PASS, "bound", *asked, tried=tried)
         _check_attributes(out, vm)
         _check_mmap(out, vm)
+        _check_no_direct_map(out, vm)
+        _check_punch_hole(out, file)
+        _check_in_place(out, file)
+        _check_userfault(out, vm, memory)
+        _check_hypercall(out, vm)
         _check_pre_fault(out, vm)
         if slot:
             slot.delete()
@@ -414,29 +444,201 @@ def _check_attributes(out: _Recorder, vm: Vm) -> None:
 
 def _check_mmap(out: _Recorder, vm: Vm) -> None:
     asked = out.ask(vm, guest_memfd_h, "KVM_CAP_GUEST_MEMFD_FLAGS")
-    flags = asked[0].value & (
-        guest_memfd_h.GUEST_MEMFD_FLAG_MMAP | guest_memfd_h.GUEST_MEMFD_FLAG_INIT_SHARED
-    )
-    if not flags & guest_memfd_h.GUEST_MEMFD_FLAG_MMAP:
-        out.add(Step.MMAP, SKIP, "GUEST_MEMFD_FLAG_MMAP is not offered", *asked)
-        return
-    tried = f"mmap of a file with flags {flags:#x}"
+    tried = f"mmap of a file with flags {_MAPPABLE:#x}"
+    hint = "needs Linux 6.18; from there on the VM's KVM_CAP_GUEST_MEMFD_FLAGS lists the flag"
     try:
         with (
-            guest_memfd.GuestMemfd(vm, PAGE_SIZE, flags) as file,
+            guest_memfd.GuestMemfd(vm, PAGE_SIZE, _MAPPABLE) as file,
+            HostMemory(PAGE_SIZE, fd=file.fileno()),  # touching it would be SIGBUS
+        ):
+            out.add(Step.MMAP, PASS, "mapped", *asked, tried=tried)
+    except OSError as error:
+        out.failed(Step.MMAP, error, *asked, tried=tried, hint=hint)
+    tried = f"a slot of a mapped file with flags {_SHARED:#x}"
+    try:
+        with (
+            guest_memfd.GuestMemfd(vm, PAGE_SIZE, _SHARED) as file,
             HostMemory(PAGE_SIZE, fd=file.fileno()) as memory,
         ):
-            result = "mapped"
-            if flags & guest_memfd_h.GUEST_MEMFD_FLAG_INIT_SHARED:  # touching any other is SIGBUS
-                memory.write(0, b"kvm")
-                result = "mapped, written and read"
-                if memory.read(0, 3) != b"kvm":
-                    out.add(Step.MMAP, FAIL, "read other bytes", *asked, tried=tried)
-                    return
+            memory.write(0, b"kvm")
+            same = memory.read(0, 3) == b"kvm"
+            guest_memfd.set_user_memory_region2(vm, 1, _ELSEWHERE, PAGE_SIZE, memory, file).delete()
     except OSError as error:
-        out.failed(Step.MMAP, error, *asked, tried=tried)
+        out.failed(Step.INIT_SHARED, error, *asked, tried=tried, hint=hint)
+        return
+    result = "written, read and bound" if same else "read other bytes than were written"
+    if not asked[0].value & guest_memfd_h.GUEST_MEMFD_FLAG_INIT_SHARED:
+        result += ", but the VM does not list 1<<1: in Firecracker's tree it is NO_DIRECT_MAP"
+    out.add(Step.INIT_SHARED, PASS if same else FAIL, result, *asked, tried=tried)
+
+
+def _check_no_direct_map(out: _Recorder, vm: Vm) -> None:
+    flags = guest_memfd_h.GUEST_MEMFD_FLAG_NO_DIRECT_MAP
+    if out.passed(Step.INIT_SHARED):
+        flags |= _SHARED
+    tried = f"KVM_CREATE_GUEST_MEMFD(flags {flags:#x})"
+    try:
+        guest_memfd.GuestMemfd(vm, PAGE_SIZE, flags).close()
+    except OSError as error:
+        hint = "not in mainline: needs a kernel with GUEST_MEMFD_FLAG_NO_DIRECT_MAP"
+        out.failed(Step.NO_DIRECT_MAP, error, tried=tried, hint=hint)
     else:
-        out.add(Step.MMAP, PASS, result, *asked, tried=tried)
+        result = "made; 1<<2 is NO_DIRECT_MAP, or HUGETLB or HUGE_PAGES in other trees"
+        out.add(Step.NO_DIRECT_MAP, PASS, result, tried=tried)
+
+
+def _check_punch_hole(out: _Recorder, file: guest_memfd.GuestMemfd) -> None:
+    tried = "fallocate(FALLOC_FL_PUNCH_HOLE, 1 page)"
+    try:
+        file.punch_hole(_OFFSET, PAGE_SIZE)
+    except OSError as error:
+        out.failed(Step.PUNCH_HOLE, error, tried=tried)
+    else:
+        out.add(Step.PUNCH_HOLE, PASS, "freed", tried=tried)
+
+
+def _check_in_place(out: _Recorder, file: guest_memfd.GuestMemfd) -> None:
+    """The ioctl looks at its flags before all else, so a bad flag asks whether it is there."""
+    request, step = guest_memfd_h.KVM_SET_MEMORY_ATTRIBUTES2, Step.IN_PLACE
+    private = guest_memfd_h.KVM_MEMORY_ATTRIBUTE_PRIVATE
+    values = {"offset": _OFFSET, "size": PAGE_SIZE, "attributes": private, "flags": 1 << 63}
+    tried = "KVM_SET_MEMORY_ATTRIBUTES2(flags 1<<63)"
+    hint = (
+        "needs conversion in place, in no release up to Linux 7.3: kvm.gmem_in_place_conversion=1"
+    )
+    try:
+        file.ioctl(request, new_struct(_ATTRIBUTES2, values))
+        out.add(step, FAIL, "accepted a flag that does not exist", tried=tried, hint=hint)
+        return
+    except OSError as error:
+        if error.errno != _errno.EINVAL:
+            out.failed(step, error, tried=tried, hint=hint)
+            return
+    tried = "KVM_SET_MEMORY_ATTRIBUTES2(PRIVATE, 1 page)"
+    try:
+        file.ioctl(request, new_struct(_ATTRIBUTES2, values | {"flags": 0}))
+        tried = "KVM_SET_MEMORY_ATTRIBUTES2(0, 1 page)"
+        file.ioctl(request, new_struct(_ATTRIBUTES2, values | {"flags": 0, "attributes": 0}))
+    except OSError as error:
+        hint = "the ioctl is there, but this VM type has no private memory"
+        out.failed(step, error, tried=tried, hint=hint)
+    else:
+        tried = "KVM_SET_MEMORY_ATTRIBUTES2(1 page)"
+        out.add(step, PASS, "to private and to shared", tried=tried)
+
+
+def _check_userfault(out: _Recorder, vm: Vm, memory: HostMemory) -> None:
+    bitmap = guest_memfd_h.ffi.new("__u64 *")  # all 0: no page's fault exits
+    values = {
+        "slot": 1,
+        "flags": guest_memfd_h.KVM_MEM_USERFAULT,
+        "guest_phys_addr": _ELSEWHERE,
+        "memory_size": PAGE_SIZE,
+        "userspace_addr": memory.userspace_addr,
+        "pad2": [int(guest_memfd_h.ffi.cast("uintptr_t", bitmap))],
+    }
+    tried = "KVM_SET_USER_MEMORY_REGION2(KVM_MEM_USERFAULT)"
+    request = guest_memfd_h.KVM_SET_USER_MEMORY_REGION2
+    try:
+        vm.ioctl(request, new_struct(_REGION, values))
+        vm.ioctl(request, new_struct(_REGION, {"slot": 1}))  # size 0 deletes it
+    except OSError as error:
+        hint = "not in mainline: needs a kernel with KVM_MEM_USERFAULT"
+        out.failed(Step.USERFAULT, error, tried=tried, hint=hint)
+    else:
+        result = "bound; slot flag 1<<3 is KVM_MEM_USERFAULT in the trees that are known"
+        out.add(Step.USERFAULT, PASS, result, tried=tried)
+
+
+def _check_hypercall(out: _Recorder, vm: Vm) -> None:
+    asked = out.ask(vm, kvm_h, "KVM_CAP_EXIT_HYPERCALL")
+    tried = "KVM_ENABLE_CAP(KVM_CAP_EXIT_HYPERCALL, KVM_HC_MAP_GPA_RANGE)"
+    try:
+        vm.enable_cap(kvm_h.KVM_CAP_EXIT_HYPERCALL, 1 << kvm_h.KVM_HC_MAP_GPA_RANGE)
+    except OSError as error:
+        out.failed(Step.HYPERCALL, error, *asked, tried=tried)
+    else:
+        out.add(Step.HYPERCALL, PASS, "enabled", *asked, tried=tried)
+
+
+# -- patched kernels ---------------------------------------------------------------------------
+
+
+def _check_inode(out: _Recorder, file: guest_memfd.GuestMemfd) -> None:
+    tried = "fstatfs(2) and readlink(2) of a guest_memfd"
+    magic, link = _inode(file.fileno())
+    what = f"f_type {magic:#x}, {link}"
+    if (magic, link) == (guest_memfd_h.GUEST_MEMFD_MAGIC, "/[kvm-gmem] (deleted)"):
+        out.add(Step.INODE, PASS, f"{what}: a file system of its own, as in Linux 7.3", tried=tried)
+    elif (magic, link) == (guest_memfd_h.ANON_INODE_FS_MAGIC, "anon_inode:[kvm-gmem]"):
+        out.add(Step.INODE, PASS, f"{what}: as in Linux 6.8 to 6.18", tried=tried)
+    else:
+        out.add(Step.INODE, FAIL, f"{what}: neither Linux 6.8 to 6.18 nor 7.3", tried=tried)
+
+
+def _inode(fd: int) -> tuple[int, str]:
+    """The file system's magic number and the name of a file."""
+    try:
+        return fstatfs_type(fd), os.readlink(f"/proc/self/fd/{fd}")
+    except OSError as error:
+        return fstatfs_type(fd), _name(error.errno)
+
+
+def _check_create_flags(out: _Recorder, vm: Vm) -> None:
+    """Flags that no mainline kernel up to 7.3 knows; 1<<2 is a check of each VM type."""
+    step, tried, accepted = Step.CREATE_FLAGS, "KVM_CREATE_GUEST_MEMFD(flags {})", []
+    bits = (3, 4)
+    for bit in bits:
+        try:
+            guest_memfd.GuestMemfd(vm, PAGE_SIZE, 1 << bit).close()
+        except OSError as error:
+            if error.errno != _errno.EINVAL:
+                out.failed(step, error, tried=tried.format(f"1<<{bit}"))
+                return
+        else:
+            accepted.append(bit)
+    tried = tried.format(" and ".join(f"1<<{bit}" for bit in bits))
+    if accepted:
+        found = ", ".join(map(_flag_name, accepted))
+        out.add(step, FAIL, f"accepted {found}", tried=tried)
+    else:
+        out.add(step, PASS, "EINVAL, as it must", tried=tried)
+
+
+def _flag_name(bit: int) -> str:
+    from ..cdefs import unmerged as unmerged_h
+
+    names = _names(unmerged_h, "GUEST_MEMFD_FLAG_", 1 << bit)
+    return f"1<<{bit} ({names or 'unknown'})"
+
+
+def _check_new_capabilities(out: _Recorder, vm: Vm) -> None:
+    """The seven numbers after guest_memfd's last are other architectures' in mainline."""
+    first = guest_memfd_h.KVM_CAP_GUEST_MEMFD_FLAGS + 1
+    tried = f"KVM_CHECK_EXTENSION({first} to {first + 6})"
+    answers = {number: vm.check_extension(number) for number in range(first, first + 7)}
+    if found := [_capability_name(*answer) for answer in answers.items() if answer[1]]:
+        out.add(Step.CAPABILITIES, FAIL, ", ".join(found), tried=tried)
+    else:
+        out.add(Step.CAPABILITIES, PASS, "all 0, as on x86 in mainline", tried=tried)
+
+
+def _capability_name(number: int, value: int) -> str:
+    from ..cdefs import unmerged as unmerged_h
+
+    names = [name] if (name := _names(unmerged_h, "KVM_CAP_", number)) else []
+    last = unmerged_h.IN_PLACE_V8_CAP_LAST
+    if number == unmerged_h.IN_PLACE_V1_CAP:
+        names.append("in-place conversion v1")
+    elif unmerged_h.IN_PLACE_V2_CAP_FIRST <= number <= last:
+        names.append("in-place conversion v2 to v8, or arm CCA")
+    return f"{number} = {value} ({' or '.join(names) or 'unknown'} in patched kernels)"
+
+
+def _names(module: ModuleType, prefix: str, value: int) -> str:
+    """The constants with this value whose names begin so."""
+    found = [name for name, number in vars(module).items() if number == value]
+    return " or ".join(name.removeprefix(prefix) for name in found if name.startswith(prefix))
 
 
 def _check_pre_fault(out: _Recorder, vm: Vm) -> None:

@@ -94,6 +94,7 @@ class Group(_Titled):
     V9 = "v9", "v9: memfd_restricted, KVM_MEM_PRIVATE"
     V10 = "v10", "v10: memory attributes on memfd_restricted"
     GUEST_MEMFD = "guest_memfd", "guest_memfd: mainline"
+    TREE = "tree", "Kernel tree: PASS is what mainline has, FAIL a patched kernel"
 
 
 class Step(_Titled):
@@ -112,7 +113,16 @@ class Step(_Titled):
     SLOT = "slot"
     CONVERSION = "conversion"
     MMAP = "mmap"
+    INIT_SHARED = "init_shared", "shared file"
+    NO_DIRECT_MAP = "no_direct_map", "no direct map"
+    PUNCH_HOLE = "punch_hole", "hole"
+    IN_PLACE = "in_place", "in place"
+    USERFAULT = "userfault"
+    HYPERCALL = "hypercall"
     PRE_FAULT = "pre_fault", "pre-fault"
+    INODE = "inode"
+    CREATE_FLAGS = "create_flags", "create flags"
+    CAPABILITIES = "capabilities"
 
 
 class Check(NamedTuple):
@@ -291,6 +301,10 @@ class Report(NamedTuple):
             f"the device reports {name} = {device}, but a VM of type {' or '.join(types)} reports"
             f" {value}: ask the VM"
             for (name, device, value), types in differ.items()
+        ) + tuple(
+            f"this kernel is patched: {check.tried}: {check.result}"
+            for check in self.checks
+            if check.group is Group.TREE and check.status == FAIL
         )
 
     def to_json(self) -> ReportDocument:

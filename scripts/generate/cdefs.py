@@ -48,6 +48,7 @@ HEADERS = {
     "guest_memfd": "",
     "restrictedmem": "_V9",
     "restrictedmem_v10": "_V10",
+    "unmerged": None,  # not in enums: its numbers have other names elsewhere
 }
 #: Two structs that begin with so many equal fields share a class.
 SHARED_FIELDS = 12
@@ -232,6 +233,8 @@ def enums(names: list[str], constants: dict[str, dict[str, int]]) -> str:
         prefix, _, suffix = pattern.partition("{}")
         members: dict[str, int] = {}
         for header, mark in HEADERS.items():
+            if mark is None:
+                continue
             for constant, value in constants[header].items():
                 if OTHERS.match(constant) or not re.fullmatch(f"{prefix}.+{suffix}", constant):
                     continue

@@ -196,7 +196,17 @@ GUEST_MEMFD: dict[str, Layout] = {
         **_REGION, "guest_memfd_offset": 32, "guest_memfd": 40, "pad1": 44, "pad2": 48,
     }),
     "kvm_memory_attributes": (32, {"address": 0, "size": 8, "attributes": 16, "flags": 24}),
+    "kvm_memory_attributes2": (128, {
+        "address": 0, "offset": 0, "size": 8, "attributes": 16, "flags": 24, "error_offset": 32,
+        "reserved": 40,
+    }),
     "kvm_create_guest_memfd": (64, {"size": 0, "flags": 8, "reserved": 16}),
     "kvm_pre_fault_memory": (64, {"gpa": 0, "size": 8, "flags": 16, "padding": 24}),
     "kvm_run_memory_fault": (24, {"flags": 0, "gpa": 8, "size": 16}),
+}
+UNMERGED: dict[str, Layout] = {
+    "kvm_userspace_memory_region2": (160, {
+        **_REGION, "guest_memfd_offset": 32, "guest_memfd": 40, "pad1": 44, "userfault_bitmap": 48,
+        "pad2": 56,
+    }),
 }

@@ -80,7 +80,7 @@ def test_the_running_kernel_agrees() -> None:
         missing("btf", str(error))
     compared = 0
     for namespace, literal in NAMESPACES.values():
-        if namespace in (uapi.restrictedmem, uapi.restrictedmem_v10):
+        if namespace in (uapi.restrictedmem, uapi.restrictedmem_v10, uapi.unmerged):
             continue  # a mainline kernel may use their names for something else
         for struct, (size, fields) in literal.items():
             theirs = btf.layout(struct)
@@ -125,6 +125,24 @@ def test_the_running_kernel_agrees() -> None:
         (uapi.guest_memfd, "KVM_CREATE_GUEST_MEMFD", 0xC040AED4),
         (uapi.guest_memfd, "KVM_SET_USER_MEMORY_REGION2", 0x40A0AE49),
         (uapi.guest_memfd, "KVM_SET_MEMORY_ATTRIBUTES", 0x4020AED2),
+        (uapi.guest_memfd, "KVM_SET_MEMORY_ATTRIBUTES2", 0xC080AED2),
+        (uapi.guest_memfd, "GUEST_MEMFD_MAGIC", 0x474D454D),
+        (uapi.guest_memfd, "GUEST_MEMFD_FLAG_NO_DIRECT_MAP", 4),
+        (uapi.guest_memfd, "KVM_MEM_USERFAULT", 8),
+        (uapi.unmerged, "GUEST_MEMFD_FLAG_HUGETLB", 4),
+        (uapi.unmerged, "GUEST_MEMFD_FLAG_HUGE_PAGES", 4),
+        (uapi.unmerged, "GUEST_MEMFD_FLAG_WRITE", 8),
+        (uapi.unmerged, "FIRECRACKER_FLAG_NO_DIRECT_MAP", 2),
+        (uapi.unmerged, "KVM_MEMORY_EXIT_FLAG_USERFAULT", 16),
+        (uapi.unmerged, "KVM_MEMORY_EXIT_FLAG_APF", 32),
+        (uapi.unmerged, "KVM_CAP_USERFAULT", 245),
+        (uapi.unmerged, "KVM_CAP_ASYNC_PF_USERFAULT", 246),
+        (uapi.unmerged, "KVM_CAP_ASYNC_PF_USERFAULT_EVENTFD", 247),
+        (uapi.unmerged, "IN_PLACE_V1_CAP", 246),
+        (uapi.unmerged, "IN_PLACE_V2_CAP_FIRST", 248),
+        (uapi.unmerged, "IN_PLACE_V8_CAP_LAST", 251),
+        (uapi.unmerged, "KVM_ASYNC_PF_NR", 0xD6),
+        (uapi.unmerged, "IN_PLACE_V1_NR", 0xD6),
         (uapi.guest_memfd, "KVM_PRE_FAULT_MEMORY", 0xC040AED5),
         (uapi.guest_memfd, "KVM_MEM_GUEST_MEMFD", 4),
         (uapi.guest_memfd, "KVM_CAP_USER_MEMORY2", 231),

@@ -10,6 +10,7 @@ import errno
 import itertools
 import os
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,9 +20,10 @@ from kvmpriv.cdefs import guest_memfd as gmem
 from kvmpriv.cdefs import restrictedmem as v9
 from kvmpriv.cdefs import restrictedmem_v10 as v10
 from kvmpriv.private import guest_memfd, restrictedmem
-from kvmpriv.probe import Report, checks, host
+from kvmpriv.probe import Check, Report, checks, host
 from kvmpriv.probe.records import FAIL, PASS, SKIP
 
+inode = checks._inode  # the simulated kernels replace it
 FACTS = host.facts("/nonexistent")
 FACTS["seccomp"] = 0
 
@@ -36,12 +38,18 @@ class Kernel:
         refusals: dict[str, int] | None = None,
         ioctls: Iterable[int] = (),
         device: dict[int, int] | None = None,
+        flags: int = 3,
+        inode: tuple[int, str] = (gmem.ANON_INODE_FS_MAGIC, "anon_inode:[kvm-gmem]"),
+        in_place: tuple[int, int] = (errno.ENOTTY, errno.ENOTTY),
     ) -> None:
         self.syscall = syscall
         self.capabilities = capabilities or {}
         self.refusals = refusals or {}
         self.ioctls = ioctls
         self.device = device
+        self.flags = flags  # of KVM_CREATE_GUEST_MEMFD, those that are accepted
+        self.inode = inode
+        self.in_place = in_place  # the errno for a bad flag, and for a conversion
         self.calls: list[tuple[Any, ...]] = []
 
     def call(self, name: str, *arguments: Any) -> None:
@@ -75,6 +83,9 @@ class Kernel:
         self.call("create_vcpu")
         return self
 
+    def enable_cap(self, cap: int, *arguments: int) -> None:
+        self.call("enable_cap", cap, *arguments)
+
     def ioctl(self, request: int, argument: Any) -> int:
         if request not in self.ioctls:
             raise OSError(errno.ENOTTY, "no such ioctl")
@@ -89,6 +100,41 @@ class Kernel:
 
     def delete(self) -> None:
         self.call("delete")
+
+
+class GuestFile:
+    """A guest_memfd of a simulated kernel; what is mapped is a memfd."""
+
+    def __init__(self, kernel: Kernel, size: int, flags: int = 0) -> None:
+        if flags & ~kernel.flags:
+            raise OSError(errno.EINVAL, "no such flag")
+        kernel.call("guest_memfd", size, flags)
+        self.kernel = kernel
+        self.fd = os.memfd_create("guest_memfd")
+        os.ftruncate(self.fd, size)
+
+    def __enter__(self) -> GuestFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.kernel.calls.append(("close",))
+        os.close(self.fd)
+
+    def fileno(self) -> int:
+        return self.fd
+
+    def punch_hole(self, *arguments: int) -> None:
+        self.kernel.call("punch_hole", *arguments)
+
+    def ioctl(self, request: int, argument: Any) -> None:
+        assert request == gmem.KVM_SET_MEMORY_ATTRIBUTES2
+        if number := self.kernel.in_place[argument.flags == 0]:
+            raise OSError(number, "refused")
+        fields = (argument.offset, argument.size, argument.attributes, argument.flags)
+        self.kernel.call("attributes2", *fields)
 
 
 @pytest.fixture
@@ -118,7 +164,7 @@ def probed(monkeypatch: pytest.MonkeyPatch) -> Any:
             return 0
 
         replaced: dict[Any, dict[str, Any]] = {
-            checks: {"Kvm": opened},
+            checks: {"Kvm": opened, "_inode": lambda fd: kernel.inode},
             restrictedmem: {
                 "ask_memfd_restricted": ask,
                 "RestrictedMem": lambda: standing_for("memfd_restricted"),
@@ -127,7 +173,7 @@ def probed(monkeypatch: pytest.MonkeyPatch) -> Any:
                 "memory_encrypt_unreg_region": lambda vm, *a: kernel.call("UNREG", *a),
             },
             guest_memfd: {
-                "GuestMemfd": lambda vm, *a: standing_for("guest_memfd", *a),
+                "GuestMemfd": lambda vm, *a: GuestFile(kernel, *a),
                 "set_user_memory_region2": lambda vm, *a: standing_for("slot2", *a),
                 "set_memory_attributes": lambda vm, *a: kernel.call("attributes", *a),
                 "pre_fault_memory": pre_fault,
@@ -233,7 +279,7 @@ def test_mainline_vm_types(probed: Any) -> None:
     )
     attributes = [call[1:] for call in kernel.calls if call[0] == "attributes"]
     assert attributes[:2] == [(0x100000, 4096, 8), (0x100000, 4096, 0)]
-    slots = [call for call in kernel.calls if call[0] == "slot2"]
+    slots = [call for call in kernel.calls if call[:2] == ("slot2", 0)]
     assert len(slots) == 4
     assert all(call[6] == 4096 for call in slots)  # guest_memfd_offset
 
@@ -299,7 +345,8 @@ def test_a_call_that_lacks_something(probed: Any, which: int, number: int) -> No
         assert not any(check.status == FAIL and check.result == name for check in found.checks)
         if found.exit_status == 0:
             assert found.verdict == ("v9 usable", "guest_memfd private")[which]
-            assert call in ("create_vcpu", "pre_fault", "delete"), call
+            later = ("create_vcpu", "pre_fault", "delete", "punch_hole", "enable_cap")
+            assert call in later, call
         else:
             assert (found.verdict, found.exit_status) == ("could not probe", 3), call
             assert found.meaning.startswith(f"{met.tried}: {name}, undecided ("), call
@@ -373,3 +420,130 @@ def test_the_device_and_the_vm(probed: Any) -> None:
     assert len(found.notes) == 1
     types = next(c.asked for c in found.checks if c.name == "kvm/vm_types")
     assert types == (("KVM_CAP_VM_TYPES", 0, None),)
+
+
+# -- what VMMs ask for, and patched kernels ----------------------------------------------------
+
+
+def check_of(found: Report, name: str) -> Check:
+    return next(check for check in found.checks if check.name == name)
+
+
+def test_a_mapped_file(probed: Any) -> None:
+    """MMAP alone is mapped, and not touched; with INIT_SHARED the page is used, and bound."""
+    listed = {gmem.KVM_CAP_GUEST_MEMFD_FLAGS: 3}
+    kernel = Kernel(errno.EBADF, listed)
+    found = probed(kernel)
+    assert check_of(found, "guest_memfd/default/mmap").result == "mapped"
+    shared = check_of(found, "guest_memfd/default/init_shared")
+    assert (shared.status, shared.result) == (PASS, "written, read and bound")
+    assert any(call[:2] == ("slot2", 1) for call in kernel.calls)
+    found = probed(Kernel(errno.EBADF, listed, flags=1))
+    shared = check_of(found, "guest_memfd/default/init_shared")
+    assert (shared.status, shared.result) == (FAIL, "EINVAL")
+    assert check_of(found, "guest_memfd/default/mmap").status == PASS
+    found = probed(Kernel(errno.EBADF, flags=0))
+    assert check_of(found, "guest_memfd/default/mmap").status == FAIL
+    # Firecracker's tree: the flag is accepted, the capability does not list it.
+    found = probed(Kernel(errno.EBADF))
+    assert "in Firecracker's tree" in check_of(found, "guest_memfd/default/init_shared").result
+
+
+def test_no_direct_map(probed: Any) -> None:
+    assert check_of(probed(Kernel(errno.EBADF)), "guest_memfd/default/no_direct_map")[2] == FAIL
+    check = check_of(probed(Kernel(errno.EBADF, flags=7)), "guest_memfd/default/no_direct_map")
+    assert (check.status, check.tried) == (PASS, "KVM_CREATE_GUEST_MEMFD(flags 0x7)")
+    assert "HUGETLB or HUGE_PAGES" in check.result
+    check = check_of(probed(Kernel(errno.EBADF, flags=4)), "guest_memfd/default/no_direct_map")
+    assert (check.status, check.tried) == (PASS, "KVM_CREATE_GUEST_MEMFD(flags 0x4)")
+
+
+@pytest.mark.parametrize(
+    ("in_place", "status", "result"),
+    [
+        ((errno.ENOTTY, 0), FAIL, "ENOTTY"),
+        ((errno.EINVAL, errno.EINVAL), FAIL, "EINVAL"),
+        ((errno.EINVAL, 0), PASS, "to private and to shared"),
+        ((0, 0), FAIL, "accepted a flag that does not exist"),
+        ((errno.ENOMEM, 0), SKIP, "ENOMEM, undecided"),
+        ((errno.EINVAL, errno.ENOMEM), SKIP, "ENOMEM, undecided"),
+    ],
+)
+def test_in_place(probed: Any, in_place: tuple[int, int], status: str, result: str) -> None:
+    kernel = Kernel(errno.EBADF, in_place=in_place)
+    check = check_of(probed(kernel), "guest_memfd/default/in_place")
+    assert (check.status, check.result) == (status, result)
+    converted = [call[1:] for call in kernel.calls if call[0] == "attributes2"]
+    if status == PASS:
+        assert converted == [(4096, 4096, 8, 0), (4096, 4096, 0, 0)]
+    if in_place == (errno.EINVAL, errno.EINVAL):
+        assert "no private memory" in check.hint
+
+
+def test_hole_and_hypercall(probed: Any) -> None:
+    kernel = Kernel(errno.EBADF)
+    found = probed(kernel)
+    assert check_of(found, "guest_memfd/default/punch_hole").status == PASS
+    assert check_of(found, "guest_memfd/default/hypercall").status == PASS
+    assert ("enable_cap", 201, 1 << 12) in kernel.calls
+    assert ("punch_hole", 4096, 4096) in kernel.calls
+    refusals = {"punch_hole": errno.EOPNOTSUPP, "enable_cap": errno.EINVAL}
+    found = probed(Kernel(errno.EBADF, refusals=refusals))
+    assert check_of(found, "guest_memfd/default/punch_hole").status == FAIL
+    assert check_of(found, "guest_memfd/default/hypercall").status == FAIL
+
+
+def test_userfault(probed: Any) -> None:
+    found = probed(Kernel(errno.EBADF))
+    assert check_of(found, "guest_memfd/default/userfault").status == FAIL
+    found = probed(Kernel(errno.EBADF, ioctls=[gmem.KVM_SET_USER_MEMORY_REGION2]))
+    assert check_of(found, "guest_memfd/default/userfault").status == PASS
+
+
+@pytest.mark.parametrize(
+    ("inode", "status", "words"),
+    [
+        ((0x09041934, "anon_inode:[kvm-gmem]"), PASS, "6.8 to 6.18"),
+        ((0x474D454D, "/[kvm-gmem] (deleted)"), PASS, "Linux 7.3"),
+        ((0x474D454D, "anon_inode:[kvm-gmem]"), FAIL, "neither"),
+        ((-1, "ENOENT"), FAIL, "neither"),
+    ],
+)
+def test_inode(probed: Any, inode: tuple[int, str], status: str, words: str) -> None:
+    """A file of its own for each VM type; the inode is looked at once."""
+    types = {gmem.KVM_CAP_VM_TYPES: 3}
+    found = probed(Kernel(errno.EBADF, types, inode=inode))
+    assert [check.status for check in found.checks if check.name == "tree/inode"] == [status]
+    assert words in check_of(found, "tree/inode").result
+    assert any("this kernel is patched" in note for note in found.notes) == (status == FAIL)
+
+
+def test_create_flags_of_other_trees(probed: Any) -> None:
+    assert check_of(probed(Kernel(errno.EBADF)), "tree/create_flags").status == PASS
+    found = probed(Kernel(errno.EBADF, flags=3 | 1 << 3 | 1 << 4))
+    check = check_of(found, "tree/create_flags")
+    assert (check.status, check.result) == (FAIL, "accepted 1<<3 (WRITE), 1<<4 (unknown)")
+    assert any("1<<3 (WRITE)" in note for note in found.notes)
+    refused = {"guest_memfd": errno.ENOTTY}
+    names = {check.name for check in probed(Kernel(errno.EBADF, refusals=refused)).checks}
+    assert "tree/create_flags" not in names
+
+
+def test_capabilities_of_other_trees(probed: Any) -> None:
+    assert check_of(probed(Kernel(errno.EBADF)), "tree/capabilities").status == PASS
+    found = probed(Kernel(errno.EBADF, {245: 1, 246: 2, 249: 8}))
+    check = check_of(found, "tree/capabilities")
+    assert check.status == FAIL
+    assert check.result.split(", 2")[0] == "245 = 1 (USERFAULT in patched kernels)"
+    assert "246 = 2 (ASYNC_PF_USERFAULT or in-place conversion v1 in" in check.result
+    assert "249 = 8 (in-place conversion v2 to v8, or arm CCA in" in check.result
+    assert len(found.notes) == 1
+
+
+def test_inode_of_a_real_file(tmp_path: Path) -> None:
+    """`_inode` itself, which the simulated kernels replace."""
+    with (tmp_path / "file").open("wb") as file:
+        magic, link = inode(file.fileno())
+        assert link == str(tmp_path / "file")
+        assert magic > 0
+    assert inode(1 << 20) == (-1, "ENOENT")
