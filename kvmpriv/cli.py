@@ -25,6 +25,9 @@ __all__ = ["command_module", "command_parser", "main", "make_parser", "run", "st
 
 _DESCRIPTION = "KVM guest private memory: probe a host, run guests, test a kernel."
 _SIGINT, _SIGPIPE = 2, 13
+#: How the name of a fact script ends that Ansible runs without arguments, and what it must do.
+#: Ansible reads its output only if the exit status is 0.
+_FACT_SCRIPT, _FACT = ".fact", ["probe", "--format", "ansible"]
 
 
 class _Formatter(argparse.HelpFormatter):
@@ -194,13 +197,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status."""
     if sys.stderr is None:  # closed: what is printed there must not go to another file
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
+    is_fact = False
     if argv is None:  # this process is the command, so the standard streams may be changed
         _prepare_output()
-    arguments = list(sys.argv[1:] if argv is None else argv)
+        argv = sys.argv[1:]
+        if is_fact := not argv and sys.argv[0].endswith(_FACT_SCRIPT):
+            argv = _FACT
+    arguments = list(argv)
     name = arguments[0] if arguments and arguments[0] in COMMANDS else ""
     try:
         try:
             status = _run(arguments)
+            if is_fact and sys.stdout is not None:
+                status = ExitStatus.OK
         except SystemExit as ended:  # from argparse: the help was printed, or an error
             status = ended.code if isinstance(ended.code, int) else ExitStatus.USAGE
         if sys.stdout is not None:

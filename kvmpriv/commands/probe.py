@@ -12,7 +12,7 @@ from ..probe import VERDICTS, probe, report
 from ..probe.records import COULD_NOT_PROBE
 from ..terminal import colour_wanted
 from . import fail
-from ._options import add_device
+from ._options import add_device, parse_path
 
 if TYPE_CHECKING:
     import argparse
@@ -27,12 +27,21 @@ EXAMPLES = (
     ("kvmpriv probe", "print the verdict, each check with its hint, and facts about the host"),
     ("kvmpriv probe -q && echo usable", "use the verdict in a script"),
     ("kvmpriv probe --json > host.json", "keep the findings"),
+    (
+        "kvmpriv probe --format prometheus --output /var/lib/node_exporter/kvmpriv.prom",
+        "write metrics for node_exporter's textfile collector",
+    ),
+    (
+        'ln -s "$(command -v kvmpriv)" /etc/ansible/facts.d/kvmpriv.fact',
+        "let Ansible read the findings as the fact ansible_local.kvmpriv",
+    ),
 )
+FORMATS = ("text", "json", "prometheus", "nfd", "ansible")
 EXIT_STATUS: dict[ExitStatus | str, str] = {
     ExitStatus.OK: "usable private memory",
     ExitStatus.NEGATIVE: "probed, none usable",
     ExitStatus.USAGE: "the command line can't be used",
-    ExitStatus.UNABLE: "could not probe, or standard output can't be written",
+    ExitStatus.UNABLE: "could not probe, or the output can't be written",
 }
 
 
@@ -42,16 +51,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Find out what this host's KVM can do with guest private memory, by trying it. The first "
         f"line is the verdict: {', '.join(VERDICTS)}.\n\n"
         "PASS: asked or tried, and KVM does it. FAIL: KVM refused it. SKIP: not tried, or "
-        "undecided. The probe changes nothing on the host."
+        "undecided. The probe changes nothing on the host.\n\n"
+        "The formats of --format: text for people. json: one document; kvmpriv/probe/schema.json "
+        "describes it. prometheus: metrics for node_exporter's textfile collector. nfd: a feature "
+        "file for Kubernetes' node-feature-discovery, to be written to "
+        "/etc/kubernetes/node-feature-discovery/features.d/. ansible: a local fact, in JSON. A "
+        "link to kvmpriv whose name ends with .fact in /etc/ansible/facts.d is a fact script: "
+        "without arguments it prints the fact, and it exits with 0 whatever the verdict is, as "
+        "Ansible does not read the output of a script that fails."
     )
     form = parser.add_mutually_exclusive_group()
     form.add_argument(
+        "--format",
+        choices=FORMATS,
+        default=FORMATS[0],
+        help="the format of the output (default: %(default)s)",
+    )
+    form.add_argument(
         "--json",
-        action="store_true",
-        help="print one JSON document; kvmpriv/probe/schema.json describes it",
+        action="store_const",
+        const="json",
+        dest="format",
+        help="the same as --format json",
     )
     form.add_argument(
         "-q", "--quiet", action="store_true", help="print the verdict alone, on one line"
+    )
+    parser.add_argument(
+        "--output",
+        type=parse_path,
+        metavar="FILE",
+        help="write to FILE instead of standard output: FILE is replaced in one step, and stays as "
+        "it is if that fails",
     )
     parser.add_argument(
         "--verbose",
@@ -65,15 +96,24 @@ def main(arguments: argparse.Namespace) -> int:
     """Probe and print; returns the exit status."""
     verbose = arguments.verbose and not arguments.quiet
     found = probe(arguments.device, verbose=verbose, out_of_time=_cpu_time_ends())
+    to_terminal = arguments.output is None and colour_wanted()
     if arguments.quiet:
-        sys.stdout.write(f"{found.verdict}\n")
-    elif arguments.json:
-        import json
-
-        json.dump(found.to_json(), sys.stdout, indent=2)
-        sys.stdout.write("\n")
+        text = f"{found.verdict}\n"
+    elif arguments.format == FORMATS[0]:
+        text = report.text(found, colour=to_terminal)
     else:
-        sys.stdout.write(report.text(found, colour=colour_wanted()))
+        from ..probe.formats import FORMATS as RENDERERS
+
+        text = RENDERERS[arguments.format](found)
+    if arguments.output is None:
+        sys.stdout.write(text)
+    else:
+        from ..output import write_file
+
+        try:
+            write_file(arguments.output, text, replace_only=True)
+        except OSError as error:
+            return fail("probe", f"{arguments.output}: {error.strerror}", ExitStatus.UNABLE)
     if found.verdict == COULD_NOT_PROBE:
         fail("probe", f"{found.verdict}: {found.meaning}", ExitStatus.UNABLE)
     return found.exit_status

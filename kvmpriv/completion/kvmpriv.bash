@@ -7,7 +7,7 @@
 
 _shtab_kvmpriv_subparsers=(probe run boot trace selftest help)
 
-_shtab_kvmpriv_probe_option_strings=(-h --help --json -q --quiet --verbose --device)
+_shtab_kvmpriv_probe_option_strings=(-h --help --format --json -q --quiet --output --verbose --device)
 _shtab_kvmpriv_run_option_strings=(-h --help --hello --mode --memory --load --entry --timeout --device)
 _shtab_kvmpriv_boot_option_strings=(-h --help --kernel --initrd --append --memory --cpus --private --disk --net --timeout --pin --watch --trace --json --device)
 _shtab_kvmpriv_trace_option_strings=(-h --help --page)
@@ -15,6 +15,7 @@ _shtab_kvmpriv_selftest_option_strings=(-h --help --list --ktap --json --compare
 _shtab_kvmpriv_help_option_strings=(-h --help)
 _shtab_kvmpriv_option_strings=(-h --help --version)
 
+_shtab_kvmpriv_probe___output_COMPGEN=_shtab_compgen_files
 _shtab_kvmpriv_probe___device_COMPGEN=_shtab_compgen_files
 _shtab_kvmpriv_run_pos_0_COMPGEN=_shtab_compgen_files
 _shtab_kvmpriv_run___device_COMPGEN=_shtab_compgen_files
@@ -27,6 +28,7 @@ _shtab_kvmpriv_trace_pos_0_COMPGEN=_shtab_compgen_files
 _shtab_kvmpriv_trace___page_COMPGEN=_shtab_compgen_files
 _shtab_kvmpriv_selftest___compare_COMPGEN=_shtab_compgen_files
 
+_shtab_kvmpriv_probe___format_choices=(text json prometheus nfd ansible)
 _shtab_kvmpriv_run___mode_choices=(real long)
 _shtab_kvmpriv_help_pos_0_choices=(probe run boot trace selftest)
 _shtab_kvmpriv_pos_0_choices=(probe run boot trace selftest help)

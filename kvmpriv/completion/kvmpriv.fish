@@ -51,7 +51,7 @@ function _shtab_kvmpriv_using
 end
 
 set -g _shtab_kvmpriv_commands probe run boot trace selftest help
-set -g _shtab_kvmpriv_opts_with_value --append --compare --cpus --device --disk --entry --initrd --kernel --load --memory --mode --net --page --pin --private --timeout --trace -k
+set -g _shtab_kvmpriv_opts_with_value --append --compare --cpus --device --disk --entry --format --initrd --kernel --load --memory --mode --net --output --page --pin --private --timeout --trace -k
 
 complete -c kvmpriv -e
 complete -c kvmpriv -f
@@ -60,8 +60,10 @@ complete -c kvmpriv -n _shtab_kvmpriv_using -s h -l help -d 'show this help mess
 complete -c kvmpriv -n _shtab_kvmpriv_using -l version -d 'print the version and exit'
 complete -c kvmpriv -n '_shtab_kvmpriv_using; and test $_shtab_kvmpriv_npos -eq 0' -a probe -d 'find out what private memory this host can give to guests'
 complete -c kvmpriv -n '_shtab_kvmpriv_using probe' -s h -l help -d 'show this help message and exit'
-complete -c kvmpriv -n '_shtab_kvmpriv_using probe' -l json -d 'print one JSON document; kvmpriv/probe/schema.json describes it'
+complete -c kvmpriv -n '_shtab_kvmpriv_using probe' -l format -xka "text json prometheus nfd ansible" -d 'the format of the output (default: text)'
+complete -c kvmpriv -n '_shtab_kvmpriv_using probe' -l json -d 'the same as --format json'
 complete -c kvmpriv -n '_shtab_kvmpriv_using probe' -s q -l quiet -d 'print the verdict alone, on one line'
+complete -c kvmpriv -n '_shtab_kvmpriv_using probe' -l output -xka "(__fish_complete_path (commandline -ct))" -d 'write to FILE instead of standard output: FILE is replaced in one step, and stays as it is if that fails'
 complete -c kvmpriv -n '_shtab_kvmpriv_using probe' -l verbose -d 'also list the processes that have the device open (takes longer)'
 complete -c kvmpriv -n '_shtab_kvmpriv_using probe' -l device -xka "(__fish_complete_path (commandline -ct))" -d 'KVM'"'"'s device node (default: /dev/kvm)'
 complete -c kvmpriv -n '_shtab_kvmpriv_using; and test $_shtab_kvmpriv_npos -eq 0' -a run -d 'run a guest from a flat binary or an ELF file'

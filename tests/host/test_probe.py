@@ -493,6 +493,65 @@ def test_heavy_modules_stay_out() -> None:
     assert process.stdout.splitlines()[-1] == "[]"
 
 
+# -- the formats of fleets ---------------------------------------------------------------------
+
+
+def test_ansible_reads_the_fact(kvm: kvmpriv.Kvm, tmp_path: Path) -> None:
+    """As a link that Ansible executes, whatever the verdict is, and as a file that --output wrote.
+
+    tests/unit/test_probe_formats.py has the other formats.
+    """
+    programs = Path(sys.executable).parent
+    if not (programs / "ansible").exists():
+        missing("ansible", f"there is no {programs / 'ansible'}: pip install ansible-core")
+    facts = tmp_path / "facts.d"
+    facts.mkdir()
+    (facts / "kvmpriv.fact").symlink_to(programs / "kvmpriv")
+    written = facts / "written.fact"
+    status = run("--format", "ansible", "--output", str(written)).returncode
+    arguments = ["-m", "setup", "-a", f"fact_path={facts} gather_subset=!all,!min,local"]
+    process = subprocess.run(
+        [programs / "ansible", "localhost", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "HOME": str(tmp_path),
+            "ANSIBLE_LOCALHOST_WARNING": "false",
+            "ANSIBLE_INVENTORY_UNPARSED_WARNING": "false",
+            "ANSIBLE_NOCOLOR": "1",
+            "LC_ALL": "C.UTF-8",
+        },
+    )
+    assert process.returncode == 0, process.stderr
+    _, _, document = process.stdout.partition(" => ")
+    local = json.loads(document)["ansible_facts"]["ansible_local"]
+    expected = probe()
+    for fact in (local["kvmpriv"], local["written"]):
+        assert fact["exit_status"] == status
+        assert fact["private_memory"] == (status == 0)
+        assert fact["verdict"] == expected.verdict
+        checks = {name: check["status"] for name, check in fact["checks"].items()}
+        assert checks == status_of(expected)
+    assert local["kvmpriv"]["checks"]["kvm/device"]["result"] == "API version 12"
+
+
+def test_a_full_disk_loses_nothing(kvm: kvmpriv.Kvm, tmp_path: Path) -> None:
+    """A limit of the file's size stands for a disk that is full."""
+    out = tmp_path / "kvmpriv.prom"
+    out.write_text("the old one")
+    arguments = ("--format", "prometheus", "--output", str(out))
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))  # noqa: E731
+    process = run(*arguments, preexec_fn=limit)
+    assert (process.returncode, process.stdout) == (3, "")
+    assert process.stderr == f"kvmpriv probe: {out}: File too large\n"
+    assert out.read_text() == "the old one"
+    assert list(tmp_path.iterdir()) == [out]
+    run(*arguments)
+    assert out.read_text().startswith("# HELP kvmpriv_")
+
+
 # -- users of the device -----------------------------------------------------------------------
 
 

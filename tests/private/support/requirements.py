@@ -12,6 +12,7 @@ from kvmpriv import private
 #: Identifier -> what is missing when a test is skipped with it; for this suite and for the other
 #: tests of the checkout.  KVMPRIV_REQUIRE takes these identifiers.
 REQUIREMENTS = {
+    "ansible": "ansible-core, which the extra `dev` installs",
     "browser": "Chromium, which shows pages to a test",
     "btf": "type information of the running kernel's KVM, for tests of struct layouts",
     "build-tools": "the programs that build a kernel",
