@@ -96,7 +96,7 @@ def main(arguments: list[str]) -> int:
     exit_on(signal.SIGTERM)
     plan = parse(arguments)
     try:
-        entry = find_or_build(plan)
+        entry = find_or_build(plan, look=True)
     except Refused as refused:
         say(f"build: {refused}")
         return refused.code

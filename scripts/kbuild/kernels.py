@@ -7,41 +7,74 @@ from typing import NamedTuple
 
 
 class Kernel(NamedTuple):
-    """One kernel: Debian's source, and the folders of patches that are applied to it."""
+    """One kernel: Debian's source, its config, and the folders of patches that are applied to it.
+
+    The source is Linux `version` from the suites of this machine, or the newest one of `suite`.
+    """
 
     name: str
-    version: str
+    #: The ABI of private memory that it has, and the name of its file in configs/.
+    abi: str
+    version: str = ""
+    suite: str = ""
     #: The patches of the ABI as it was posted, and those that fix its known defects.
     posted: str = ""
     fixes: str = ""
-
-    @property
-    def package(self) -> str:
-        """Debian's package with the source."""
-        return f"linux-source-{self.version}"
-
-    @property
-    def tarball(self) -> Path:
-        """The source, where that package installs it."""
-        return Path("/usr/src", f"{self.package}.tar.xz")
 
 
 KERNELS = {
     kernel.name: kernel
     for kernel in (
-        Kernel("restrictedmem", "6.1", posted="restrictedmem/abi", fixes="restrictedmem/fixes"),
-        Kernel("guest_memfd", "6.12"),
+        Kernel(
+            "restrictedmem",
+            "restrictedmem",
+            "6.1",
+            posted="restrictedmem/abi",
+            fixes="restrictedmem/fixes",
+        ),
+        Kernel("guest_memfd", "guest_memfd", "6.12"),
     )
 }
+#: The releases with which the configs of an ABI were tried.
+TRIED = {"restrictedmem": ("6.1",), "guest_memfd": ("6.12", "7.3")}
+
+
+#: The kernel whose config is taken for a tree of somebody's own, if no name is given.
+NEWEST = "guest_memfd"
+
+
+def has_source(arguments: list[str]) -> bool:
+    """Whether a command line names a tree of one's own."""
+    return any(word.partition("=")[0] == "--source" for word in arguments)
+
+
+def with_name(arguments: list[str]) -> list[str]:
+    """The words of a command line that begins with NAME, which `--source` makes optional."""
+    unnamed = has_source(arguments) and arguments[0].startswith("-")
+    return [NEWEST, *arguments] if unnamed else arguments
+
+
+def is_image(name: str) -> bool:
+    """Whether NAME is the path of an image."""
+    return "/" in name
 
 
 def problem(name: str, literal: bool = False) -> str:
     """What is wrong with this name or option; "" if such a kernel can be built."""
     if name not in KERNELS:
-        return f"unknown kernel {name!r}: there are {names()}"
+        return f"unknown kernel {name!r}: there are {names()} (the path of an image has a /)"
     if literal and not KERNELS[name].fixes:
         return f"--literal leaves out the fixes of a series, and {name} has none"
     return ""
+
+
+def problem_with(name: str, literal: bool, source: Path | None) -> str:
+    """As problem(), of a NAME that may be the path of an image, and of a tree of one's own."""
+    if is_image(name):
+        return f"--source builds a tree, and {name} is an image: give one of them" if source else ""
+    if source and not source.exists():
+        return f"{source} does not exist"
+    return problem(name, literal)
 
 
 def names(conjunction: str = "and") -> str:

@@ -113,15 +113,23 @@ def ensure(needs: dict[str, str]) -> None:
                 result.stdout = update.stdout + result.stdout
     if result.returncode or absent(needs):
         notes = [line for line in result.stdout.splitlines() if line.startswith(("E:", "Err:"))]
-        if "No space left" in result.stdout or "not have enough free space" in result.stdout:
-            cause = "there is no space left for them"
-        elif any(word in result.stdout for word in ("resolv", "Could not connect", "Err:")):
-            cause = "the network or the package mirror could not be reached"
-        else:
-            cause = "apt-get refused"
         raise Refused(
-            Status.NO_SOURCE, f"could not install {listed}: {cause}.\n" + "\n".join(notes[:6])
+            Status.NO_SOURCE,
+            f"could not install {listed}: {because(result.stdout)}.\n" + "\n".join(notes[:6]),
         )
+
+
+def because(said: str) -> str:
+    """The reason why a program of apt failed, from its output."""
+    if any(words in said for words in ("No space left", "not have enough free space")):
+        return "there is no space left"
+    if any(words in said for words in ("Hash Sum mismatch", "unexpected size", "premature end")):
+        return "the download was cut off or is damaged"
+    if any(words in said for words in ("NO_PUBKEY", "is not signed", "invalid signature")):
+        return "the signature of the mirror cannot be checked with the installed keys"
+    if any(words in said for words in ("resolv", "Could not connect", "Connection", "Err:")):
+        return "the network or the package mirror could not be reached"
+    return "apt-get refused"
 
 
 def main(arguments: list[str]) -> int:

@@ -22,13 +22,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from . import trees
 from .errors import Refused, Status, say
-from .kernels import KERNELS, Kernel
-from .paths import DATA
+from .kernels import KERNELS, TRIED, Kernel
+from .locks import locked
+from .paths import DATA, cache_root
 from .process import die_with_parent
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 # -- what decides the outcome, apart from Plan's fields --------------------------------------------
 # Words in braces are filled in by Maker.fill; they stand for paths and for the number of jobs.
@@ -67,6 +69,8 @@ NO_KEYS = 'CONFIG_SYSTEM_TRUSTED_KEYS=""\nCONFIG_SYSTEM_REVOCATION_KEYS=""\n'
 
 # --------------------------------------------------------------------------------------------------
 
+#: Options of KVM whose default does not matter: this one decides about the compiler's warnings.
+NO_DEFAULT = ("CONFIG_KVM_WERROR",)
 #: Room for a build with modules, and for a plain one, in GiB (measured, rounded up).
 MODULES_GIB, PLAIN_GIB = 20.0, 3.5
 
@@ -82,6 +86,8 @@ class Plan:
     config: Path | None = None
     deb: bool = False
     data: Path = DATA
+    #: Debian's source, where the build has found it.
+    tarball: Path | None = None
 
     @property
     def kernel(self) -> Kernel:
@@ -98,7 +104,9 @@ class Plan:
     @property
     def origin(self) -> Path:
         """The source: a tree or a tarball."""
-        return self.source or self.kernel.tarball
+        origin = self.source or self.tarball
+        assert origin, "Debian's source was not looked for"
+        return origin
 
     def patches(self) -> list[Path]:
         """The ABI as it was posted, then, unless literal, the fixes, in order."""
@@ -114,7 +122,7 @@ class Plan:
         """The options that the kernel must have."""
         configs = self.data / "configs"
         names = [] if self.config else ["base"]
-        names += [self.name] + (["debug"] if self.debug else [])
+        names += [self.kernel.abi] + (["debug"] if self.debug else [])
         text = "".join((configs / f"{name}.config").read_text() for name in names)
         return f'{text}CONFIG_LOCALVERSION="-{self.variant}"\n'
 
@@ -132,8 +140,16 @@ class Plan:
         """$CC, or gcc."""
         return [os.environ.get("CC", "gcc")]
 
+    @property
+    def is_kept(self) -> bool:
+        """Whether a copy of the source is kept, with its objects, for the next build of it."""
+        unchanged = not (self.kernel.posted or self.deb)
+        return self.source is not None and unchanged and trees.is_git(self.source)
+
     def unpacking(self) -> list[tuple[str, ...]]:
         """The commands that put the source into the working folder."""
+        if self.is_kept:
+            return []
         return [COPY, CLEAN] if self.origin.is_dir() else [UNPACK]
 
     def configuring(self) -> list[tuple[str, ...]]:
@@ -168,7 +184,12 @@ def first_line(command: list[str]) -> bytes:
 
 
 def fingerprint(source: Path) -> bytes:
-    """A digest that tells sources apart by names, sizes and times, without reading the files."""
+    """A digest that tells sources apart, without reading the files.
+
+    It is made of names, sizes and times, or of what git knows of a tree without changes.
+    """
+    if (state := trees.state(source)) is not None:
+        return state
     if source.is_file():
         status = source.stat()
         return f"{source.name} {status.st_size} {status.st_mtime_ns}".encode()
@@ -191,17 +212,30 @@ def options(text: str) -> dict[str, str]:
     found = {}
     for line in text.splitlines():
         if match := re.match(r"# (CONFIG_\w+) is not set|(CONFIG_\w+)=(.*)", line):
-            found[match[1] or match[2]] = "n" if match[1] else match[3]
+            found[match[1] or match[2]] = "n" if match[1] else match[3].partition(" # ")[0]
     return found
 
 
-def lost(asked: Mapping[str, str], made: Mapping[str, str]) -> list[str]:
-    """The options that were asked for and that Kconfig dropped or changed without a message."""
-    return [
-        f"{name}={value} (now {made.get(name, 'n')})"
-        for name, value in sorted(asked.items())
-        if made.get(name, "n") != value
-    ]
+def unmet(
+    wanted: str, made: Mapping[str, str], exists: Callable[[str], bool] = lambda option: True
+) -> list[str]:
+    """The options that were asked for and that Kconfig dropped or changed without a message.
+
+    A mark behind an option is about other releases: with `# if it exists` nothing is said of an
+    option that the source does not have, with `# or CONFIG_X=y` that other option is as good.
+    """
+    asked, gone = options(wanted), []
+    marks = dict(re.findall(r"^(CONFIG_\w+)=.* # (if it exists|or CONFIG_\w+=.*)$", wanted, re.M))
+    for name, value in sorted(asked.items()):
+        now, mark = made.get(name, "n"), marks.get(name, "")
+        other, _, as_good = mark.removeprefix("or ").partition("=")
+        if now == value or (as_good and made.get(other, "n") == as_good):
+            continue
+        if now != "n" or exists(name):
+            gone.append(f"{name}={value} (now {now})")
+        elif mark != "if it exists":
+            gone.append(f"{name}={value} (the source has no such option)")
+    return gone
 
 
 class Maker:
@@ -211,6 +245,7 @@ class Maker:
         self.plan, self.work, self.out = plan, work, out
         self.tree = work / "linux"
         self.log = out / "build.log"
+        self.known: set[str] | None = None
         self.jobs = os.environ.get("KVMPRIV_JOBS") or str(len(os.sched_getaffinity(0)))
 
     def fill(self, command: tuple[str, ...], **more: str) -> list[str]:
@@ -276,6 +311,11 @@ class Maker:
         self.tree.mkdir()
         for command in self.plan.unpacking():
             self.run(self.fill(command), Status.NO_SOURCE, f"unpacking {source}")
+        self.check_tree()
+
+    def check_tree(self) -> None:
+        """Refused if the source is not of Linux."""
+        source = self.plan.origin
         if not (self.tree / "Kbuild").exists():
             raise Refused(
                 Status.NO_SOURCE, f"{source} is not a Linux source tree (it has no Kbuild)"
@@ -319,15 +359,77 @@ class Maker:
         """Write the config and have Kconfig complete it; Refused when it drops an option."""
         plan = self.plan
         asked = self.tree / ".config" if plan.config else self.work / "wanted.config"
-        asked.write_text(plan.config_text())
+        asked.write_text(
+            re.sub(r" # (?:if it exists|or CONFIG_.*)$", "", plan.config_text(), flags=re.M)
+        )
         for command in plan.configuring():
             self.run(self.fill(command), Status.CONFIG, f"make {command[-1]}")
-        made = options((self.tree / ".config").read_text())
-        if gone := lost(options(plan.wanted()), made):
-            raise Refused(
-                Status.CONFIG,
-                "options that were asked for did not survive Kconfig: " + ", ".join(gone),
+        wanted, made = plan.wanted(), options((self.tree / ".config").read_text())
+        problems = []
+        if gone := unmet(wanted, made, self.exists):
+            problems.append("options that were asked for did not survive Kconfig: ")
+            problems[-1] += ", ".join(gone)
+        if not plan.config and (left := self.left_out(made)):
+            text = f"options of KVM that are on by default, and that the config leaves out: {left}"
+            # A series that somebody tries may add such an option; ours names what it wants.
+            if plan.source:
+                say(text)
+            else:
+                problems.append(text)
+        tried = TRIED[plan.kernel.abi]
+        if (release := self.release()) not in ("", *tried):
+            text = (
+                f"this source is Linux {release}, and scripts/kernel/configs was tried with "
+                f"{' and '.join(tried)}"
             )
+            if problems:
+                text += (
+                    ": set the options there, and mark those of some releases with '# if it exists'"
+                )
+                problems.append(text)
+            else:
+                say(text)
+        if problems:
+            raise Refused(Status.CONFIG, ".\n".join(problems))
+
+    def exists(self, option: str) -> bool:
+        """Whether the source has an option of this name."""
+        if self.known is None:
+            definition = re.compile(r"^\s*(?:menu)?config\s+(\w+)", re.MULTILINE)
+            self.known = set()
+            for folder, folders, files in os.walk(self.tree):
+                folders[:] = [name for name in folders if name not in (".git", "Documentation")]
+                for name in files:
+                    if name.startswith("Kconfig"):
+                        text = Path(folder, name).read_text(errors="replace")
+                        self.known.update(definition.findall(text))
+        return option.removeprefix("CONFIG_") in self.known
+
+    def left_out(self, made: Mapping[str, str]) -> str:
+        """Options of KVM that a config made from nothing turned off, and Kconfig's defaults on."""
+        lines = (self.tree / ".config").read_text().splitlines()
+        wanted = options(self.plan.wanted())
+        drop = {
+            f"# {name} is not set"
+            for name in made
+            if name.startswith("CONFIG_KVM_") and name not in (*wanted, *NO_DEFAULT)
+        }
+        other = self.work / "defaults.config"
+        other.write_text("".join(f"{line}\n" for line in lines if line not in drop))
+        command = [*self.fill(OLD_CONFIG), f"KCONFIG_CONFIG={other}"]
+        self.run(command, Status.CONFIG, "make olddefconfig")
+        by_default = options(other.read_text())
+        return ", ".join(
+            f"{name}={value}"
+            for name, value in sorted(by_default.items())
+            if name.startswith("CONFIG_KVM_") and value != "n" and made.get(name, "n") == "n"
+        )
+
+    def release(self) -> str:
+        """The release of the source, such as "6.12"; "" if its Makefile does not name it."""
+        text = (self.tree / "Makefile").read_text(errors="replace")
+        found = dict(re.findall(r"^(VERSION|PATCHLEVEL) = (\d+)$", text, re.MULTILINE))
+        return f"{found['VERSION']}.{found['PATCHLEVEL']}" if len(found) == 2 else ""
 
     def compile(self) -> None:
         """Compile the kernel and install its headers."""
@@ -355,6 +457,24 @@ class Maker:
         self.collect()
 
 
+class KeptMaker(Maker):
+    """Compiles a copy of a developer's tree, which is kept with its objects."""
+
+    def unpack(self) -> None:
+        """Copy what has changed since the last build."""
+        assert self.plan.source
+        trees.synchronize(self.plan.source, self.tree, self.work / "copied")
+        self.check_tree()
+        # The number of the build, which is part of the version: it would count on.
+        (self.tree / ".version").unlink(missing_ok=True)
+
+
 def make_kernel(plan: Plan, work: Path, out: Path) -> None:
     """Make the kernel of `plan` in `work` (scratch), leaving its results in `out`."""
-    Maker(plan, work, out).make_kernel()
+    if not plan.is_kept:
+        Maker(plan, work, out).make_kernel()
+        return
+    assert plan.source
+    kept = trees.place(cache_root(), plan.source, plan.variant)
+    with locked(kept.with_suffix(".lock"), "builds this tree"):
+        KeptMaker(plan, kept, out).make_kernel()

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .errors import Refused, Status, say
+from .locks import locked
 from .packages import TOOLS, ensure
 from .paths import DATA, cache_root
 from .recipe import Maker, Plan, fingerprint, first_line
-from .store import locked
+from .store import with_source
 
 HOOKS = DATA / "cases.c"
 PROGRAMS = (
@@ -67,12 +68,9 @@ def functions(source: str) -> dict[str, int]:
 
 def find_or_build(source: Path | None) -> Path:
     """The folder with the programs, and with their sources beside them."""
-    plan = Plan("guest_memfd", source=source)
-    needs = dict(TOOLS)
-    if not source:
-        needs[str(plan.kernel.tarball)] = plan.kernel.package
-    ensure(needs)
-    digest = hashlib.sha256(fingerprint(source or plan.kernel.tarball))
+    ensure(TOOLS)
+    plan = with_source(Plan("guest_memfd", source=source))
+    digest = hashlib.sha256(fingerprint(plan.origin))
     digest.update(first_line([*plan.compiler(), "--version"]))
     for file in (Path(__file__), HOOKS):
         digest.update(file.read_bytes())

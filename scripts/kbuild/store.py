@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import resource
@@ -13,41 +11,26 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from . import sources
 from .errors import Refused, Status, say
+from .locks import if_free, locked
 from .packages import DEB_TOOLS, TOOLS, ensure
 from .paths import cache_root
 from .recipe import MODULES_GIB, PLAIN_GIB, Plan, make_kernel
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 KEEP = 4  # kernels per variant; the older ones are from before a patch was edited
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file at `path`; the kernel releases it however this process ends."""
-    with path.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            say(f"waiting: process {file.read().strip() or '?'} is building this kernel")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
 
 
 def sweep(cache: Path, variant: str) -> None:
     """Remove the folders of interrupted builds, and all but the newest kernels of this variant."""
     for scratch in cache.glob("*.building"):
-        lock_file = scratch.with_suffix(".lock")
-        with lock_file.open("a") as lock, contextlib.suppress(BlockingIOError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            say(f"removing the folder of an interrupted build: {scratch}")
-            shutil.rmtree(scratch, ignore_errors=True)
+        with if_free(scratch.with_suffix(".lock")) as free:
+            if free:
+                say(f"removing the folder of an interrupted build: {scratch}")
+                shutil.rmtree(scratch, ignore_errors=True)
     done = [path for path in cache.glob(f"{variant}.*") if (path / "bzImage").exists()]
     done.sort(key=lambda path: path.stat().st_mtime)
     for old in done[: -KEEP or None]:
@@ -67,17 +50,28 @@ def check_space(cache: Path, plan: Plan) -> None:
         )
 
 
-def find_or_build(plan: Plan, make: Callable[[Plan, Path, Path], None] = make_kernel) -> Path:
-    """The entry of the cache for `plan`; if there is none, `make` makes it."""
+def with_source(plan: Plan, look: bool = False) -> Plan:
+    """The plan with the place of Debian's source, which is fetched if need be."""
+    if plan.source or plan.tarball:
+        return plan
+    return dataclasses.replace(plan, tarball=sources.find(plan.kernel, look))
+
+
+def find_or_build(
+    plan: Plan, make: Callable[[Plan, Path, Path], None] = make_kernel, look: bool = False
+) -> Path:
+    """The entry of the cache for `plan`; if there is none, `make` makes it.
+
+    With `look` a newer source of Debian's is looked for (see sources.find).
+    """
     cache = cache_root()
     cache.mkdir(parents=True, exist_ok=True)
     needs = TOOLS | (DEB_TOOLS if plan.deb else {})
-    if not plan.source:
-        needs |= {str(plan.kernel.tarball): plan.kernel.package}
     if "CC" in os.environ:
         needs = {what: package for what, package in needs.items() if what != "gcc"}
         needs[os.environ["CC"].split()[0]] = os.environ["CC"].split()[0]
     ensure(needs)
+    plan = with_source(plan, look)
     name = f"{plan.variant}.{plan.key()}"
     entry, scratch = cache / name, cache / f"{name}.building"
     if (entry / "bzImage").exists():

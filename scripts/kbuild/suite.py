@@ -1,6 +1,16 @@
-"""Run the suite (tests/private) in a kernel of scripts/kernel.
+"""Run the suite (tests/private) in a kernel of scripts/kernel, an image, or a tree of your own.
 
     scripts/suite NAME [OPTION of scripts/vm]... [-k EXPRESSION] [-- ARGUMENT of pytest]...
+    scripts/suite --source TREE ...         # builds the tree with the config of guest_memfd
+    scripts/suite path/to/bzImage ...       # tests what this kernel supports
+
+The exit status is that of scripts/vm, which passes on pytest's: 0 if no test failed, 1 if one did.
+With --source it is made for `git bisect run`:
+
+    0    good: no test failed
+    1    bad: a test failed, or the kernel complained, panicked or hung
+    125  to be skipped: the tree does not build, or does not boot
+    255  ends the bisection: the commit is not to blame (usage error, no space, no QEMU)
 
 With --debug the time limit is 90 minutes, else 25; --timeout sets another.  If $KVMPRIV_ARTIFACTS
 is set, it is a folder in which the tests may write.
@@ -10,12 +20,15 @@ from __future__ import annotations
 
 import os
 import subprocess
+from pathlib import Path
 from typing import NamedTuple
 
 from . import kernels, vm
 from .command import Parser
+from .errors import Refused, Status, say
 from .paths import ROOT
 from .recipe import Plan
+from .store import find_or_build
 
 #: As a path that is the same in the VM.
 PYTHON = ".venv/bin/python"
@@ -27,12 +40,31 @@ LIMIT, DEBUG_LIMIT = 1500, 5400
 SILENCE = 240
 
 
+#: For `git bisect run`: skip this commit, end the bisection.
+SKIP, ABORT = 125, 255
+#: What it is told for the exit status of a VM that was started; for any other one ABORT.
+VERDICTS = {
+    0: 0,
+    1: 1,
+    vm.COMPLAINT: 1,
+    vm.PANIC: 1,
+    vm.LOST: 1,
+    vm.TIMEOUT: 1,
+    vm.NO_BOOT: SKIP,
+    130: 130,
+    143: 143,
+}
+#: The exit statuses of a build that the tree is to blame for.
+UNBUILT = (Status.PATCH, Status.CONFIG, Status.COMPILE)
+
+
 class Run(NamedTuple):
-    """What to run: a kernel, options of scripts/vm, arguments of pytest."""
+    """What to run: a kernel, options of scripts/vm, arguments of pytest, a tree of one's own."""
 
     name: str
     options: list[str]
     tests: list[str]
+    source: Path | None = None
 
     @property
     def is_debug(self) -> bool:
@@ -42,31 +74,46 @@ class Run(NamedTuple):
     @property
     def kernel(self) -> str:
         """What the suite is told as KVMPRIV_KERNEL: it excuses known defects of some kernels."""
+        if kernels.is_image(self.name):
+            return ""
         return Plan(self.name, self.is_debug, "--literal" in self.options).variant
+
+    @property
+    def abi(self) -> str:
+        """The ABI that the kernel must have; "" for an image, of which nothing is known."""
+        return "" if kernels.is_image(self.name) else kernels.KERNELS[self.name].abi
 
 
 def parse(prog: str, description: str | None, arguments: list[str]) -> Run:
     """The command line; a usage error exits with 2."""
-    at = arguments.index("--") if "--" in arguments else len(arguments)
     usage = f"{prog} NAME [OPTION of scripts/vm]... [-k EXPRESSION] [-- ARGUMENT of pytest]..."
-    parser = Parser(prog, description, usage=usage)
-    parser.add_argument("name", metavar="NAME", help=kernels.names("or"))
+    arguments = kernels.with_name(arguments)
+    status = ABORT if kernels.has_source(arguments) else Status.USAGE
+    parser = Parser(prog, description, usage=usage, status=status)
+    help_ = f"{kernels.names('or')}; or the path of an image"
+    parser.add_argument("name", metavar="NAME", help=help_)
+    parser.add_argument("--source", type=Path, metavar="TREE", help="build this Linux tree")
     parser.add_argument("-k", dest="expression", metavar="EXPRESSION", help="as pytest's option")
+    at = arguments.index("--") if "--" in arguments else len(arguments)
     known, options = parser.parse_known_args(arguments[:at])
     # Otherwise the argument of an option that only scripts/vm knows would be taken for NAME.
     if arguments[0] != known.name:
         parser.error("NAME comes first")
-    if problem := kernels.problem(known.name, "--literal" in options):
+    if problem := kernels.problem_with(known.name, "--literal" in options, known.source):
         parser.error(problem)
     tests = ["-k", known.expression] if known.expression else []
-    return Run(known.name, options, tests + arguments[at + 1 :])
+    source = known.source and known.source.resolve()
+    name = str(Path(known.name).resolve()) if kernels.is_image(known.name) else known.name
+    return Run(name, options, tests + arguments[at + 1 :], source)
 
 
 def start(run: Run, limit: int, options: list[str], environment: dict[str, str]) -> int:
     """Run pytest in the VM; scripts/vm's exit status.  The options of `run` override `options`."""
     command = [run.name, "--timeout", str(limit), *options, *run.options]
+    command += ["--source", str(run.source)] if run.source else []
+    required = run.abi or os.environ.get("KVMPRIV_REQUIRE", "")
     environment = {
-        "KVMPRIV_REQUIRE": f"host,{run.name}",
+        "KVMPRIV_REQUIRE": ",".join(filter(None, ("host", required))),
         "KVMPRIV_KERNEL": run.kernel,
         **environment,
     }
@@ -90,10 +137,28 @@ def compile_tests() -> None:
 def main(arguments: list[str]) -> int:
     """The command scripts/suite."""
     run = parse("suite", __doc__, arguments)
+    if run.source and (status := build(run)):
+        return status
     compile_tests()
     artifacts = os.environ.get("KVMPRIV_ARTIFACTS")
     options = ["--silence", str(SILENCE)]
     options += ["--output-dir", artifacts] if artifacts else []
     if not any(word.startswith("tests/") for word in run.tests):
         run = run._replace(tests=[*run.tests, "tests/private"])
-    return start(run, DEBUG_LIMIT if run.is_debug else LIMIT, options, {})
+    status = start(run, DEBUG_LIMIT if run.is_debug else LIMIT, options, {})
+    return VERDICTS.get(status, ABORT) if run.source else status
+
+
+def build(run: Run) -> int:
+    """Build the tree; 0, or the status for `git bisect run`."""
+    try:
+        find_or_build(Plan(run.name, run.is_debug, "--literal" in run.options, run.source))
+    except Refused as refused:
+        say(f"suite: {refused}")
+        return SKIP if refused.code in UNBUILT else ABORT
+    except OSError as error:
+        say(f"suite: {error}")
+        return ABORT
+    except KeyboardInterrupt:
+        return 130
+    return 0

@@ -370,7 +370,17 @@ class Machine:
             text = f"the VM {'was lost' if self.ready else 'did not come up'}"
             ended += f" (QEMU: {words or 'no message'})"
         say(f"vm: {text}{ended}\n{relevant(log)}\n  the whole log: {self.log}")
+        if code == NO_BOOT:
+            say(f"  If {qemu_version()} is too old for this kernel, put a newer one first in PATH.")
         return code
+
+
+def qemu_version() -> str:
+    """The version of QEMU in words."""
+    command = ["qemu-system-x86_64", "--version"]
+    said = subprocess.run(command, check=False, capture_output=True, text=True).stdout
+    match = re.search(r"version (\S+)", said)
+    return f"QEMU {match[1]}" if match else "QEMU"
 
 
 def comma(path: Path) -> str:
@@ -380,13 +390,14 @@ def comma(path: Path) -> str:
 
 def find_image(options: argparse.Namespace) -> Path:
     """The kernel: a path, or what scripts/kernel/build finds or builds."""
-    if "/" in options.name:
+    if kernels.is_image(options.name):
         image = Path(options.name)
         if not image.is_file():
             raise Refused(RUNNER, f"the kernel image {image} does not exist")
         options.name = image.resolve().parent.name or "vm"
         return image
-    return find_or_build(Plan(options.name, options.debug, options.literal)) / "bzImage"
+    source = options.source and options.source.resolve()
+    return find_or_build(Plan(options.name, options.debug, options.literal, source)) / "bzImage"
 
 
 def find_log(options: argparse.Namespace) -> Path:
@@ -429,6 +440,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         action="store_true",
         help="use the debug kernel",
     )
+    add(
+        "--source",
+        type=Path,
+        metavar="TREE",
+        help=f"build this Linux tree, with the config and the patches of NAME ({kernels.NEWEST})",
+    )
     add("--literal", action="store_true", help="use v9 as posted, without the fixes")
     add("--append", default="", metavar="WORDS", help="more words for the kernel's command line")
     add(
@@ -452,10 +469,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--tolerate", action="store_true", help="do not fail if the kernel complains")
     add("-q", "--quiet", action="store_true", help="print nothing unless something fails")
     at = arguments.index("--") if "--" in arguments else len(arguments)
-    options = parser.parse_args(arguments[:at])
+    options = parser.parse_args(kernels.with_name(arguments[:at]))
     options.command = arguments[at + 1 :]
-    problem = "" if "/" in options.name else kernels.problem(options.name, options.literal)
-    if problem:
+    if problem := kernels.problem_with(options.name, options.literal, options.source):
         parser.error(problem)
     if not options.command:
         parser.error("no command: it comes after --")

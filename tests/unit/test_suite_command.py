@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from kbuild import soak, suite, vm
+from kbuild.errors import Refused, Status
 from kbuild.process import exit_on
+from kbuild.recipe import Plan
 
 Main = Callable[[list[str]], int]
 NAME = "restrictedmem"
@@ -113,6 +115,7 @@ def test_what_a_soak_is_given(
         (["bogus"], "unknown kernel 'bogus': there are restrictedmem"),
         (["guest_memfd", "--literal"], "guest_memfd has none"),
         (["--append", "nosmp", NAME], "NAME comes first"),
+        (["bogus/", "--source", "."], "bogus/ is an image: give one of them"),
     ],
 )
 def test_usage(
@@ -125,7 +128,7 @@ def test_usage(
     """A usage error is one sentence, and exit status 2."""
     with pytest.raises(SystemExit) as ended:
         main(arguments)
-    assert ended.value.code == 2
+    assert ended.value.code == (255 if "--source" in arguments else 2)
     assert words in capsys.readouterr().err
     assert asked == []
 
@@ -155,3 +158,103 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_an_image(asked: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing is known of its kernel: the caller says what it must support, if anything."""
+    image = tmp_path / "bzImage"
+    monkeypatch.delenv("KVMPRIV_REQUIRE", raising=False)
+    assert suite.main([str(image), "-k", "slot"]) == 7
+    assert asked[0] == str(image)
+    assert {"KVMPRIV_REQUIRE=host", "KVMPRIV_KERNEL="} <= {*asked}
+    asked.clear()
+    monkeypatch.setenv("KVMPRIV_REQUIRE", "guest_memfd")
+    suite.main([str(image)])
+    assert "KVMPRIV_REQUIRE=host,guest_memfd" in asked
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
+    """The plans that are built, in no time."""
+    plans: list[Plan] = []
+
+    def find_or_build(plan: Plan) -> Path:
+        plans.append(plan)
+        return Path("entry")
+
+    monkeypatch.setattr(suite, "find_or_build", find_or_build)
+    return plans
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"), [([], "guest_memfd"), ([NAME], NAME), (["guest_memfd"], "guest_memfd")]
+)
+def test_a_tree(
+    asked: list[str], built: list[Plan], tmp_path: Path, arguments: list[str], name: str
+) -> None:
+    """The tree is built, with the config of guest_memfd if no other is named, and booted."""
+    suite.main([*arguments, "--source", str(tmp_path), "--append", "nosmp"])
+    assert built == [Plan(name, source=tmp_path)]
+    assert asked[0] == name
+    assert value(asked, "--source") == str(tmp_path)
+    assert value(asked, "--append") == "nosmp"
+    assert f"KVMPRIV_REQUIRE=host,{'guest_memfd' if 'guest' in name else name}" in asked
+
+
+@pytest.mark.parametrize(
+    ("status", "verdict"),
+    [
+        (0, 0),
+        (1, 1),
+        (vm.COMPLAINT, 1),
+        (vm.PANIC, 1),
+        (vm.LOST, 1),
+        (vm.TIMEOUT, 1),
+        (vm.NO_BOOT, 125),
+        (vm.RUNNER, 255),
+        (5, 255),  # pytest: no test was selected
+        (130, 130),
+    ],
+)
+def test_what_git_bisect_is_told(
+    built: list[Plan], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, status: int, verdict: int
+) -> None:
+    """Good, bad, to be skipped; 128 and above end a bisection."""
+    monkeypatch.setattr(suite, "compile_tests", lambda: None)
+    monkeypatch.setattr(vm, "main", lambda arguments: status)
+    monkeypatch.chdir(tmp_path)
+    assert suite.main(["--source", str(tmp_path)]) == verdict
+    assert len(built) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "verdict"),
+    [
+        (Refused(Status.COMPILE, "make bzImage failed"), 125),
+        (Refused(Status.CONFIG, "an option was lost"), 125),
+        (Refused(Status.PATCH, "a patch does not apply"), 125),
+        (Refused(Status.SPACE, "no space"), 255),
+        (Refused(Status.USAGE, "missing: gcc"), 255),
+        (Refused(Status.NO_SOURCE, "not a Linux source tree"), 255),
+        (OSError(28, "No space left on device"), 255),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_a_tree_that_is_not_built(
+    asked: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    verdict: int,
+) -> None:
+    """A commit that does not build is skipped; what is not its fault ends the bisection."""
+
+    def find_or_build(plan: Plan) -> Path:
+        raise error
+
+    monkeypatch.setattr(suite, "find_or_build", find_or_build)
+    assert suite.main(["--source", str(tmp_path)]) == verdict
+    assert asked == []
+    if verdict != 130:
+        assert f"suite: {error}" in capsys.readouterr().err

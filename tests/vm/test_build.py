@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from kbuild import trees
 from kbuild.errors import Refused
+from kbuild.locks import locked
 from kbuild.packages import DEB_TOOLS, TOOLS, absent, ensure
-from kbuild.recipe import Plan, lost, options
+from kbuild.recipe import Plan, options, unmet
 from kbuild.store import find_or_build
 from private.support.requirements import missing
 
@@ -173,7 +175,7 @@ def test_option_that_did_not_survive_is_an_error(build: Build, scripts: Path) ->
         config.write("CONFIG_DROPPED=y\n")
     result = build()
     assert result.returncode == 5
-    assert "CONFIG_DROPPED=y (now n)" in result.stderr
+    assert "CONFIG_DROPPED=y (the source has no such option)" in result.stderr
 
 
 def test_config_of_ones_own_is_completed_and_packaged(
@@ -354,13 +356,192 @@ def test_key_follows_what_decides(
     assert len(set(seen)) == len(seen) == 6
 
 
-def test_lost_options() -> None:
-    asked = options("CONFIG_A=y\nCONFIG_B=n\n# CONFIG_C is not set\nCONFIG_D=17\n# words\n")
-    assert asked == {"CONFIG_A": "y", "CONFIG_B": "n", "CONFIG_C": "n", "CONFIG_D": "17"}
-    assert lost(asked, asked) == []
-    assert lost(asked, {"CONFIG_A": "y", "CONFIG_D": "17"}) == []
-    assert lost(asked, {"CONFIG_A": "m", "CONFIG_C": "y"}) == [
+def test_options_that_were_not_met() -> None:
+    """An option that Kconfig dropped or changed is named, whatever is asked for."""
+    asked = "CONFIG_A=y\nCONFIG_B=n\n# CONFIG_C is not set\nCONFIG_D=17\n# words\n"
+    values = {"CONFIG_A": "y", "CONFIG_B": "n", "CONFIG_C": "n", "CONFIG_D": "17"}
+    assert options(asked) == values
+    assert unmet(asked, values) == []
+    assert unmet(asked, {"CONFIG_A": "y", "CONFIG_D": "17"}) == []
+    assert unmet(asked, {"CONFIG_A": "m", "CONFIG_C": "y"}) == [
         "CONFIG_A=y (now m)",
         "CONFIG_C=n (now y)",
         "CONFIG_D=17 (now n)",
     ]
+
+
+@pytest.mark.parametrize(
+    ("mark", "made", "exists", "named"),
+    [
+        ("", {}, False, "CONFIG_NEW=y (the source has no such option)"),
+        ("", {}, True, "CONFIG_NEW=y (now n)"),
+        (" # if it exists", {}, False, ""),
+        (" # if it exists", {}, True, "CONFIG_NEW=y (now n)"),
+        (" # if it exists", {"CONFIG_NEW": "m"}, True, "CONFIG_NEW=y (now m)"),
+        (" # or CONFIG_OLD=y", {"CONFIG_OLD": "y"}, True, ""),
+        (" # or CONFIG_OLD=y", {"CONFIG_OLD": "m"}, True, "CONFIG_NEW=y (now n)"),
+        (" # or CONFIG_OLD=y", {}, False, "CONFIG_NEW=y (the source has no such option)"),
+    ],
+)
+def test_options_of_other_releases(
+    mark: str, made: dict[str, str], exists: bool, named: str
+) -> None:
+    """A mark excuses what another release does not have, and nothing that this one has."""
+    asked = f"CONFIG_NEW=y{mark}\n"
+    assert options(asked) == {"CONFIG_NEW": "y"}
+    assert unmet(asked, made, lambda option: exists) == [named] * bool(named)
+
+
+def test_marks_do_not_reach_kconfig(build: Build, scripts: Path) -> None:
+    """A marked option that the source does not have is no error; one that it drops is one."""
+    config = scripts / "configs" / "base.config"
+    text = config.read_text()
+    config.write_text(text + "CONFIG_DROPPED=y # if it exists\nCONFIG_TAKEN=y # if it exists\n")
+    made = (image_of(build()).parent / "config").read_text()
+    assert "CONFIG_TAKEN=y\n" in made
+    assert "#" not in made.partition("CONFIG_TAKEN")[2].splitlines()[0]
+
+
+def test_a_marked_option_that_the_source_has(build: Build, scripts: Path, tree: Path) -> None:
+    """The mark is no excuse in a source that defines the option."""
+    (tree / "Kconfig.more").write_text("config DROPPED\n\tbool\n")
+    with (scripts / "configs" / "base.config").open("a") as config:
+        config.write("CONFIG_DROPPED=y # if it exists\n")
+    result = build()
+    assert result.returncode == 5
+    assert "CONFIG_DROPPED=y (now n)" in result.stderr
+
+
+def test_a_release_that_the_configs_do_not_know(build: Build, scripts: Path, tree: Path) -> None:
+    """It is said, and beside a lost option also what to do."""
+    makefile = tree / "Makefile"
+    makefile.write_text("VERSION = 9\nPATCHLEVEL = 4\n" + makefile.read_text())
+    known = build()
+    image_of(known)
+    assert "this source is Linux 9.4, and scripts/kernel/configs was tried with 6.1" in known.stderr
+    with (scripts / "configs" / "base.config").open("a") as config:
+        config.write("CONFIG_DROPPED=y\n")
+    result = build()
+    assert result.returncode == 5
+    assert "CONFIG_DROPPED=y (the source has no such option)" in result.stderr
+    assert "Linux 9.4" in result.stderr
+    assert "mark those of some releases with '# if it exists'" in result.stderr
+
+
+def test_a_default_of_kvm_that_the_config_loses(build: Build, tree: Path) -> None:
+    """An option that the configs do not name, and that Kconfig would turn on, is named."""
+    makefile = tree / "Makefile"
+    text = makefile.read_text().replace(
+        "olddefconfig:\n",
+        "olddefconfig:\n\tgrep -q CONFIG_KVM_CLOCKS $(KCONFIG_CONFIG) "
+        "|| echo CONFIG_KVM_CLOCKS=y >> $(KCONFIG_CONFIG)\n",
+    )
+    text = text.replace(
+        "> .config\n", "> .config; echo '# CONFIG_KVM_CLOCKS is not set' >> .config\n"
+    )
+    makefile.write_text("KCONFIG_CONFIG ?= .config\n" + text)
+    result = build()
+    image_of(result)
+    assert "that the config leaves out: CONFIG_KVM_CLOCKS=y" in result.stderr
+
+
+@pytest.fixture
+def repository(tree: Path, scripts: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The tree under git, in a commit; make copies `body` only if it is newer than the image."""
+    for role in ("AUTHOR", "COMMITTER"):
+        monkeypatch.setenv(f"GIT_{role}_NAME", "nobody")
+        monkeypatch.setenv(f"GIT_{role}_EMAIL", "nobody@example.org")
+    makefile = tree / "Makefile"
+    text = makefile.read_text().replace("bzImage:\n", "bzImage: vmlinux\n")
+    text = text.replace("cp body vmlinux;", "").replace("cp body arch", "cp vmlinux arch")
+    makefile.write_text(f"{text}vmlinux: body\n\tcp body vmlinux\n")
+    (tree / ".gitignore").write_text("*.o\n")
+    git(tree, "init", "-q")
+    commit(tree, "first")
+    return tree
+
+
+def git(tree: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", tree, *arguments], check=True, capture_output=True)
+    return done.stdout.decode().strip()
+
+
+def commit(tree: Path, subject: str) -> None:
+    git(tree, "add", "-A")
+    git(tree, "commit", "-q", "-m", subject)
+
+
+def test_a_tree_under_git_is_built_from_what_has_changed(
+    build: Build, repository: Path, tmp_path: Path
+) -> None:
+    """The copy of the tree is kept: the next build copies and compiles what has changed."""
+    body = repository / "body"
+    (repository / "left.o").touch()
+    first = build("guest_memfd")
+    assert "copied 4 of 4 files" in first.stderr
+    (copy,) = (tmp_path / "cache/trees").glob("*/linux")
+    assert not (copy / "left.o").exists()
+    body.write_text(body.read_text() + "eleven\n")
+    commit(repository, "second")
+    second = build("guest_memfd")
+    assert "copied 1 of 4 files" in second.stderr
+    assert "eleven" in image_of(second).read_text()
+    # A commit that was built is found, whenever and wherever it was checked out.
+    git(repository, "checkout", "-q", "HEAD~")
+    again = build("guest_memfd")
+    assert (image_of(again), again.stderr) == (image_of(first), "")
+    assert "eleven" not in image_of(again).read_text()
+
+
+def test_a_file_that_became_older_is_compiled(build: Build, repository: Path) -> None:
+    """Times of a tree may go back; its copy's do not, so make sees each change."""
+    body = repository / "body"
+    image_of(build("guest_memfd"))
+    body.write_text("an older state\n")
+    os.utime(body, (0, 0))
+    assert image_of(build("guest_memfd")).read_text() == "an older state\n"
+
+
+def test_files_that_come_and_go(build: Build, repository: Path, tmp_path: Path) -> None:
+    """The copy has what the tree has: also what git does not know yet, and nothing more."""
+    (repository / "untracked").touch()
+    (repository / "link").symlink_to("body")
+    image_of(build("guest_memfd"))
+    (copy,) = (tmp_path / "cache/trees").glob("*/linux")
+    assert (copy / "untracked").is_file()
+    assert (copy / "link").is_symlink()
+    (repository / "untracked").unlink()
+    (repository / "link").unlink()
+    (repository / "link").write_text("a file now\n")
+    image_of(build("guest_memfd"))
+    assert not (copy / "untracked").exists()
+    assert not (copy / "link").is_symlink()
+    assert (copy / "body").is_file()
+
+
+def test_a_copy_that_was_interrupted_is_made_anew(
+    build: Build, repository: Path, tmp_path: Path
+) -> None:
+    """Without the record of what was copied nothing of the copy is trusted."""
+    image_of(build("guest_memfd"))
+    (copy,) = (tmp_path / "cache/trees").glob("*/linux")
+    (copy.parent / "copied").unlink()
+    (copy / "body").write_text("of another tree\n")
+    (repository / "body").write_text("new\n")
+    result = build("guest_memfd")
+    assert "copied 4 of 4 files" in result.stderr
+    assert image_of(result).read_text() == "new\n"
+
+
+def test_old_copies_are_removed(tmp_path: Path) -> None:
+    """The cache keeps the newest copies; one that is being built is left alone."""
+    places = []
+    for number in range(trees.KEEP + 1):
+        places.append(trees.place(tmp_path, Path(f"/tree{number}"), "guest_memfd"))
+        os.utime(places[-1], (number, number))
+    assert [path.exists() for path in places] == [False] + [True] * trees.KEEP
+    with locked(places[1].with_suffix(".lock")):
+        trees.place(tmp_path, Path("/another"), "guest_memfd")
+    assert places[1].exists()
+    assert trees.place(tmp_path, Path("/another"), "guest_memfd-debug") not in places
+    assert not places[1].exists()

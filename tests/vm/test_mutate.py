@@ -13,6 +13,7 @@ from kbuild import breaks, mutant
 from kbuild.breaks import Break
 from kbuild.errors import Refused
 from kbuild.recipe import Plan
+from kbuild.store import with_source
 from kvmpriv.selftest import rules
 from private.support.requirements import missing
 
@@ -65,16 +66,17 @@ def test_the_tests_that_are_named() -> None:
 @pytest.fixture(scope="module")
 def series(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files that the breaks change, with the fixed series applied."""
-    plan = Plan("restrictedmem")
-    if not plan.kernel.tarball.exists():
-        missing("restrictedmem", f"{plan.kernel.package} is not installed")
+    try:
+        plan = with_source(Plan("restrictedmem"))
+    except Refused as refused:
+        missing("restrictedmem", str(refused))
     tree = tmp_path_factory.mktemp("series")
     patches = "".join(patch.read_text() for patch in plan.patches())
     pairs = re.findall(r"^--- (\S+)\n\+\+\+ (\S+)", patches, re.MULTILINE)
     files = {new.removeprefix("b/") for old, new in pairs}
     files -= {new.removeprefix("b/") for old, new in pairs if old == "/dev/null"}
     names = [f"*/{file}" for file in sorted(files)]
-    command = ["tar", "-xf", str(plan.kernel.tarball), "--strip-components=1", "--wildcards"]
+    command = ["tar", "-xf", str(plan.origin), "--strip-components=1", "--wildcards"]
     command += ["--no-wildcards-match-slash", *names]
     subprocess.run(command, cwd=tree, check=True)
     for patch in plan.patches():

@@ -288,6 +288,8 @@ def test_closed_stdout_ends_the_run(image: str) -> None:
         (["guest_memfd"], "no command"),
         (["guest_memfd", "--memory", "much", "--", "true"], "--memory must be a size"),
         (["guest_memfd", "--bogus", "--", "true"], "unrecognized arguments: --bogus"),
+        (["--source", "/nonexistent", "--", "true"], "/nonexistent does not exist"),
+        (["./bogus", "--source", "/", "--", "true"], "./bogus is an image: give one of them"),
     ],
 )
 def test_usage(arguments: list[str], words: str) -> None:
