@@ -17,13 +17,15 @@ from ..errors import ArgumentError
 from ..exit_status import ExitStatus
 from ..guest.bare import EXIT_PORT
 from ..guest.image import ImageError, read_file
-from ..guest.linux.console import HELP, keyboard
+from ..guest.linux.console import HELP, Keyboard, keyboard
 from ..guest.linux.disk import Block, Entropy
+from ..guest.linux.guest import GuestDied, LinuxGuest
 from ..guest.linux.kernel import LinuxImage, load_linux
-from ..guest.linux.layout import plan
+from ..guest.linux.layout import Range, plan
 from ..guest.linux.machine import CPUS_MAX, DEFAULT_CMDLINE, LinuxMachine, check_pin
 from ..guest.linux.net import Net, parse_mac
 from ..guest.linux.outcome import Interrupted, Outcome
+from ..guest.linux.shell import relay
 from ..guest.linux.tap import HOST_ADDRESS, PREFIX_LENGTH, Tap
 from ..guest.linux.usage import Cost, RangeUse
 from ..guest.linux.virtio import VirtioDevice
@@ -36,6 +38,7 @@ from ._options import add_device, device_error, parse_path, parse_seconds, parse
 __all__ = ["EXAMPLES", "EXIT_STATUS", "add_arguments", "main"]
 
 _SCHEMA_VERSION = 1
+_READY = 120.0  # seconds until the agent must answer
 _KERNEL_MAX = 1 << 30  # a vmlinux with everything that debuggers want to know
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
@@ -79,6 +82,13 @@ def parse_net(text: str) -> NetOptions | None:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def parse_line(text: str) -> str:
+    """A line for a shell."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the command is empty")
+    return text
+
+
 def parse_pin(text: str) -> list[int]:
     """``0,2``: numbers of CPUs."""
     if not all(word.isdecimal() and len(word) < 8 for word in text.split(",")):
@@ -99,16 +109,21 @@ EXAMPLES = (
         "kvmpriv boot --kernel bzImage --disk root.img --append root=/dev/vda --net tap --cpus 2",
         "two vCPUs, a disk and a network",
     ),
+    (
+        "kvmpriv boot --kernel bzImage --private --run 'uname -a'",
+        "run one command in a guest with private memory, with its output and exit status",
+    ),
 )
 EXIT_STATUS: dict[ExitStatus | str, str] = {
-    "N": "the guest reported the status N; 0 if it reported none",
+    "N": "the guest reported the status N; 0 if it reported none. With --run or --shell: the "
+    "command's status",
     ExitStatus.USAGE: "the command line or an input file can't be used",
     ExitStatus.UNABLE: "KVM or standard output can't be used",
     ExitStatus.NO_PROGRESS: "the guest makes no progress",
     ExitStatus.TIMEOUT: "the guest was ended by --timeout",
     ExitStatus.CRASH: "the guest crashed",
     ExitStatus.PANIC: "the guest's kernel panicked",
-    "128+N": "signal N ended the command (130: Ctrl-C, or Ctrl-A x)",
+    "128+N": "signal N ended kvmpriv (130: Ctrl-C, or Ctrl-A x), or the command of --run",
 }
 
 
@@ -119,7 +134,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"standard input and output; on a terminal, {HELP}.\n\n"
         "The guest reports its exit status by writing the line `exit N` to ttyS1 before it turns "
         f"itself off; --json also reports the other lines of ttyS1. A byte that the guest writes "
-        f"to port {EXIT_PORT:#x} ends it at once, with that status."
+        f"to port {EXIT_PORT:#x} ends it at once, with that status.\n\n"
+        "With --run or --shell, kvmpriv adds an agent to the initial root file system (without "
+        "--initrd: one with this host's busybox, which must be linked statically), and talks to it "
+        "over a port of a virtio console. The kernel needs CONFIG_VIRTIO_MMIO and "
+        "CONFIG_VIRTIO_CONSOLE, built in. The serial console is not connected then; if the guest "
+        "dies, its last lines are printed. After the command the guest is turned off."
     )
     add = parser.add_argument
     add(
@@ -178,6 +198,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " tap,mac=MAC: give the card this MAC address (default: a random one). none: no card"
         " (default)",
     )
+    talk = parser.add_mutually_exclusive_group()
+    talk.add_argument(
+        "--run",
+        type=parse_line,
+        metavar="COMMAND",
+        help="run this line by the guest's /bin/sh; standard input, output and error and the exit"
+        " status are the command's",
+    )
+    talk.add_argument(
+        "--shell",
+        action="store_true",
+        help="connect the terminal to a shell in the guest; Ctrl-A x ends it",
+    )
     add("--timeout", type=parse_seconds, metavar="SECONDS", help="end the guest after this time")
     add(
         "--pin",
@@ -198,7 +231,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="record exits, conversions, and samples of memory and CPU time"
         " (`kvmpriv trace FILE` shows them)",
     )
-    add(
+    talk.add_argument(
         "--json",
         action="store_true",
         help="print a report as JSON on standard output; the console goes to standard error",
@@ -321,10 +354,15 @@ def _signals() -> Iterator[None]:
 
 def main(options: argparse.Namespace) -> int:
     """Boot the guest that the command line describes; returns the exit status."""
+    if options.shell and (sys.stdin is None or not sys.stdin.isatty()):
+        message = "--shell needs a terminal as standard input; use --run COMMAND"
+        return fail("boot", message, ExitStatus.USAGE)
     screen = _Screen(sys.stderr if options.json else sys.stdout)
     started = time.monotonic()
     try:
         with ExitStack() as stack:
+            if options.run is not None or options.shell:
+                return _talk(options, screen, stack)
             machine = _open(options, screen, stack)
             _show_layout(machine, screen.say)
             outcome = _run(machine, options, screen)
@@ -341,8 +379,19 @@ def main(options: argparse.Namespace) -> int:
     return outcome.status
 
 
-def _open(options: argparse.Namespace, screen: _Screen, stack: ExitStack) -> LinuxMachine:
-    """Make the guest, which `stack` closes.  Raises _BootError."""
+class _Parts(NamedTuple):
+    """What the guest is made of."""
+
+    image: LinuxImage
+    initrd: bytes
+    kvm: Kvm
+    abi: PrivateAbi | None
+    ranges: list[Range]
+    devices: list[VirtioDevice]
+
+
+def _prepare(options: argparse.Namespace, screen: _Screen, stack: ExitStack) -> _Parts:
+    """Check the options, and open what they name; `stack` closes KVM.  Raises _BootError."""
     image, initrd = _load(options)
     try:
         check_pin(options.pin, options.cpus)
@@ -357,26 +406,89 @@ def _open(options: argparse.Namespace, screen: _Screen, stack: ExitStack) -> Lin
         ranges = plan(options.memory, private=abi is not None)
     except ArgumentError as error:
         raise _BootError(f"--memory: {error}", ExitStatus.USAGE) from None
-    devices = _devices(options, screen.say)
+    return _Parts(image, initrd, kvm, abi, ranges, _devices(options, screen.say))
+
+
+@contextmanager
+def _made(options: argparse.Namespace) -> Iterator[None]:
+    """Errors of the guest's constructor, as messages for the user."""
     try:
-        machine = LinuxMachine(
-            kvm,
-            image,
-            ranges,
-            initrd=initrd,
-            cmdline=options.append,
-            cpus=options.cpus,
-            abi=abi,
-            devices=devices,
-            complain=screen.say,
-            output=screen.write,
-            pin=options.pin,
-        )
+        yield
     except ArgumentError as error:
         raise _BootError(f"{options.kernel}: {error}", ExitStatus.USAGE) from None
     except OSError as error:
         raise _BootError(f"can't make the guest: {error.strerror}", ExitStatus.UNABLE) from None
+
+
+def _open(options: argparse.Namespace, screen: _Screen, stack: ExitStack) -> LinuxMachine:
+    """Make the guest, which `stack` closes.  Raises _BootError."""
+    parts = _prepare(options, screen, stack)
+    with _made(options):
+        machine = LinuxMachine(
+            parts.kvm,
+            parts.image,
+            parts.ranges,
+            initrd=parts.initrd,
+            cmdline=options.append,
+            cpus=options.cpus,
+            abi=parts.abi,
+            devices=parts.devices,
+            complain=screen.say,
+            output=screen.write,
+            pin=options.pin,
+        )
     return stack.enter_context(machine)
+
+
+def _talk(options: argparse.Namespace, screen: _Screen, stack: ExitStack) -> int:
+    """Run the command of --run or --shell in the guest; returns the exit status."""
+    parts = _prepare(options, screen, stack)
+    with _made(options):
+        guest = LinuxGuest(
+            parts.image,
+            initrd=parts.initrd or None,
+            memory=options.memory,
+            cmdline=" ".join(filter(None, ("quiet", options.append))),
+            cpus=options.cpus,
+            private=parts.abi.name if parts.abi else False,
+            devices=parts.devices,
+            lifetime=options.timeout,
+            timeout=options.timeout or _READY,
+            pin=options.pin,
+            complain=screen.say,
+            trace=options.trace,
+            device=options.device,
+        )
+    stack.callback(guest.close)
+    if options.watch:
+        guest.watch(_Watch(guest.machine, screen.say))
+    try:
+        with _signals(), guest:
+            if options.shell:
+                print("kvmpriv boot: Ctrl-A x ends the shell", file=sys.stderr)
+                return guest.shell()
+            with _standard_input() as source:
+                process = guest.popen(options.run)
+                return relay(process, source, sys.stdout.fileno(), sys.stderr.fileno())
+    except Interrupted as interrupted:
+        return interrupted.outcome.status
+    except GuestDied as died:
+        cause = died.__cause__
+        if isinstance(cause, OSError):
+            _check_trace(options.trace, cause)
+        screen.say(str(died))
+        return died.outcome.status
+
+
+@contextmanager
+def _standard_input() -> Iterator[Keyboard | None]:
+    """Standard input as it is, for a command; None as for `keyboard`."""
+    if sys.stdin is None:
+        yield None
+        return
+    fd = sys.stdin.fileno()
+    ours = not os.isatty(fd) or os.tcgetpgrp(fd) == os.getpgrp()
+    yield Keyboard(fd, escape=False) if ours else None
 
 
 def _run(machine: LinuxMachine, options: argparse.Namespace, screen: _Screen) -> Outcome:
@@ -391,9 +503,14 @@ def _run(machine: LinuxMachine, options: argparse.Namespace, screen: _Screen) ->
     except (OutputError, BrokenPipeError):  # the second: the console, with --json
         raise
     except OSError as error:
-        if options.trace is not None and error.filename == options.trace:
-            raise _BootError(f"{options.trace}: {error.strerror}", ExitStatus.USAGE) from None
+        _check_trace(options.trace, error)
         return Outcome("error", ExitStatus.UNABLE, str(error.strerror))
+
+
+def _check_trace(path: str | None, error: OSError) -> None:
+    """_BootError if the error is that the recording can't be created."""
+    if path is not None and error.filename == path:
+        raise _BootError(f"{path}: {error.strerror}", ExitStatus.USAGE) from None
 
 
 _WORDS = {

@@ -9,7 +9,7 @@ _shtab_kvmpriv_subparsers=(probe run boot trace selftest help)
 
 _shtab_kvmpriv_probe_option_strings=(-h --help --format --json -q --quiet --output --verbose --device)
 _shtab_kvmpriv_run_option_strings=(-h --help --hello --mode --memory --load --entry --timeout --device)
-_shtab_kvmpriv_boot_option_strings=(-h --help --kernel --initrd --append --memory --cpus --private --disk --net --timeout --pin --watch --trace --json --device)
+_shtab_kvmpriv_boot_option_strings=(-h --help --kernel --initrd --append --memory --cpus --private --disk --net --run --shell --timeout --pin --watch --trace --json --device)
 _shtab_kvmpriv_trace_option_strings=(-h --help --page)
 _shtab_kvmpriv_selftest_option_strings=(-h --help --list --ktap --json --compare -k --dangerous --timeout)
 _shtab_kvmpriv_help_option_strings=(-h --help)
@@ -46,6 +46,7 @@ _shtab_kvmpriv_run___hello_nargs=0
 _shtab_kvmpriv_boot__h_nargs=0
 _shtab_kvmpriv_boot___help_nargs=0
 _shtab_kvmpriv_boot___private_nargs='?'
+_shtab_kvmpriv_boot___shell_nargs=0
 _shtab_kvmpriv_boot___watch_nargs=0
 _shtab_kvmpriv_boot___json_nargs=0
 _shtab_kvmpriv_trace__h_nargs=0

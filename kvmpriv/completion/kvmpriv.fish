@@ -51,7 +51,7 @@ function _shtab_kvmpriv_using
 end
 
 set -g _shtab_kvmpriv_commands probe run boot trace selftest help
-set -g _shtab_kvmpriv_opts_with_value --append --compare --cpus --device --disk --entry --format --initrd --kernel --load --memory --mode --net --output --page --pin --private --timeout --trace -k
+set -g _shtab_kvmpriv_opts_with_value --append --compare --cpus --device --disk --entry --format --initrd --kernel --load --memory --mode --net --output --page --pin --private --run --timeout --trace -k
 
 complete -c kvmpriv -e
 complete -c kvmpriv -f
@@ -86,6 +86,8 @@ complete -c kvmpriv -n '_shtab_kvmpriv_using boot' -l cpus -x -d 'the number of 
 complete -c kvmpriv -n '_shtab_kvmpriv_using boot' -l private -x -d 'make all of the guest'"'"'s memory above 4 GiB private, and keep its applications there. --private=ABI chooses the ABI (restrictedmem, guest_memfd); --private alone uses the first that works'
 complete -c kvmpriv -n '_shtab_kvmpriv_using boot' -l disk -xka "(__fish_complete_path (commandline -ct))" -d 'a raw disk image, the guest'"'"'s /dev/vda (virtio-blk); read-only if the file can'"'"'t be written'
 complete -c kvmpriv -n '_shtab_kvmpriv_using boot' -l net -x -d 'tap: give the guest a virtio-net card. The command makes a network namespace for it, which ends with the guest; the host has the address 10.88.0.1/24 in it. `ip netns` lists it. Without CAP_NET_ADMIN the command makes it in a user namespace and prints the PID for `nsenter`. tap=BRIDGE: connect the card to this bridge. tap,mac=MAC: give the card this MAC address (default: a random one). none: no card (default)'
+complete -c kvmpriv -n '_shtab_kvmpriv_using boot' -l run -x -d 'run this line by the guest'"'"'s /bin/sh; standard input, output and error and the exit status are the command'"'"'s'
+complete -c kvmpriv -n '_shtab_kvmpriv_using boot' -l shell -d 'connect the terminal to a shell in the guest; Ctrl-A x ends it'
 complete -c kvmpriv -n '_shtab_kvmpriv_using boot' -l timeout -x -d 'end the guest after this time'
 complete -c kvmpriv -n '_shtab_kvmpriv_using boot' -l pin -x -d 'run the vCPUs on these CPUs of the host: one CPU for each vCPU, in this order'
 complete -c kvmpriv -n '_shtab_kvmpriv_using boot' -l watch -d 'print CPU time, exits and memory on standard error each second'

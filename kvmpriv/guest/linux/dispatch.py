@@ -67,6 +67,7 @@ class GuestThread(VcpuThread[Outcome]):
             self._error = error
         else:
             super().run()
+        del self._handler  # it has a view of kvm_run, which keeps the vCPU's descriptor open
         self.seconds = time.thread_time()
         self._ended()
 

@@ -15,10 +15,15 @@ from pathlib import Path
 from ...errors import ArgumentError
 from ..image import ImageError, is_static
 
-__all__ = ["busybox", "pack"]
+__all__ = ["busybox", "pack", "with_agent"]
 
 #: Where busybox may be that a user's PATH does not include.
 _ELSEWHERE = "/bin:/sbin:/usr/sbin"
+_AGENT, _AGENT_INIT = ".kvmpriv/agent", ".kvmpriv/init"
+_AGENT_SCRIPT = f"""\
+mkdir /dev/pts
+mount -t devpts devpts /dev/pts
+exec /{_AGENT}"""
 _BUSYBOX_INIT = """\
 #!/bin/busybox sh
 /bin/busybox --install -s /bin
@@ -73,6 +78,25 @@ def busybox(
     folders = {f"{name}/.keep": b"" for name in ("proc", "sys", "dev", "tmp", "root")}
     init = _BUSYBOX_INIT.format(script=script).encode()
     return pack({**folders, "bin/busybox": program, "init": init, **(files or {})})
+
+
+def with_agent(initrd: bytes | None, cmdline: str) -> tuple[bytes, str]:
+    """An initrd with the agent of `LinuxGuest`, and a kernel's command line that starts it.
+
+    Without `initrd` it is one with busybox, in which the agent starts when everything is mounted.
+    Else the agent is added to it, and starts before its init: the kernel unpacks several archives
+    one after the other, also if the first of them is compressed.
+    """
+    from .agent_ready import AGENT
+
+    if initrd is None:
+        return busybox(_AGENT_SCRIPT, {_AGENT: AGENT}), cmdline
+    words = cmdline.split()
+    own = [word.partition("=")[2] for word in words if word.startswith("rdinit=")]
+    kept = [word for word in words if not word.startswith("rdinit=")]
+    told = [f"kvmpriv_init={own[-1]}"] if own else []
+    aligned = initrd + bytes(-len(initrd) % 4)
+    return aligned + pack({_AGENT_INIT: AGENT}), " ".join([f"rdinit=/{_AGENT_INIT}", *told, *kept])
 
 
 def _busybox() -> bytes:

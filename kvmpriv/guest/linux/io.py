@@ -44,9 +44,7 @@ class IoThread(threading.Thread):
         transports = {transport for transport, _ in self._queues.values()}
         listening: dict[int, Transport] = {}
         while True:
-            wanted = {
-                fd: transport for transport in transports if (fd := transport.device.host_fd()) >= 0
-            }
+            wanted = {fd: transport for transport in transports if (fd := transport.host_fd()) >= 0}
             for fd in listening.keys() - wanted.keys():
                 poll.unregister(fd)
             for fd in wanted.keys() - listening.keys():
@@ -61,7 +59,8 @@ class IoThread(threading.Thread):
                     transport, number = self._queues[fd]
                     transport.serve(number)
                 else:
-                    listening[fd].serve(0)
+                    for number in listening[fd].device.host_queues:
+                        listening[fd].serve(number)
 
     def stop(self) -> None:
         """End the thread and wait for it; without effect if it never started."""

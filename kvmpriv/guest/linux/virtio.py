@@ -158,6 +158,10 @@ class VirtioDevice(ABC):
     #: The feature bits of this kind.
     features = 0
     queue_count = 1
+    #: The most entries of a queue, a power of two up to 256.
+    queue_size = _QUEUE_SIZE_MAX
+    #: The queues to serve when `host_fd` becomes readable.
+    host_queues: tuple[int, ...] = (0,)
     #: How many bytes the driver may have in bounce buffers at a time.
     bounced = 0
     #: The configuration space.
@@ -171,7 +175,7 @@ class VirtioDevice(ABC):
         """
 
     def host_fd(self) -> int:
-        """A descriptor of the host: queue 0 is served when it becomes readable.  -1: none."""
+        """A descriptor of the host: `host_queues` are served when it is readable.  -1: none."""
         return -1
 
     def reset(self) -> None:  # noqa: B027  # most devices have no state
@@ -216,10 +220,17 @@ class Transport:
         self.queues: list[Queue] = [Queue(self._memory) for _ in range(self.device.queue_count)]
         self.device.reset()
 
+    def _works(self) -> bool:
+        return self._status & (_DRIVER_OK | _NEEDS_RESET) == _DRIVER_OK
+
+    def host_fd(self) -> int:
+        """The device's `host_fd`; -1 while the device serves nothing, as nobody would read it."""
+        return self.device.host_fd() if self._works() else -1
+
     def serve(self, number: int) -> None:
         """Serve the requests in queue `number` and interrupt the driver."""
         with self._lock:
-            if self._status & (_DRIVER_OK | _NEEDS_RESET) != _DRIVER_OK:
+            if not self._works():
                 return
             queue = self.queues[number]
             try:
@@ -267,7 +278,7 @@ class Transport:
                 0x004: _VERSION,
                 0x008: self.device.device_id,
                 0x00C: _VENDOR,
-                0x034: _QUEUE_SIZE_MAX if queue else 0,
+                0x034: self.device.queue_size if queue else 0,
                 0x044: int(queue.ready) if queue else 0,
                 0x070: self._status,
             }.get(offset, 0)

@@ -1,0 +1,322 @@
+"""A Linux guest that runs in the background, and that a program talks to.
+
+    from kvmpriv.guest.linux import LinuxGuest
+
+    with LinuxGuest("/boot/vmlinuz") as guest:
+        print(guest.run(["uname", "-a"], text=True, check=True).stdout)
+        guest.put("program", "/bin/program")
+        log = guest.get("/proc/kallsyms")
+
+The initrd brings an agent along (agent.c), which has the other end of a port of a virtio console.
+The kernel needs CONFIG_VIRTIO_MMIO and CONFIG_VIRTIO_CONSOLE, built in; nothing else is needed in
+the guest.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...errors import ClosedError
+from ...exit_status import ExitStatus
+from ...kvm import Kvm
+from ...private import PrivateAbi, choose
+from . import initrd as _initrd
+from .agent import Agent
+from .kernel import LinuxImage, load_linux
+from .layout import plan
+from .machine import LinuxMachine
+from .outcome import EXIT_STATUSES, Outcome
+from .port import Port
+from .protocol import Link
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .virtio import VirtioDevice
+
+__all__ = ["PORT_NAME", "GuestDied", "LinuxGuest"]
+
+#: The name of the agent's port in the guest.
+PORT_NAME = "kvmpriv.agent"
+_CONSOLE_KEPT = 64 << 10
+_LINES_SHOWN = 10
+_SETTLES = 1.0  # seconds after the agent's end in which the guest may end, too
+_WORDS = {
+    "off": "the guest has turned itself off",
+    "exit": "the guest has ended itself",
+    "reset": "the guest has reset itself",
+    "panic": "the guest's kernel panicked",
+    "crash": "the guest crashed",
+    "timeout": "the guest was ended",
+    "no progress": "the guest makes no progress",
+    "closed": "the guest was closed",
+    "error": "the guest can't go on",
+    "agent": "the guest's agent has ended",
+}
+
+
+class GuestDied(Exception):  # noqa: N818  # what happened, not an error of the caller
+    """The guest has ended, or its agent has, while something was to be done there."""
+
+    def __init__(self, outcome: Outcome, console: str) -> None:
+        #: How it ended.  ``how`` may also be "closed", "error" (an exception of this process) and
+        #: "agent" (the agent has ended; the guest may run on).
+        self.outcome: Outcome = outcome
+        #: The last lines of its console.
+        self.console: str = console
+        tail = f"; the last lines of its console:\n{console}" if console else ""
+        super().__init__(f"{_WORDS.get(outcome.how, outcome.how)}: {outcome.why}{tail}")
+
+    def __reduce__(self) -> tuple[type[GuestDied], tuple[Outcome, str]]:
+        return type(self), (self.outcome, self.console)
+
+
+class LinuxGuest(Agent):
+    """A Linux guest with an agent; see the module for an example.
+
+    `kernel`: the file of a bzImage or a vmlinux, or what `load_linux` returned.
+    `initrd`: the file or the bytes of an initial root file system with an ``init``; by default one
+    with this host's busybox (`initrd.busybox`).  The agent is added to it, and starts before
+    ``init``.
+    `memory`: in bytes.
+    `cmdline`: words for the kernel's command line.
+    `cpus`: the number of vCPUs.
+    `private`: True, or the name of an ABI: all memory above 4 GiB is private (see `plan`).
+    `devices`: virtio devices, which the guest owns from now on; at most 7.
+    `timeout`: how many seconds `start` waits for the agent.
+    `lifetime`: after so many seconds the guest is ended.
+    `pin`: for each vCPU the CPU of the host that it runs on; empty: any.
+    `output`: called with what the guest prints on its console, in a thread of the guest.
+    `complain`: called with a line of text when a device stops, from any thread.
+    `trace`: a file to record the run in.
+    `device`: KVM's device node.
+
+    FileNotFoundError without busybox on this host; what `LinuxMachine` raises.  As a context
+    manager it calls `start`, and at the end of the block `shutdown`, or `close` after an exception.
+
+    Every method may be called from any thread, several at a time; up to 64 commands run at a time.
+    A process that was forked can't use the guest of its parent: ClosedError.
+    """
+
+    #: The machine that it runs on.
+    machine: LinuxMachine
+
+    def __init__(
+        self,
+        kernel: str | os.PathLike[str] | LinuxImage,
+        *,
+        initrd: str | os.PathLike[str] | bytes | None = None,
+        memory: int = 512 << 20,
+        cmdline: str = "quiet",
+        cpus: int = 1,
+        private: bool | str = False,
+        devices: Sequence[VirtioDevice] = (),
+        timeout: float | None = 120.0,
+        lifetime: float | None = None,
+        pin: Sequence[int] = (),
+        output: Callable[[bytes], object] = lambda data: None,
+        complain: Callable[[str], object] = lambda text: None,
+        trace: str | os.PathLike[str] | None = None,
+        device: str = "/dev/kvm",
+    ) -> None:
+        with ExitStack() as stack:
+            for one in devices:
+                stack.callback(one.close)
+            image = kernel if isinstance(kernel, LinuxImage) else load_linux(_contents(kernel))
+            root, cmdline = _initrd.with_agent(
+                _contents(initrd) if initrd is not None else None, cmdline
+            )
+            kvm = stack.enter_context(Kvm(device))
+            abi: PrivateAbi | None = None
+            if private:
+                abi = choose(kvm, private if isinstance(private, str) else None)
+            super().__init__(Link(self._send))
+            self._port = Port(PORT_NAME, self._link.received, self._agent_has_ended)
+            stack.callback(self._port.close)
+            ranges = plan(memory, private=abi is not None)
+            stack.pop_all()  # the machine closes the devices, also if it can't be made
+            with ExitStack() as made:
+                made.callback(kvm.close)
+                self.machine = made.enter_context(
+                    LinuxMachine(
+                        kvm,
+                        image,
+                        ranges,
+                        initrd=root,
+                        cmdline=cmdline,
+                        cpus=cpus,
+                        abi=abi,
+                        devices=[self._port, *devices],
+                        complain=complain,
+                        output=self._print,
+                        pin=pin,
+                    )
+                )
+                self._stack = made.pop_all()
+        self._output, self._trace = output, trace
+        self._timeout, self._lifetime = timeout, lifetime
+        self._console = bytearray()
+        self._thread = threading.Thread(target=self._run, name="kvmpriv-guest", daemon=True)
+        self._outcome: Outcome | None = None
+        self._error: BaseException | None = None
+        self._look: Callable[[], object] | None = None
+        self._closing = threading.RLock()
+        self._closed = False
+
+    # -- in the guest's own threads ------------------------------------------------------------
+
+    def _send(self, data: bytes) -> None:
+        self._port.send(data)
+
+    def _print(self, data: bytes) -> None:
+        self._console += data
+        del self._console[:-_CONSOLE_KEPT]
+        self._output(data)
+
+    def _run(self) -> None:
+        try:
+            self._outcome = self.machine.run(self._lifetime, trace=self._trace, look=self._look)
+        except BaseException as error:  # noqa: BLE001  # the callers of the guest's methods get it
+            why = f"{type(error).__name__}: {error}"
+            self._error = error
+            self._outcome = Outcome("error", ExitStatus.UNABLE, why)
+        self._link.fail(self._died)
+
+    def _died(self) -> GuestDied:
+        assert self._outcome is not None
+        died = GuestDied(self._outcome, self._last_lines())
+        died.__cause__ = self._error
+        return died
+
+    def _agent_has_ended(self) -> None:
+        """The port was closed.  A guest that ends does that, too; then it has an outcome soon."""
+        why = "its port was closed; the guest may run on"
+        outcome = Outcome("agent", ExitStatus.UNABLE, why)
+
+        def died() -> Exception:
+            self._link.settle(lambda: self._outcome is not None, _SETTLES)
+            if self._outcome is not None:
+                return self._died()
+            return GuestDied(outcome, self._last_lines())
+
+        self._link.fail(died)
+
+    # -- its life ------------------------------------------------------------------------------
+
+    @property
+    def console(self) -> bytes:
+        """What the guest has printed on its console, the last 64 KiB of it."""
+        return bytes(self._console)
+
+    def _last_lines(self) -> str:
+        lines = self.console.decode(errors="replace").replace("\r", "").strip().splitlines()
+        return "\n".join(lines[-_LINES_SHOWN:])
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """How the guest ended; None while it runs."""
+        return self._outcome
+
+    def watch(self, look: Callable[[], object]) -> None:
+        """Call `look` each second, in a thread of the guest.  Before `start`."""
+        self._look = look
+
+    def start(self) -> None:
+        """Start the guest, and wait until its agent answers.
+
+        GuestDied if the guest ends before that, or has not answered after `timeout` seconds.
+        """
+        self._check()
+        self._thread.start()
+        if not self._link.wait_until_ready(self._timeout):
+            why = (
+                f"its agent did not answer in {self._timeout:g} s (the kernel needs"
+                " CONFIG_VIRTIO_MMIO and CONFIG_VIRTIO_CONSOLE, built in)"
+            )
+            outcome = Outcome("timeout", EXIT_STATUSES["timeout"], why)
+            self.machine.end(outcome)
+            self._join()
+            raise GuestDied(outcome, self._last_lines())
+
+    def wait(self, timeout: float | None = None) -> Outcome | None:
+        """Wait until the guest has ended; how it did, or None after `timeout` seconds."""
+        self._thread.join(timeout)
+        return self._outcome
+
+    def shutdown(self, timeout: float = 10.0) -> Outcome:
+        """Let the guest's kernel write its disks and turn the machine off; then `close`.
+
+        A guest that is still on after `timeout` seconds is closed like that.  Returns how it ended.
+        """
+        self._check_started()
+        try:
+            self._link.power_off()
+            if self._thread.is_alive():
+                self._thread.join(timeout)
+        finally:
+            self.close()
+        assert self._outcome is not None
+        return self._outcome
+
+    def close(self) -> None:
+        """End the guest at once, and free what it has used.  Who waits for it gets GuestDied."""
+        if not self._link.ours:
+            return
+        with self._closing:
+            if self._closed:
+                return
+            self.machine.end(Outcome("closed", 0, "by its program"))
+            try:
+                self._join()
+            finally:
+                self._closed = True
+                if self._outcome is None:  # it was never started
+                    self._outcome = Outcome("closed", 0, "by its program")
+                self._link.fail(lambda: ClosedError("the guest is closed"))
+                self._stack.close()
+
+    def _join(self) -> None:
+        """Wait for the guest's thread, which ends soon, also if a signal's handler raises."""
+        interrupted: BaseException | None = None
+        while self._thread.ident is not None and self._thread.is_alive():
+            try:
+                self._thread.join()
+            except BaseException as error:  # noqa: BLE001  # it is raised below
+                interrupted = error
+        if interrupted is not None:
+            raise interrupted
+
+    def _check(self) -> None:
+        self._link.check_ours()
+        if self._closed:
+            raise ClosedError("the guest is closed")
+
+    def _check_started(self) -> None:
+        self._check()
+        if self._thread.ident is None:
+            raise ClosedError("the guest was not started: use `with`, or call start()")
+
+    def __enter__(self) -> LinuxGuest:
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if not self._link.ours:
+            return
+        if kind is None and not self._closed and self._thread.is_alive():
+            self.shutdown()
+        else:
+            self.close()
+
+
+def _contents(source: str | os.PathLike[str] | bytes) -> bytes:
+    return source if isinstance(source, bytes) else Path(source).read_bytes()
