@@ -12,7 +12,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING, NoReturn
 
 from ..exit_status import ExitStatus
-from ..selftest.records import INTERRUPTED, Result, Run
+from ..selftest.records import INTERRUPTED, SHORTAGE, Result, Run
 from . import fail
 from ._options import parse_path, parse_seconds
 
@@ -37,13 +37,15 @@ EXAMPLES = (
     ("kvmpriv selftest", "run all tests that this kernel can run; print a table"),
     ("kvmpriv selftest --list 'slot.*'", "list the rules about slots and their tests"),
     ("kvmpriv selftest --json > a.json", "keep the results of this kernel"),
+    ("kvmpriv selftest --ktap --junit results.xml", "print KTAP, and write a file for a CI server"),
     ("kvmpriv selftest --compare a.json b.json", "show what differs between two kernels"),
 )
 EXIT_STATUS: dict[ExitStatus | str, str] = {
     ExitStatus.OK: "every test that could run has passed",
     ExitStatus.NEGATIVE: "a test failed, crashed or hung, or --compare found a difference",
     ExitStatus.USAGE: "the command line can't be used, or it selects no test",
-    ExitStatus.UNABLE: "the suite could not be run, or standard output can't be written",
+    ExitStatus.UNABLE: "the suite could not be run, a test ran out of descriptors, memory or CPU "
+    "time (and no test failed), or the output can't be written",
     ExitStatus.ALL_SKIPPED: "every test was skipped",
     "128+N": "signal N ended the command",
 }
@@ -54,8 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Test the running kernel against the rules of guest private memory, through the ABI that "
         "it has: memfd_restricted (v9) or guest_memfd. Tests that need what this kernel or this "
-        "host does not have are skipped, and each skip names what is missing. The suite needs "
-        "pytest: pip install 'kvmpriv[test]'.\n\n"
+        "host does not have are skipped, and each skip names what is missing. A test that ran out "
+        "of descriptors, memory or CPU time gives no result for the kernel: it is a shortage, and "
+        "no failure. The suite needs pytest: pip install 'kvmpriv[test]'.\n\n"
         "KVMPRIV_REQUIRE=restrictedmem,guest_memfd in the environment turns the skips that begin "
         "with these names into failures."
     )
@@ -85,7 +88,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs=2,
         type=parse_path,
         metavar=("A.JSON", "B.JSON"),
-        help="run nothing; show two documents of --json side by side, differences first",
+        help="run nothing; print the rules whose results differ in two documents of --json",
+    )
+    add(
+        "--junit",
+        type=parse_path,
+        metavar="FILE",
+        help="also write the results to FILE as JUnit XML; FILE is replaced in one step",
+    )
+    add(
+        "-v",
+        "--verbose",
+        action="store_true",
+        help="print a line for each rule that was skipped, too",
     )
     add(
         "-k",
@@ -112,6 +127,8 @@ def main(arguments: argparse.Namespace) -> int:
     """Run, list or compare; returns the exit status."""
     from ..selftest import runner
 
+    if arguments.junit is not None and (arguments.compare or arguments.list):
+        return fail("selftest", "--junit needs a run of the suite", ExitStatus.USAGE)
     if arguments.compare:
         if arguments.rules or arguments.expression:
             return fail(
@@ -165,12 +182,18 @@ def _list(folder: Path, selection: Selection) -> int:
 
 
 def _run(folder: Path, arguments: argparse.Namespace) -> int:
+    from ..output import check_file
     from ..selftest import runner
     from ..selftest.kernel_log import KernelLog
 
+    if arguments.junit is not None:
+        try:
+            check_file(arguments.junit)
+        except OSError as error:
+            return _unwritten(arguments.junit, error)
     selection = _selection(arguments)
     output = _FORMS["ktap" if arguments.ktap else "json" if arguments.json else "text"](
-        KernelLog().unseen()
+        KernelLog().unseen(), verbose=arguments.verbose
     )
     plan: Plan | None = None
     results: list[Result] = []
@@ -207,11 +230,26 @@ def _run(folder: Path, arguments: argparse.Namespace) -> int:
     )
     output.end(run)
     sys.stdout.flush()
+    if arguments.junit is not None:
+        from ..output import write_file
+        from ..selftest.junit import junit
+
+        try:
+            write_file(arguments.junit, junit(run), replace_only=True)
+        except OSError as error:
+            return _unwritten(arguments.junit, error)
     if ending is None:
+        if short := run.totals[SHORTAGE]:
+            what = "test was" if short == 1 else "tests were"
+            fail("selftest", f"{short} {what} not tested, for a shortage", ExitStatus.UNABLE)
         return run.exit_status
     if isinstance(ending, runner.CannotRun):
         return fail("selftest", stopped, run.exit_status)
     raise ending
+
+
+def _unwritten(path: str, error: OSError) -> ExitStatus:
+    return fail("selftest", f"{path}: {error.strerror}", ExitStatus.UNABLE)
 
 
 def _terminate(*_: object) -> NoReturn:
@@ -221,32 +259,37 @@ def _terminate(*_: object) -> NoReturn:
 class _Output(ABC):
     """What the user sees of a run: on a terminal its progress, on the error output."""
 
-    def __init__(self, note: str) -> None:
+    def __init__(self, note: str, *, verbose: bool) -> None:
         self._note = note
+        self._verbose = verbose
         self._shows_progress = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
-    def begin(self) -> None:  # noqa: B027  # most forms print nothing yet
+    def begin(self) -> None:
         """Before the tests are known."""
+        self._progress("looking for the tests")
 
     def never_began(self, why: str) -> None:  # noqa: B027  # nor then
         """The tests could not be found."""
 
     def plan(self, plan: Plan) -> None:
         """The tests are known."""
-        self._progress(0, plan)
+        self._next(0, plan)
 
     def result(self, number: int, result: Result, plan: Plan) -> None:
         """The test with this number (from 1) has ended."""
-        self._progress(number, plan)
+        self._next(number, plan)
 
     @abstractmethod
     def end(self, run: Run) -> None:
         """All tests have ended, or the run was stopped."""
 
-    def _progress(self, ended: int, plan: Plan) -> None:
+    def _next(self, ended: int, plan: Plan) -> None:
+        name = plan.tests[ended].test if ended < len(plan.tests) else ""
+        self._progress(f"{ended}/{len(plan.tests)} {name[:60]}")
+
+    def _progress(self, words: str) -> None:
         if self._shows_progress:
-            name = plan.tests[ended].test if ended < len(plan.tests) else ""
-            sys.stderr.write(f"\r\x1b[K{ended}/{len(plan.tests)} {name[:60]}")
+            sys.stderr.write(f"\r\x1b[K{words}")
             sys.stderr.flush()
 
     def clear(self) -> None:
@@ -257,13 +300,22 @@ class _Output(ABC):
 
 
 class _Text(_Output):
-    """The report as text, at the end."""
+    """The kernel as soon as the tests are known, and the report at the end."""
+
+    def plan(self, plan: Plan) -> None:
+        from ..selftest import report
+        from ..terminal import colour_wanted
+
+        self.clear()
+        sys.stdout.write(report.heading(plan.host, self._note, colour=colour_wanted()))
+        sys.stdout.flush()
+        super().plan(plan)
 
     def end(self, run: Run) -> None:
         from ..selftest import report
         from ..terminal import colour_wanted
 
-        sys.stdout.write(report.text(run, self._note, colour=colour_wanted()))
+        sys.stdout.write(report.text(run, colour=colour_wanted(), verbose=self._verbose))
 
 
 class _Json(_Output):
@@ -279,8 +331,8 @@ class _Json(_Output):
 class _Ktap(_Output):
     """KTAP, each line as soon as it is known."""
 
-    def __init__(self, note: str) -> None:
-        super().__init__(note)
+    def __init__(self, note: str, *, verbose: bool) -> None:
+        super().__init__(note, verbose=verbose)
         self._shows_progress = False
 
     def begin(self) -> None:

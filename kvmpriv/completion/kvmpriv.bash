@@ -11,7 +11,7 @@ _shtab_kvmpriv_probe_option_strings=(-h --help --format --json -q --quiet --outp
 _shtab_kvmpriv_run_option_strings=(-h --help --hello --mode --memory --load --entry --timeout --device)
 _shtab_kvmpriv_boot_option_strings=(-h --help --kernel --initrd --append --memory --cpus --private --disk --net --run --shell --timeout --pin --watch --trace --json --device)
 _shtab_kvmpriv_trace_option_strings=(-h --help --page)
-_shtab_kvmpriv_selftest_option_strings=(-h --help --list --ktap --json --compare -k --dangerous --timeout)
+_shtab_kvmpriv_selftest_option_strings=(-h --help --list --ktap --json --compare --junit -v --verbose -k --dangerous --timeout)
 _shtab_kvmpriv_help_option_strings=(-h --help)
 _shtab_kvmpriv_option_strings=(-h --help --version)
 
@@ -27,6 +27,7 @@ _shtab_kvmpriv_boot___device_COMPGEN=_shtab_compgen_files
 _shtab_kvmpriv_trace_pos_0_COMPGEN=_shtab_compgen_files
 _shtab_kvmpriv_trace___page_COMPGEN=_shtab_compgen_files
 _shtab_kvmpriv_selftest___compare_COMPGEN=_shtab_compgen_files
+_shtab_kvmpriv_selftest___junit_COMPGEN=_shtab_compgen_files
 
 _shtab_kvmpriv_probe___format_choices=(text json prometheus nfd ansible)
 _shtab_kvmpriv_run___mode_choices=(real long)
@@ -58,6 +59,8 @@ _shtab_kvmpriv_selftest___list_nargs=0
 _shtab_kvmpriv_selftest___ktap_nargs=0
 _shtab_kvmpriv_selftest___json_nargs=0
 _shtab_kvmpriv_selftest___compare_nargs=2
+_shtab_kvmpriv_selftest__v_nargs=0
+_shtab_kvmpriv_selftest___verbose_nargs=0
 _shtab_kvmpriv_selftest___dangerous_nargs=0
 _shtab_kvmpriv_help__h_nargs=0
 _shtab_kvmpriv_help___help_nargs=0

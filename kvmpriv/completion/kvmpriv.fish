@@ -51,7 +51,7 @@ function _shtab_kvmpriv_using
 end
 
 set -g _shtab_kvmpriv_commands probe run boot trace selftest help
-set -g _shtab_kvmpriv_opts_with_value --append --compare --cpus --device --disk --entry --format --initrd --kernel --load --memory --mode --net --output --page --pin --private --run --timeout --trace -k
+set -g _shtab_kvmpriv_opts_with_value --append --compare --cpus --device --disk --entry --format --initrd --junit --kernel --load --memory --mode --net --output --page --pin --private --run --timeout --trace -k
 
 complete -c kvmpriv -e
 complete -c kvmpriv -f
@@ -103,7 +103,9 @@ complete -c kvmpriv -n '_shtab_kvmpriv_using selftest' -s h -l help -d 'show thi
 complete -c kvmpriv -n '_shtab_kvmpriv_using selftest' -l list -d 'run nothing; print a line for each rule and test: RULE<TAB>TEST<TAB>SENTENCE'
 complete -c kvmpriv -n '_shtab_kvmpriv_using selftest' -l ktap -d 'print KTAP, each test as soon as it has ended'
 complete -c kvmpriv -n '_shtab_kvmpriv_using selftest' -l json -d 'print one JSON document; kvmpriv/selftest/schema.json describes it'
-complete -c kvmpriv -n '_shtab_kvmpriv_using selftest' -l compare -xka "(__fish_complete_path (commandline -ct))" -d 'run nothing; show two documents of --json side by side, differences first'
+complete -c kvmpriv -n '_shtab_kvmpriv_using selftest' -l compare -xka "(__fish_complete_path (commandline -ct))" -d 'run nothing; print the rules whose results differ in two documents of --json'
+complete -c kvmpriv -n '_shtab_kvmpriv_using selftest' -l junit -xka "(__fish_complete_path (commandline -ct))" -d 'also write the results to FILE as JUnit XML; FILE is replaced in one step'
+complete -c kvmpriv -n '_shtab_kvmpriv_using selftest' -s v -l verbose -d 'print a line for each rule that was skipped, too'
 complete -c kvmpriv -n '_shtab_kvmpriv_using selftest' -s k -x -d 'run the tests that the expression selects, as pytest'"'"'s -k'
 complete -c kvmpriv -n '_shtab_kvmpriv_using selftest' -l dangerous -d 'also run tests that crash or hang a kernel that has the defect they look for'
 complete -c kvmpriv -n '_shtab_kvmpriv_using selftest' -l timeout -x -d 'time limit of a test that sets none itself (default: 120)'

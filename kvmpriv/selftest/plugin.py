@@ -21,8 +21,8 @@ import pytest_timeout
 import kvmpriv
 
 from .. import probe
-from . import rules
-from .records import FAILED, KNOWN_DEFECT, PASSED, SKIPPED, TIMEOUT
+from . import rules, shortage
+from .records import FAILED, KNOWN_DEFECT, PASSED, SHORTAGE, SKIPPED, TIMEOUT
 
 if TYPE_CHECKING:
     import pluggy
@@ -109,6 +109,9 @@ class Recorder:
         #: How the test that runs now ends, as far as that is known.
         self.now: Outcome = _passed()
         self.rules: set[str] = set()
+        #: Its time limit, and for how long this process had waited for a CPU before it.
+        self.timeout: float = 0.0
+        self.waited: float | None = None
 
     def pytest_itemcollected(self, item: pytest.Item) -> None:
         self.rules.update(rules_of(item))  # before -k leaves only some
@@ -117,9 +120,11 @@ class Recorder:
         if report.passed:
             return
         message = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext
+        lacking = shortage.of_error(None, _last_line(message))
+        result = SHORTAGE if lacking else SKIPPED if report.skipped else FAILED
         self.not_collected[report.nodeid] = {
-            "result": SKIPPED if report.skipped else FAILED,
-            "message": f"can't be collected: {_last_line(message)}",
+            "result": result,
+            "message": lacking or f"can't be collected: {_last_line(message)}",
             "detail": "" if report.skipped else message,
             "seconds": 0.0,
         }
@@ -173,8 +178,9 @@ class Recorder:
         self.now = _passed()
         mark = item.get_closest_marker("timeout")
         own = mark and (mark.args[0] if mark.args else mark.kwargs.get("timeout"))
-        timeout = own or self.selection["timeout"]
-        self.send({"event": "start", "test": item.nodeid, "timeout": timeout})
+        self.timeout = own or self.selection["timeout"]
+        self.waited = shortage.waited(os.getpid())
+        self.send({"event": "start", "test": item.nodeid, "timeout": self.timeout})
 
     def pytest_runtest_logfinish(self) -> None:
         # Ctrl-C and pytest.exit() leave a wrapper of the protocol by an exception; not this hook.
@@ -192,13 +198,21 @@ class Recorder:
         error = call.excinfo.value
         words = getattr(error, "msg", None) or call.excinfo.exconly(tryshort=True)
         message = _first_line(str(words))
-        if report.skipped:
+        is_late = re.match(r"Timeout \(?>", message) is not None
+        lacking = (
+            shortage.of_time(self.waited, os.getpid(), self.timeout)
+            if is_late
+            else shortage.of_error(error, str(words))
+        )
+        if report.skipped and not lacking:
             now["result"], now["message"] = SKIPPED, message
             return
-        if message.startswith(DEFECT) and now["result"] == PASSED:
+        if lacking:
+            result, message = SHORTAGE, lacking
+        elif message.startswith(DEFECT) and now["result"] == PASSED:
             result, message = KNOWN_DEFECT, message.removeprefix(DEFECT)
         else:
-            result = TIMEOUT if re.match(r"Timeout \(?>", message) else FAILED
+            result = TIMEOUT if is_late else FAILED
         if now["result"] in (PASSED, SKIPPED, KNOWN_DEFECT):  # else the first failure is the cause
             now["result"], now["message"] = result, message
         sections = (f"-- {title} --\n{text}" for title, text in report.sections)

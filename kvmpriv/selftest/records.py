@@ -20,6 +20,7 @@ __all__ = [
     "KNOWN_DEFECT",
     "PASSED",
     "SCHEMA_VERSION",
+    "SHORTAGE",
     "SKIPPED",
     "TIMEOUT",
     "Planned",
@@ -28,7 +29,7 @@ __all__ = [
     "Run",
 ]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 #: How a test ends.
 PASSED = "passed"
@@ -39,12 +40,17 @@ TIMEOUT = "timeout"
 CRASHED = "crashed"
 #: The kernel has a known defect of the v9 series as it was posted.
 KNOWN_DEFECT = "known defect"
+#: This process or the machine ran out of descriptors, memory or CPU time, and the message says of
+#: what: the test gives no result for the kernel.
+SHORTAGE = "shortage"
 #: The machine lacks something; the message says what.
 SKIPPED = "skipped"
 
 #: The first of these that one of a rule's tests has is the rule's result.
 FAILURES = (FAILED, CRASHED, TIMEOUT, KNOWN_DEFECT)
-_RESULTS = (*FAILURES, PASSED, SKIPPED)
+_RESULTS = (*FAILURES, SHORTAGE, PASSED, SKIPPED)
+
+_RULE_RESULTS = (FAILED, KNOWN_DEFECT, SHORTAGE, PASSED, SKIPPED)
 
 #: Why a run that the user stopped is not complete.
 INTERRUPTED = "interrupted"
@@ -106,8 +112,8 @@ class Run(NamedTuple):
     def rules(self) -> tuple[RuleResult, ...]:
         """The rules by id.
 
-        A rule failed, or has a known defect, if one of its tests did; else it passed if one of
-        them passed; else it is skipped.
+        A rule failed, or has a known defect, if one of its tests did; else it has a shortage if one
+        of them has; else it passed if one of them passed; else it is skipped.
         """
         tests: dict[str, list[Result]] = {}
         for result in self.results:
@@ -119,11 +125,11 @@ class Run(NamedTuple):
 
     @property
     def exit_status(self) -> ExitStatus:
-        """NEGATIVE if a test failed, UNABLE if the run ended early, ALL_SKIPPED, or OK."""
+        """NEGATIVE if a test failed; UNABLE for a shortage or an early end; ALL_SKIPPED; or OK."""
         totals = self.totals
         if any(totals[name] for name in FAILURES):
             return ExitStatus.NEGATIVE
-        if self.stopped:
+        if self.stopped or totals[SHORTAGE]:
             return ExitStatus.UNABLE
         return ExitStatus.OK if totals[PASSED] else ExitStatus.ALL_SKIPPED
 
@@ -140,7 +146,7 @@ class Run(NamedTuple):
             "seconds": round(self.seconds, 3),
             "totals": {
                 "tests": self.totals,
-                "rules": {name: found[name] for name in (FAILED, KNOWN_DEFECT, PASSED, SKIPPED)},
+                "rules": {name: found[name] for name in _RULE_RESULTS},
             },
             "rules": [
                 {

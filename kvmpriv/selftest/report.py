@@ -12,6 +12,7 @@ from .records import (
     FAILURES,
     KNOWN_DEFECT,
     PASSED,
+    SHORTAGE,
     SKIPPED,
     TIMEOUT,
     Result,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "compare",
+    "heading",
     "ktap_bail_out",
     "ktap_end",
     "ktap_plan",
@@ -41,6 +43,7 @@ _COLOURS = {
     CRASHED: RED,
     TIMEOUT: RED,
     KNOWN_DEFECT: MAGENTA,
+    SHORTAGE: YELLOW,
     SKIPPED: YELLOW,
 }
 #: In a comparison: the run has no test of this rule.
@@ -55,6 +58,7 @@ _DIRECTIVES = {
     TIMEOUT: "TIMEOUT ",
     CRASHED: "ERROR ",
     KNOWN_DEFECT: "known defect: ",
+    SHORTAGE: "ERROR shortage of ",
 }
 
 
@@ -70,12 +74,20 @@ def ktap_plan(plan: Plan, note: str = "") -> str:
 
 
 def ktap_result(number: int, result: Result, sentences: dict[str, str]) -> str:
-    """The lines of a test: for a failure its rules and its output, then how it has ended."""
+    """The lines of a test: for a failure its output; then how it has ended, with its rules.
+
+    The description is the test's id, which is unique, and after " - " the rules with their
+    sentences.
+    """
     lines: list[str] = []
-    if result.result in FAILURES:
-        lines += _rules(result, sentences)
+    not_ok = result.result in (*FAILURES, SHORTAGE)
+    if not_ok:
         lines += filter(None, [result.about, *result.detail.splitlines()])
-    end = f"{'not ok' if result.result in FAILURES else 'ok'} {number} {_name(result.test)}"
+    rules = "; ".join(
+        f"{name}: {sentences[name]}" if sentences.get(name) else name for name in result.rules
+    )
+    name = " - ".join(filter(None, [result.test, rules]))
+    end = f"{'not ok' if not_ok else 'ok'} {number} {_name(name)}"
     why = f"{_DIRECTIVES.get(result.result, '')}{result.message}".strip()
     comments = [f"# {plain(line)}".rstrip() for line in lines]
     return "\n".join([*comments, f"{end} # {_name(why)}" if why else end]) + "\n"
@@ -87,7 +99,7 @@ def ktap_end(run: Run) -> str:
     if run.stopped:
         lines.append(ktap_bail_out(run.stopped).rstrip())
     totals = run.totals
-    crashed = totals[CRASHED] + totals[TIMEOUT]
+    crashed = totals[CRASHED] + totals[TIMEOUT] + totals[SHORTAGE]
     failed = totals[FAILED] + totals[KNOWN_DEFECT]
     lines.append(
         f"# Totals: pass:{totals[PASSED]} fail:{failed} xfail:0 xpass:0 "
@@ -106,13 +118,21 @@ def _name(words: str) -> str:
     return plain(words).replace("#", "%")
 
 
-# -- a table ---------------------------------------------------------------------------------------
+# -- text ----------------------------------------------------------------------------------------
 
 
-def text(run: Run, note: str = "", *, colour: bool = False) -> str:
-    """The kernel and a note about it; each failure; a line a rule; what is missing; the sums."""
+def heading(host: HostAbout | None, note: str = "", *, colour: bool = False) -> str:
+    """The kernel, and a note about it."""
+    return "\n".join([painter(colour)(BOLD, _host(host)), *filter(None, [note])]) + "\n"
+
+
+def text(run: Run, *, colour: bool = False, verbose: bool = False) -> str:
+    """Each failure; a line for each rule that was tested; why others were not; the sums.
+
+    `verbose` gives the rules that were skipped a line each, too.
+    """
     paint = painter(colour)
-    lines = [paint(BOLD, _host(run.host)), *filter(None, [note]), ""]
+    lines = [""]
     for result in run.results:
         if result.result in FAILURES:
             lines.append(f"{paint(_COLOURS[result.result], result.result.upper())} {result.test}")
@@ -120,25 +140,33 @@ def text(run: Run, note: str = "", *, colour: bool = False) -> str:
             lines += [f"  {plain(line)}" for line in about if line]
             lines += [f"    {plain(line)}".rstrip() for line in result.detail.splitlines()]
             lines.append("")
-    rules = run.rules
-    wide = max((len(rule.rule) for rule in rules), default=0)
-    for rule in rules:
+    shown = [rule for rule in run.rules if verbose or rule.result != SKIPPED]
+    wide = max((len(rule.rule) for rule in shown), default=0)
+    for rule in shown:
         badge = paint(_COLOURS[rule.result], f"{rule.result:{_WIDTH}}")
         lines.append(f"{badge}  {rule.rule:{wide}}  {plain(rule.message)}".rstrip())
-    missing = Counter(result.message for result in run.results if result.result == SKIPPED)
-    if missing:
-        lines += ["", paint(BOLD, "Skipped, for lack of")]
-        lines += [f"  {plain(why)} ({_count(n, 'test')})" for why, n in missing.most_common()]
-    lines += ["", *_sums(run)]
+    if shown:
+        lines.append("")
+    for result_, title in (
+        (SHORTAGE, "Not tested, for a shortage of"),
+        (SKIPPED, "Skipped, for lack of"),
+    ):
+        whys = Counter(result.message for result in run.results if result.result == result_)
+        if whys:
+            lines.append(paint(BOLD, title))
+            lines += [f"  {plain(why)} ({_count(n, 'test')})" for why, n in whys.most_common()]
+            lines.append("")
+    lines += _sums(run, verbose=verbose)
     return "\n".join(lines) + "\n"
 
 
 _WIDTH = len(KNOWN_DEFECT)
 
 
-def _sums(run: Run) -> Iterator[str]:
+def _sums(run: Run, *, verbose: bool) -> Iterator[str]:
     rules = Counter(rule.result for rule in run.rules)
-    yield f"{_count(len(run.rules), 'rule')}: {_list(rules)}"
+    hint = "" if verbose or not rules[SKIPPED] else " (-v lists those that were skipped)"
+    yield f"{_count(len(run.rules), 'rule')}: {_list(rules)}{hint}"
     yield f"{_count(len(run.results), 'test')}: {_list(run.totals)}, in {run.seconds:.1f} s"
     if run.stopped:
         yield f"not complete, {len(run.results)} of {run.planned} tests: {plain(run.stopped)}"
@@ -150,11 +178,8 @@ def _sums(run: Run) -> Iterator[str]:
 def compare(
     runs: tuple[Run, Run], names: tuple[str, str], *, colour: bool = False
 ) -> tuple[str, bool]:
-    """A line for each rule with both results, differences first; and whether there are any."""
+    """A line for each rule whose results differ, the number of equal ones; whether any differ."""
     paint = painter(colour)
-    rules = [{rule.rule: rule for rule in run.rules} for run in runs]
-    every = sorted({*rules[0], *rules[1]})
-    wide = max((len(name) for name in every), default=0)
     lines = []
     for letter, name, run in zip("ab", names, runs, strict=True):
         lines.append(paint(BOLD, f"{letter}: {_host(run.host)} ({plain(name)})"))
@@ -163,28 +188,33 @@ def compare(
     if runs[0].selection != runs[1].selection:
         lines.append("the two runs selected different tests: a rule may be absent only for that")
     lines.append("")
-    rows: dict[bool, list[str]] = {True: [], False: []}
-    for name in every:
-        pair = [table.get(name) for table in rules]
-        results = [rule.result if rule else ABSENT for rule in pair]
-        differ = results[0] != results[1]
-        cells = "  ".join(paint(_COLOURS.get(said, DIM), f"{said:{_WIDTH}}") for said in results)
+    tables = [{rule.rule: rule for rule in run.rules} for run in runs]
+    pairs = {
+        name: [table[name].result if name in table else ABSENT for table in tables]
+        for name in sorted({*tables[0], *tables[1]})
+    }
+    equal = Counter(a for a, b in pairs.values() if a == b)
+    differing = [name for name, (a, b) in pairs.items() if a != b]
+    wide = max((len(name) for name in differing), default=0)
+    if differing:
+        lines.append(paint(BOLD, f"{'a':{_WIDTH}}  {'b':{_WIDTH}}  rule"))
+    for name in differing:
+        cells = "  ".join(paint(_COLOURS.get(end, DIM), f"{end:{_WIDTH}}") for end in pairs[name])
         whys = "; ".join(
-            f"{letter}: {plain(rule.message)}"
-            for letter, rule in zip("ab", pair, strict=True)
-            if differ and rule and rule.message
+            f"{letter}: {plain(table[name].message)}"
+            for letter, table in zip("ab", tables, strict=True)
+            if name in table and table[name].message
         )
-        row = f"{'!' if differ else ' '} {cells}  {name:{wide}}  {whys}"
-        rows[differ].append(row.rstrip())
-    head = f"  {'a':{_WIDTH}}  {'b':{_WIDTH}}  rule"
-    lines += [head, *rows[True], *rows[False], ""]
-    different = len(rows[True])
-    lines.append(
-        f"{different} of {_count(len(every), 'rule')} differ{'s' if different == 1 else ''}"
-        if different
-        else f"{_count(len(every), 'rule')}, no difference"
-    )
-    return "\n".join(lines) + "\n", bool(different)
+        lines.append(f"{cells}  {name:{wide}}  {whys}".rstrip())
+    every = _count(len(pairs), "rule")
+    if differing:
+        verb = "differs" if len(differing) == 1 else "differ"
+        lines += ["", f"{len(differing)} of {every} {verb}"]
+    else:
+        lines.append(f"{every}, no difference")
+    if equal:
+        lines.append(f"{_count(equal.total(), 'rule')} with equal results: {_list(equal)}")
+    return "\n".join(lines) + "\n", bool(differing)
 
 
 # -- parts -----------------------------------------------------------------------------------------
@@ -210,5 +240,5 @@ def _count(number: int, what: str) -> str:
 
 
 def _list(counts: dict[str, int]) -> str:
-    order: Iterable[str] = (PASSED, *FAILURES, SKIPPED)
+    order: Iterable[str] = (PASSED, *FAILURES, SHORTAGE, SKIPPED)
     return ", ".join(f"{counts[name]} {name}" for name in order if counts.get(name)) or "none"

@@ -11,11 +11,12 @@ import sys
 import time
 import traceback
 from collections.abc import Generator, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
-from .records import CRASHED, KNOWN_DEFECT, PASSED, SKIPPED, TIMEOUT, Planned, Result
+from . import shortage
+from .records import CRASHED, KNOWN_DEFECT, PASSED, SHORTAGE, SKIPPED, TIMEOUT, Planned, Result
 
 if TYPE_CHECKING:
     from .documents import EndEvent, Event, HostAbout, PlanEvent, Selection, StartEvent
@@ -166,10 +167,11 @@ class _Run:
         if self._plan is None and process.status == _PYTEST_USAGE:
             raise BadSelection(process.said.removeprefix("ERROR: "))
         culprit = self._running or self._last
-        kind = TIMEOUT if process.killed else CRASHED
+        kind = SHORTAGE if process.lacking else TIMEOUT if process.killed else CRASHED
         if self._running:
             seconds = time.monotonic() - self._started
-            yield Result(*self._running, kind, process.how, process.said, seconds)
+            detail = "\n".join(filter(None, [process.how if process.lacking else "", process.said]))
+            yield Result(*self._running, kind, process.lacking or process.how, detail, seconds)
             self._running = None
             self._ended += 1
         elif self._last:
@@ -177,6 +179,9 @@ class _Run:
                 self._charge(self._last, kind, process)
             yield from self._take_last()
         elif not progress:
+            lacking = shortage.of_error(None, process.said) or shortage.of_descriptors()
+            if lacking and not process.killed:
+                raise CannotRun(f"pytest ended before the first test: {lacking}")
             said = f": {process.said}" if process.said else ""
             raise CannotRun(f"pytest ended before the first test, {process.how}{said}")
         if culprit and not process.gone:
@@ -188,7 +193,7 @@ class _Run:
         detail = "\n".join(filter(None, [last.detail, how, process.said]))
         self._last = last._replace(detail=detail)
         if last.result in (PASSED, SKIPPED, KNOWN_DEFECT):
-            self._last = self._last._replace(result=kind, message=how)
+            self._last = self._last._replace(result=kind, message=process.lacking or how)
 
     def _next(self) -> Planned:
         assert self._plan is not None, "the plan comes first"
@@ -213,13 +218,27 @@ class _Process:
         self._collect = collect
         #: What it wrote to its error output, after its end.
         self.said = ""
+        #: What it ran out of, if that ended it.
+        self.lacking = ""
+        #: For how long it had waited for a CPU when the test that runs now started; its time limit.
+        self._waited: float | None = None
+        self._timeout = 0.0
 
     def __enter__(self) -> _Process:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()  # or parent and child would both write what is buffered
-        self._errors = os.fdopen(os.memfd_create("errors"), "w+b")
-        self._pipe, writable = os.pipe()
-        self._pid = os.fork()
+        self._before = shortage.Before.now()
+        with ExitStack() as opened:
+            try:
+                self._errors = opened.enter_context(os.fdopen(os.memfd_create("errors"), "w+b"))
+                self._pipe, writable = os.pipe()
+                opened.callback(os.close, self._pipe)
+                opened.callback(os.close, writable)
+                self._pid = os.fork()
+            except OSError as error:
+                why = shortage.of_error(error, "") or error.strerror
+                raise CannotRun(f"no process can be made for the tests: {why}") from None
+            opened.pop_all()
         if self._pid == 0:
             self._be_pytest(writable)
         os.close(writable)
@@ -265,6 +284,7 @@ class _Process:
                         allowed = BETWEEN
                         if event["event"] == "start":
                             allowed = event["timeout"] + GRACE
+                            self._waited, self._timeout = shortage.waited(self._pid), allowed
                         deadline = time.monotonic() + allowed
                         yield event
                     continue
@@ -273,6 +293,7 @@ class _Process:
                 return
             if time.monotonic() > deadline:
                 self.killed = True
+                self.lacking = shortage.of_time(self._waited, self._pid, self._timeout)
                 os.kill(self._pid, signal.SIGABRT)  # faulthandler writes where it hangs
                 self._wait(_DYING)
                 return
@@ -299,7 +320,11 @@ class _Process:
             os.kill(self._pid, signal.SIGKILL)
             self.gone = self._wait(_DYING)
             if self.gone:
-                self.status = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+                _, status, usage = os.wait4(self._pid, 0)
+                self.status = os.waitstatus_to_exitcode(status)
+                if not self.killed:
+                    seconds = usage.ru_utime + usage.ru_stime
+                    self.lacking = shortage.of_death(self._before, self.status, seconds)
             self._errors.seek(max(0, self._errors.seek(0, os.SEEK_END) - _TAIL))
             self.said = self._errors.read().decode(errors="replace").strip()
             self._errors.close()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pty
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+from junitparser import JUnitXml
 
 import kvmpriv
 from conftest import ROOT
@@ -25,6 +28,7 @@ from kvmpriv.selftest.records import (
     FAILED,
     KNOWN_DEFECT,
     PASSED,
+    SHORTAGE,
     SKIPPED,
     TIMEOUT,
 )
@@ -231,6 +235,8 @@ def test_ktap_and_text_of_the_same(folder: Path) -> None:
         ok, why = found.tests[f"test_it.py::{name}"]
         assert ok == (result in (PASSED, SKIPPED))
         assert message in why
+    assert found.rules["test_it.py::test_passes"] == "a.passes; a.both"
+    assert found.rules["test_it.py::test_without_a_rule"] == ""
     assert "words of the test" in found.diagnostics
     text = selftest(folder, *some)
     assert text.returncode == 1
@@ -392,6 +398,262 @@ def test_ktap_begins_at_once(folder: Path) -> None:
         process.send_signal(signal.SIGINT)
         assert process.stdout.read() == "Bail out! interrupted\n"
     assert process.returncode == 130
+
+
+def test_something_is_shown_before_the_first_test_ends(folder: Path) -> None:
+    """The kernel on standard output, and on a terminal what happens meanwhile."""
+    (folder / "test_it.py").write_text("import time\ndef test_long(): time.sleep(600)")
+    leader, follower = pty.openpty()
+    with subprocess.Popen(
+        command(folder), stdout=subprocess.PIPE, stderr=follower, text=True
+    ) as process:
+        os.close(follower)
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("Linux ")
+        said = b""
+        while b"test_long" not in said:
+            said += os.read(leader, 1000)
+        process.send_signal(signal.SIGINT)
+        assert "not complete, 0 of 1 tests: interrupted" in process.stdout.read()
+    os.close(leader)
+    assert said.index(b"looking for the tests") < said.index(b"0/1 test_it.py::test_long")
+    assert process.returncode == 130
+
+
+#: Tests that run out of something, and beside each the twin: a kernel that fails in the same way.
+SHORT = '''
+import errno, os, signal, threading, time
+import pytest
+rule = pytest.mark.rule
+
+@rule("a.fds")
+def test_descriptors():
+    kept = [os.open("/", os.O_RDONLY) for _ in range(300)]
+
+@rule("a.compared")
+def test_compared():
+    kept = []
+    try:
+        while len(kept) < 300:
+            kept.append(os.dup(0))
+    except OSError as error:
+        assert errno.errorcode[error.errno] == "EINVAL"
+    finally:
+        for fd in kept:
+            os.close(fd)
+
+@rule("a.skips")
+def test_skips():
+    try:
+        for fd in [os.dup(0) for _ in range(300)]:
+            os.close(fd)
+    except OSError as error:
+        pytest.skip(f"guest_memfd: {error.strerror}")
+
+@rule("a.fds", "a.passes")
+def test_passes():
+    pass
+
+@rule("a.returned")
+def test_returned_by_the_kernel():
+    if "FAULTY" in os.environ:
+        raise OSError(errno.EMFILE, "KVM_CREATE_VM: Too many open files")
+
+@rule("a.memory")
+def test_memory():
+    if "MEMORY" in os.environ:
+        bytearray(int(os.environ["MEMORY"]))
+
+@rule("a.cpu")
+@pytest.mark.timeout(4)
+def test_cpu():
+    """It gets no CPU beside another process of the same CPU with a better class."""
+    if "STARVED" not in os.environ:
+        return
+    cpu = {min(os.sched_getaffinity(0))}
+    hog = os.fork()
+    if hog == 0:
+        signal.alarm(60)
+        os.sched_setaffinity(0, cpu)
+        while True:
+            pass
+    try:
+        os.sched_setaffinity(0, cpu)
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        while True:
+            pass
+    finally:
+        os.kill(hog, signal.SIGKILL)
+        os.waitpid(hog, 0)
+'''
+FEW, ENOUGH = 128, 700
+
+
+@pytest.mark.parametrize(
+    ("which", "low", "high", "environment", "short", "said"),
+    [
+        (
+            "NOFILE",
+            FEW,
+            ENOUGH,
+            {},
+            {"test_descriptors", "test_compared", "test_skips"},
+            f"descriptors: this process may have {FEW} open files: ulimit -n 1024",
+        ),
+        (
+            "AS",
+            1 << 40,
+            resource.RLIM_INFINITY,
+            {"MEMORY": str(1 << 41)},
+            {"test_memory"},
+            "memory: this process may use 1 TiB: ulimit -v unlimited",
+        ),
+    ],
+)
+def test_a_shortage_of_a_limit(
+    folder: Path,
+    which: str,
+    low: int,
+    high: int,
+    environment: dict[str, str],
+    short: set[str],
+    said: str,
+) -> None:
+    """It is an error of the run; the twin has a higher limit and is charged to the kernel."""
+    (folder / "test_it.py").write_text(SHORT)
+
+    def ran(soft: int, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+        number = getattr(resource, f"RLIMIT_{which}")
+        hard = resource.getrlimit(number)[1]
+        return subprocess.run(
+            command(folder, *arguments),
+            capture_output=True,
+            text=True,
+            env={**os.environ, **environment, **more},
+            preexec_fn=lambda: resource.setrlimit(number, (soft, hard)),
+        )
+
+    done = ran(low, "--json")
+    assert done.returncode == ExitStatus.UNABLE
+    word = "test was" if len(short) == 1 else "tests were"
+    assert done.stderr == f"kvmpriv selftest: {len(short)} {word} not tested, for a shortage\n"
+    found = json.loads(done.stdout)
+    jsonschema.validate(found, SCHEMA, cls=jsonschema.Draft202012Validator)
+    tests = {test["test"].removeprefix("test_it.py::"): test for test in found["tests"]}
+    assert {name for name, test in tests.items() if test["result"] == SHORTAGE} == short
+    assert {tests[name]["message"] for name in short} == {said}
+    assert {test["result"] for name, test in tests.items() if name not in short} == {PASSED}
+    text = ran(low)
+    assert text.returncode == ExitStatus.UNABLE
+    assert f"Not tested, for a shortage of\n  {said} ({len(short)} test" in text.stdout
+    ktap = parse(ran(low, "--ktap").stdout)
+    for name in short:
+        assert ktap.tests[f"test_it.py::{name}"] == (False, f"ERROR shortage of {said}")
+    twin = json.loads(ran(high, "--json", FAULTY="1").stdout)
+    results = {test["test"].removeprefix("test_it.py::"): test["result"] for test in twin["tests"]}
+    assert results["test_returned_by_the_kernel"] == FAILED
+    assert SHORTAGE not in results.values()
+    if which == "AS":
+        assert results["test_memory"] == FAILED, "the kernel refused what nothing limits"
+
+
+def test_a_shortage_of_cpu_time(folder: Path) -> None:
+    """A test that had to wait for a CPU did not hang in the kernel; test_slow is the twin."""
+    (folder / "test_it.py").write_text(SHORT)
+    done = selftest(folder, "--json", "-k", "cpu", STARVED="1")
+    assert done.returncode == ExitStatus.UNABLE
+    (test,) = json.loads(done.stdout)["tests"]
+    assert (test["result"], test["message"]) == (
+        SHORTAGE,
+        "CPU time: the test waited for a CPU for half of its 4 s, or longer",
+    )
+
+
+@pytest.mark.parametrize("limit", [5, 7, 9, 11, 13])
+def test_no_descriptors_from_the_start(folder: Path, limit: int) -> None:
+    """One sentence, wherever it ends."""
+    (folder / "test_it.py").write_text(PASSING)
+    done = subprocess.run(
+        command(folder),
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit)),
+    )
+    assert (done.returncode, done.stdout) == (ExitStatus.UNABLE, "")
+    (said,) = done.stderr.splitlines()
+    assert said.startswith("kvmpriv selftest: ")
+    assert said.endswith(f"descriptors: this process may have {limit} open files: ulimit -n 1024")
+
+
+# -- JUnit XML -------------------------------------------------------------------------------------
+
+
+def test_junit(folder: Path, tmp_path: Path) -> None:
+    """Beside each form of output, with control characters and bytes that are not UTF-8."""
+    (folder / "test_it.py").write_text(
+        PASSING + "import os\n@pytest.mark.rule('d.odd')\ndef test_odd():\n"
+        "    os.write(1, b'\\xff\\x1b[2J\\0]]>\\n')\n    assert 0, '\\x00\\ud800'\n"
+    )
+    out = tmp_path / "out.xml"
+    out.write_text("the old one")
+    out.chmod(0o640)
+    for form in ((), ("--ktap",), ("--json",)):
+        done = selftest(folder, *form, "--junit", str(out))
+        assert (done.returncode, done.stderr) == (1, "")
+        assert done.stdout == selftest(folder, *form).stdout or done.stdout.count("\n") > 5
+        (suite,) = JUnitXml.fromstring(out.read_bytes())
+        assert (suite.tests, suite.failures, suite.errors, suite.skipped) == (5, 1, 0, 1)
+        (odd,) = (case for case in suite if case.name == "test_odd")
+        (failure,) = odd.result
+        assert failure.message == r"AssertionError: \x00\ud800"
+        assert r"\x1b[2J\x00]]>" in failure.text
+        assert out.stat().st_mode & 0o777 == 0o640
+        assert sorted(each.name for each in tmp_path.iterdir()) == ["out.xml", "suite"]
+
+
+def test_junit_of_a_run_that_was_interrupted(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.xml"
+    (folder / "test_it.py").write_text("import time\ndef test_long(): time.sleep(600)")
+    with subprocess.Popen(
+        command(folder, "--junit", str(out)), stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("Linux ")
+        process.send_signal(signal.SIGINT)
+        process.communicate()
+    assert process.returncode == 130
+    (suite,) = JUnitXml.fromstring(out.read_bytes())
+    assert (suite.tests, suite.errors) == (1, 1)
+    ((error,),) = (case.result for case in suite)
+    assert error.message == "0 of 1 tests: interrupted"
+
+
+def test_junit_that_can_not_be_written(folder: Path, tmp_path: Path) -> None:
+    """The command says so before it runs a test; at the end, the old file is kept."""
+    (folder / "test_it.py").write_text("open('ran', 'w').close()\ndef test_it(): pass")
+    inside, full = tmp_path / "no" / "out.xml", tmp_path / "full.xml"
+    for path, why in ((folder, "Is a directory"), (inside, "No such file or directory")):
+        done = selftest(folder, "--junit", str(path))
+        assert (done.returncode, done.stdout) == (ExitStatus.UNABLE, "")
+        assert done.stderr == f"kvmpriv selftest: {path}: {why}\n"
+    assert not (ROOT / "ran").exists()
+    (folder / "test_it.py").write_text("def test_it(): pass")
+    full.write_text("the old one")
+    done = subprocess.run(
+        command(folder, "--junit", str(full)),
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)),
+    )
+    assert done.returncode == ExitStatus.UNABLE
+    assert done.stderr == f"kvmpriv selftest: {full}: File too large\n"
+    assert "1 test: 1 passed" in done.stdout
+    assert full.read_text() == "the old one"
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["full.xml", "suite"]
+    for option in (("--list",), ("--compare", str(full), str(full))):
+        done = selftest(folder, *option, "--junit", str(full))
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == "kvmpriv selftest: --junit needs a run of the suite\n"
 
 
 def test_in_a_folder_that_is_deleted(folder: Path, tmp_path: Path) -> None:

@@ -7,10 +7,14 @@ from typing import NamedTuple
 
 
 class Ktap(NamedTuple):
-    """The contents of a document: name -> (ok, what follows the hash)."""
+    """The contents of a document: name -> (ok, what follows the hash), and name -> its rules.
+
+    The name is the part of the description before " - ", the rules are the part after it.
+    """
 
     plan: int
     tests: dict[str, tuple[bool, str]]
+    rules: dict[str, str]
     diagnostics: list[str]
     bailed_out: str = ""
 
@@ -23,6 +27,7 @@ def parse(text: str) -> Ktap:
     planned = re.fullmatch(r"1\.\.(\d+)", plan)
     assert planned
     tests: dict[str, tuple[bool, str]] = {}
+    rules: dict[str, str] = {}
     diagnostics, bailed_out = [], ""
     for line in lines:
         if line.startswith("#"):
@@ -34,8 +39,9 @@ def parse(text: str) -> Ktap:
             found = re.fullmatch(r"(ok|not ok) (\d+) ([^#]+?)(?: # ([^#]+))?", line)
             assert found, line
             assert int(found[2]) == len(tests) + 1
-            assert found[3] not in tests
-            tests[found[3]] = found[1] == "ok", found[4] or ""
+            name, _, rules_ = found[3].partition(" - ")
+            assert name not in tests
+            tests[name], rules[name] = (found[1] == "ok", found[4] or ""), rules_
     if not bailed_out:
         assert len(tests) == int(planned[1])
-    return Ktap(int(planned[1]), tests, diagnostics, bailed_out)
+    return Ktap(int(planned[1]), tests, rules, diagnostics, bailed_out)

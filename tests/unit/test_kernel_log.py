@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 
 from kvmpriv.selftest import kernel_log, report
-from kvmpriv.selftest.documents import HostAbout, Selection
+from kvmpriv.selftest.documents import HostAbout
 from kvmpriv.selftest.kernel_log import KernelLog
-from kvmpriv.selftest.records import Run
 from kvmpriv.selftest.runner import Plan
 from private import conftest
 
@@ -108,6 +107,5 @@ def test_a_log_that_can_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     host: HostAbout = {
         "release": "x", "version": "x", "machine": "x", "kvmpriv": "x", "verdict": "x", "abis": [],
     }  # fmt: skip
-    selection: Selection = {"rules": [], "expression": "", "dangerous": False, "timeout": 1.0}
-    assert report.text(Run(host, selection, 0, (), 0.0), note).splitlines()[1] == note
+    assert report.heading(host, note).splitlines()[1] == note
     assert report.ktap_plan(Plan((), host, {}), note).splitlines()[2] == f"# {note}"

@@ -23,6 +23,7 @@ from kvmpriv.selftest.records import (
     FAILED,
     KNOWN_DEFECT,
     PASSED,
+    SHORTAGE,
     SKIPPED,
     TIMEOUT,
     Planned,
@@ -80,6 +81,9 @@ def document(run: Run) -> Any:
         ([SKIPPED, TIMEOUT], FAILED),
         ([PASSED, KNOWN_DEFECT, SKIPPED], KNOWN_DEFECT),
         ([KNOWN_DEFECT, FAILED], FAILED),
+        ([PASSED, SHORTAGE], SHORTAGE),
+        ([SHORTAGE, SKIPPED], SHORTAGE),
+        ([SHORTAGE, KNOWN_DEFECT], KNOWN_DEFECT),
     ],
 )
 def test_a_rules_result(results: list[str], expected: str) -> None:
@@ -104,6 +108,8 @@ def test_a_rules_message() -> None:
         ([PASSED, CRASHED], "", ExitStatus.NEGATIVE),
         ([PASSED, TIMEOUT], "", ExitStatus.NEGATIVE),
         ([PASSED, KNOWN_DEFECT], "", ExitStatus.NEGATIVE),
+        ([PASSED, SHORTAGE, SKIPPED], "", ExitStatus.UNABLE),
+        ([SHORTAGE, FAILED], "", ExitStatus.NEGATIVE),
         ([PASSED], "lost", ExitStatus.UNABLE),
         ([], "lost", ExitStatus.UNABLE),
         ([PASSED, FAILED], "lost", ExitStatus.NEGATIVE),
@@ -115,20 +121,29 @@ def test_exit_status(results: list[str], stopped: str, status: int) -> None:
 
 
 def test_documents_come_back() -> None:
-    run = made(("a.b", PASSED), ("a.b c.d", KNOWN_DEFECT), ("e.f", TIMEOUT), stopped="interrupted")
+    run = made(
+        ("a.b", PASSED),
+        ("a.b c.d", KNOWN_DEFECT),
+        ("e.f", TIMEOUT),
+        ("g.h", SHORTAGE),
+        stopped="interrupted",
+    )
     found = document(run)
     assert Run.from_json(found) == run
     assert found["totals"]["tests"] == {
-        "failed": 0, "crashed": 0, "timeout": 1, "known defect": 1, "passed": 1, "skipped": 0,
+        "failed": 0, "crashed": 0, "timeout": 1, "known defect": 1, "shortage": 1, "passed": 1,
+        "skipped": 0,
     }  # fmt: skip
-    assert found["totals"]["rules"] == {"failed": 1, "known defect": 2, "passed": 0, "skipped": 0}
+    assert found["totals"]["rules"] == {
+        "failed": 1, "known defect": 2, "shortage": 1, "passed": 0, "skipped": 0,
+    }  # fmt: skip
 
 
 def test_the_schema_refuses() -> None:
     """The schema refuses wrong documents."""
     good = document(made(("a.b", PASSED)))
     changes: tuple[Callable[[Any], object], ...] = (
-        lambda d: d.update(schema_version=1),
+        lambda d: d.update(schema_version=2),
         lambda d: d.update(more=1),
         lambda d: d.pop("host"),
         lambda d: d["tests"][0].update(result="odd"),
@@ -156,9 +171,10 @@ def test_ktap_of_each_result() -> None:
         ),
         Result("t::hangs", ("c.d",), "", TIMEOUT, "killed"),
         Result("t::dies", (), "", CRASHED, "signal 11"),
-        Result("t::known", ("e.f",), "", KNOWN_DEFECT, "name: text"),
+        Result("t::known", ("e.f", "c.d"), "", KNOWN_DEFECT, "name: text"),
+        Result("t::starved", ("e.f",), "About.", SHORTAGE, "descriptors: few", "OSError: 24"),
     ]
-    sentences = {"c.d": "It is #so."}
+    sentences = {"a.b": "It holds.", "c.d": "It is #so."}
     plan = Plan(tuple(Planned(*result[:3]) for result in results), HOST, sentences)
     run = Run(HOST, SELECTION, len(results), tuple(results), 1, "")
     lines = [
@@ -166,7 +182,7 @@ def test_ktap_of_each_result() -> None:
     ]
     head = report.ktap_version() + report.ktap_plan(plan)
     found = parse(head + "".join(lines) + report.ktap_end(run))
-    assert found.plan == 6
+    assert found.plan == 7
     assert found.tests == {
         "t::passes": (True, ""),
         "t::skips": (True, "SKIP a device: none"),
@@ -174,46 +190,104 @@ def test_ktap_of_each_result() -> None:
         "t::hangs": (False, "TIMEOUT killed"),
         "t::dies": (False, "ERROR signal 11"),
         "t::known": (False, "known defect: name: text"),
+        "t::starved": (False, "ERROR shortage of descriptors: few"),
     }
-    said = ["# c.d: It is #so.", "# About it.", "# E 1", r"# \tE\xa02"]
+    assert found.rules == {
+        "t::passes": "a.b: It holds.",
+        "t::skips": "a.b: It holds.",
+        "t::fails[%1]": "c.d: It is %so.",
+        "t::hangs": "c.d: It is %so.",
+        "t::dies": "",
+        "t::known": "e.f; c.d: It is %so.",
+        "t::starved": "e.f",
+    }
+    said = ["# About it.", "# E 1", r"# \tE\xa02"]
     assert lines[2].splitlines()[:-1] == said
+    assert lines[6].splitlines()[:-1] == ["# About.", "# OSError: 24"]
     assert found.diagnostics[-4:] == [
         "rule a.b: passed (1 passed, 1 skipped)",
-        "rule c.d: failed (1 failed, 1 timeout)",
-        "rule e.f: known defect (1 known defect)",
-        "Totals: pass:1 fail:2 xfail:0 xpass:0 skip:1 error:2",
+        "rule c.d: failed (1 failed, 1 timeout, 1 known defect)",
+        "rule e.f: known defect (1 known defect, 1 shortage)",
+        "Totals: pass:1 fail:2 xfail:0 xpass:0 skip:1 error:3",
     ]
 
 
 # -- text ------------------------------------------------------------------------------------------
 
 
+def test_heading() -> None:
+    assert report.heading(HOST) == "Linux 6.1.0 x86_64, none; kvmpriv 0.1.0\n"
+    assert report.heading(HOST, "a note") == "Linux 6.1.0 x86_64, none; kvmpriv 0.1.0\na note\n"
+    assert report.heading(HOST, colour=True).startswith("\x1b[1mLinux")
+
+
+def rows(lines: list[str]) -> list[list[str]]:
+    """The lines of the table of rules."""
+    return [
+        line.split(maxsplit=2)
+        for line in lines
+        if re.match(r"(passed|skipped|failed|shortage) ", line)
+    ]
+
+
 def test_text() -> None:
-    run = made(("a.b", PASSED), ("a.b c.d", SKIPPED), ("e.f", FAILED), ("g.h", KNOWN_DEFECT))
+    """A rule that was skipped has no line of its own, but a reason; with `verbose` it has."""
+    run = made(
+        ("a.b", PASSED),
+        ("a.b c.d", SKIPPED),
+        ("e.f", FAILED),
+        ("g.h", KNOWN_DEFECT),
+        ("i.j", SHORTAGE),
+    )
     lines = report.text(run).splitlines()
-    assert lines[0] == "Linux 6.1.0 x86_64, none; kvmpriv 0.1.0"
     assert "FAILED test_it.py::test_2" in lines
     assert "KNOWN DEFECT test_it.py::test_3" in lines
     at = lines.index("FAILED test_it.py::test_2")
     assert lines[at + 1 : at + 4] == ["  e.f: e.f holds.", "  It holds.", "  why 2"]
     table = [
-        line.split(maxsplit=2) for line in lines if re.match(r"(passed|skipped|failed) ", line)
-    ]
-    assert table == [
         ["passed", "a.b", "not all: why 1"],
-        ["skipped", "c.d", "why 1"],
         ["failed", "e.f", "why 2"],
+        ["shortage", "i.j", "why 4"],
     ]
+    assert rows(lines) == table
     assert "known defect  g.h  why 3" in lines
-    assert "  why 1 (1 test)" in lines
-    assert lines[-2:] == [
-        "4 rules: 1 passed, 1 failed, 1 known defect, 1 skipped",
-        "4 tests: 1 passed, 1 failed, 1 known defect, 1 skipped, in 1.5 s",
+    sums = "1 passed, 1 failed, 1 known defect, 1 shortage, 1 skipped"
+    assert lines[-8:] == [
+        "Not tested, for a shortage of",
+        "  why 4 (1 test)",
+        "",
+        "Skipped, for lack of",
+        "  why 1 (1 test)",
+        "",
+        f"5 rules: {sums} (-v lists those that were skipped)",
+        f"5 tests: {sums}, in 1.5 s",
     ]
     assert "\x1b" not in report.text(run)
     plain = re.sub(r"\x1b\[\d+m", "", report.text(run, colour=True))
     assert plain == report.text(run)
     assert report.text(run, colour=True) != plain
+    verbose = report.text(run, verbose=True).splitlines()
+    assert rows(verbose) == [table[0], ["skipped", "c.d", "why 1"], *table[1:]]
+    assert verbose[-2].endswith("1 skipped")
+
+
+def test_skipped_rules_are_a_line_for_each_reason() -> None:
+    """400 rules that were skipped for two reasons are two lines; the most frequent comes first."""
+    skipped = tuple(
+        Result(f"t::{n}", (f"a.r{n}",), "", SKIPPED, "root: we are not" if n % 4 else "memory: 1")
+        for n in range(400)
+    )
+    run = Run(HOST, SELECTION, 400, skipped, 1.0)
+    assert report.text(run).splitlines() == [
+        "",
+        "Skipped, for lack of",
+        "  root: we are not (300 tests)",
+        "  memory: 1 (100 tests)",
+        "",
+        "400 rules: 400 skipped (-v lists those that were skipped)",
+        "400 tests: 400 skipped, in 1.0 s",
+    ]
+    assert len(rows(report.text(run, verbose=True).splitlines())) == 400
 
 
 def test_text_of_a_run_that_was_stopped() -> None:
@@ -225,8 +299,16 @@ def test_text_of_a_run_that_was_stopped() -> None:
 
 
 def test_compare() -> None:
-    a = made(("a.b", PASSED), ("c.d", SKIPPED), ("e.f", FAILED), release="6.1")
-    b = made(("a.b", PASSED), ("c.d", PASSED), ("g.h", FAILED), release="6.12", stopped="lost")
+    """The rules whose results differ have a line each, all others together one."""
+    a = made(("a.b", PASSED), ("c.d", SKIPPED), ("e.f", FAILED), ("i.j", SKIPPED), release="6.1")
+    b = made(
+        ("a.b", PASSED),
+        ("c.d", PASSED),
+        ("g.h", FAILED),
+        ("i.j", SKIPPED),
+        release="6.12",
+        stopped="lost",
+    )
     words, differ = report.compare((a, b), ("a.json", "b.json"))
     assert differ
     assert words.splitlines() == [
@@ -234,18 +316,20 @@ def test_compare() -> None:
         "b: Linux 6.12 x86_64, none; kvmpriv 0.1.0 (b.json)",
         "   not complete: lost",
         "",
-        "  a             b             rule",
-        "! skipped       passed        c.d  a: why 1",
-        "! failed        absent        e.f  a: why 2",
-        "! absent        failed        g.h  b: why 2",
-        "  passed        passed        a.b",
+        "a             b             rule",
+        "skipped       passed        c.d  a: why 1",
+        "failed        absent        e.f  a: why 2",
+        "absent        failed        g.h  b: why 2",
         "",
-        "3 of 4 rules differ",
+        "3 of 5 rules differ",
+        "2 rules with equal results: 1 passed, 1 skipped",
     ]
     same, differ = report.compare((a, a), ("x", "y"))
     assert not differ
-    assert same.splitlines()[-1] == "3 rules, no difference"
-    assert "!" not in same
+    assert same.splitlines()[3:] == [
+        "4 rules, no difference",
+        "4 rules with equal results: 1 passed, 1 failed, 2 skipped",
+    ]
     one, _ = report.compare((made(("a.b", PASSED)), made(("a.b", FAILED))), ("x", "y"))
     assert one.splitlines()[-1] == "1 of 1 rule differs"
     other = a._replace(selection={**SELECTION, "expression": "x"})
@@ -265,7 +349,7 @@ def test_compare_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     same.write_bytes(a.read_bytes())
     status, out, errors = compare(capsys, a, b)
     assert (status, errors) == (1, "")
-    assert "! passed        failed        a.b" in out
+    assert "\npassed        failed        a.b" in out
     status, out, errors = compare(capsys, a, same)
     assert (status, errors) == (0, "")
     assert "no difference" in out
@@ -282,9 +366,9 @@ def test_compare_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         (b"\xff\xfe", "not JSON"),
         (b"[" * 100_000, "not JSON"),
         (b"[1]", "no schema_version"),
-        (b'{"schema_version": 1}', "schema version 1; this kvmpriv reads 2"),
-        (b'{"schema_version": 2}', "the document: 'host' is a required property"),
-        (b'{"schema_version": true}', "schema version True; this kvmpriv reads 2"),
+        (b'{"schema_version": 2}', "schema version 2; this kvmpriv reads 3"),
+        (b'{"schema_version": 3}', "the document: 'host' is a required property"),
+        (b'{"schema_version": true}', "schema version True; this kvmpriv reads 3"),
         (lambda d: d.update(host=[]), "host: [] is not of type 'object'"),
         (lambda d: d["host"].pop("kvmpriv"), "host: 'kvmpriv' is a required property"),
         (lambda d: d.pop("tests"), "the document: 'tests' is a required property"),

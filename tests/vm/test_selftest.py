@@ -82,9 +82,9 @@ def test_side_by_side(documents: dict[str, Path]) -> None:
     done = subprocess.run([*compare, a, b], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (1, "")
     marked = {
-        (cells[3], *cells[1:3])
+        (cells[2], *cells[:2])
         for cells in map(str.split, done.stdout.splitlines())
-        if cells[:1] == ["!"]
+        if len(cells) > 2
     }
     assert marked >= {(name, "passed", "skipped") for name in V9}
     assert marked >= {(name, "skipped", "passed") for name in GUEST_MEMFD}
