@@ -28,6 +28,7 @@ __all__ = [
     "fallocate",
     "fstatfs_type",
     "ioctl",
+    "kcmp_file",
     "last_errno",
     "os_error",
     "pthread_sigmask_unblock",
@@ -68,7 +69,8 @@ _unshare.restype = c_int
 
 CLONE_NEWUSER, CLONE_NEWNET = 0x1000_0000, 0x4000_0000  # <linux/sched.h>
 
-_SYS_tgkill = 234  # x86-64
+_SYS_tgkill, _SYS_kcmp = 234, 312  # x86-64
+_KCMP_FILE = 0  # <linux/kcmp.h>
 
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2  # <linux/falloc.h>
 
@@ -133,6 +135,14 @@ def unshare(flags: int) -> int:
     os.unshare does the same, from Python 3.12 on.
     """
     return int(_unshare(flags))
+
+
+def kcmp_file(pid: int, fd: int, other_pid: int, other_fd: int) -> int:
+    """``kcmp(2)`` of two descriptors: 0 if both lead to one open file, -1 for failure.
+
+    1 and 2 are "less" and "greater", in an order that is the same for all files until a reboot.
+    """
+    return syscall(_SYS_kcmp, pid, other_pid, _KCMP_FILE, fd, other_fd)
 
 
 def tgkill(tid: int, signum: int) -> int:

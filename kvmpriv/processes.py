@@ -19,7 +19,8 @@ __all__ = [
     "VM",
     "VM_DEVICE",
 ]
-__all__ += ["About", "Descriptor", "Kind", "Scan", "about", "classify", "scan"]
+__all__ += ["About", "Descriptor", "Kind", "Mapping", "Scan"]
+__all__ += ["about", "classify", "mappings", "scan"]
 
 _PF_KTHREAD = 0x0020_0000  # <linux/sched.h>; field 9 of /proc/PID/stat, see proc_pid_stat(5)
 
@@ -72,10 +73,23 @@ class Descriptor(NamedTuple):
     vcpu: int | None = None
 
 
+class Mapping(NamedTuple):
+    """A mapping of such a file by process `pid`: a reference to the file, as a descriptor is.
+
+    `inode` tells files of private memory apart; all other files share one.  `size` is in bytes.
+    """
+
+    pid: int
+    kind: Kind
+    vcpu: int | None
+    inode: int
+    size: int
+
+
 class About(NamedTuple):
     """A process: its name with its exact bytes (surrogateescape), user and parent.
 
-    `started` is the time of its start in seconds since the epoch, to a hundredth.
+    `started` is the time of its start in seconds since the epoch, right to a second.
     """
 
     name: str
@@ -88,12 +102,12 @@ class Scan(NamedTuple):
     """The descriptors by process; processes without any are absent.
 
     `unreadable` are the processes whose descriptors this user may not list, without kernel threads,
-    which have none.  `seen` is the number of processes and kernel threads that /proc shows.
+    which have none.  `pids` are all processes and kernel threads that /proc shows.
     """
 
     found: dict[int, list[Descriptor]]
     unreadable: list[int]
-    seen: int
+    pids: list[int]
 
 
 def classify(link: str) -> tuple[Kind, int | None] | None:
@@ -136,7 +150,7 @@ def scan(proc: str = "/proc", device: str = "/dev/kvm") -> Scan:
         else:
             if descriptors:
                 found[pid] = descriptors
-    return Scan(found, unreadable, len(pids))
+    return Scan(found, unreadable, pids)
 
 
 def _descriptors(pid: int, folder: str, node: str) -> list[Descriptor]:
@@ -176,3 +190,23 @@ def about(pid: int) -> About | None:
             return About(process.name(), process.username(), process.ppid(), process.create_time())
     except psutil.Error:
         return None
+
+
+def mappings(pid: int, proc: str = "/proc") -> list[Mapping]:
+    """The mappings of KVM's files and of private memory; none if this user may not list them."""
+    try:
+        with open(f"{proc}/{pid}/maps", "rb") as file:  # noqa: PTH123  # Path is slower
+            text = file.read()
+    except OSError:
+        return []
+    found = []
+    if b"kvm" in text:  # nearly all processes end here
+        for line in text.splitlines():
+            # Start and end, permissions, offset, device, inode, path: proc_pid_maps(5).
+            fields = line.split(None, 5)
+            kind = classify(os.fsdecode(fields[5])) if len(fields) > 5 else None
+            if kind:
+                start, _, end = fields[0].partition(b"-")
+                size = int(end, 16) - int(start, 16)
+                found.append(Mapping(pid, *kind, int(fields[4]), size))
+    return found

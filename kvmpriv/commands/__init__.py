@@ -17,6 +17,7 @@ __all__ = ["COMMANDS", "fail"]
 #: The name of each command, which is its module's too, and its help in one line.
 COMMANDS = {
     "probe": "find out what private memory this host can give to guests",
+    "ps": "list the processes that have KVM, VMs and private memory open",
     "run": "run a guest from a flat binary or an ELF file",
     "boot": "boot Linux from a bzImage or a vmlinux",
     "trace": "summarise a recording of `boot --trace`, as text or HTML",

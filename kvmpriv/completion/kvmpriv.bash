@@ -5,9 +5,10 @@
 #    source ~/.local/share/bash_completion/kvmpriv
 # See also: https://github.com/scop/bash-completion/blob/main/doc/configuration.md
 
-_shtab_kvmpriv_subparsers=(probe run boot trace selftest help)
+_shtab_kvmpriv_subparsers=(probe ps run boot trace selftest help)
 
 _shtab_kvmpriv_probe_option_strings=(-h --help --format --json -q --quiet --output --verbose --device)
+_shtab_kvmpriv_ps_option_strings=(-h --help --json --watch --stat-restricted)
 _shtab_kvmpriv_run_option_strings=(-h --help --hello --mode --memory --load --entry --timeout --device)
 _shtab_kvmpriv_boot_option_strings=(-h --help --kernel --initrd --append --memory --cpus --private --disk --net --run --shell --timeout --pin --watch --trace --json --device)
 _shtab_kvmpriv_trace_option_strings=(-h --help --page)
@@ -31,8 +32,8 @@ _shtab_kvmpriv_selftest___junit_COMPGEN=_shtab_compgen_files
 
 _shtab_kvmpriv_probe___format_choices=(text json prometheus nfd ansible)
 _shtab_kvmpriv_run___mode_choices=(real long)
-_shtab_kvmpriv_help_pos_0_choices=(probe run boot trace selftest)
-_shtab_kvmpriv_pos_0_choices=(probe run boot trace selftest help)
+_shtab_kvmpriv_help_pos_0_choices=(probe ps run boot trace selftest)
+_shtab_kvmpriv_pos_0_choices=(probe ps run boot trace selftest help)
 
 _shtab_kvmpriv_probe__h_nargs=0
 _shtab_kvmpriv_probe___help_nargs=0
@@ -40,6 +41,11 @@ _shtab_kvmpriv_probe___json_nargs=0
 _shtab_kvmpriv_probe__q_nargs=0
 _shtab_kvmpriv_probe___quiet_nargs=0
 _shtab_kvmpriv_probe___verbose_nargs=0
+_shtab_kvmpriv_ps__h_nargs=0
+_shtab_kvmpriv_ps___help_nargs=0
+_shtab_kvmpriv_ps___json_nargs=0
+_shtab_kvmpriv_ps___watch_nargs='?'
+_shtab_kvmpriv_ps___stat_restricted_nargs=0
 _shtab_kvmpriv_run_pos_1_nargs='*'
 _shtab_kvmpriv_run__h_nargs=0
 _shtab_kvmpriv_run___help_nargs=0

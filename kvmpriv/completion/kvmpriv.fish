@@ -50,8 +50,8 @@ function _shtab_kvmpriv_using
   test "$_shtab_kvmpriv_cmdpath" = "$argv"
 end
 
-set -g _shtab_kvmpriv_commands probe run boot trace selftest help
-set -g _shtab_kvmpriv_opts_with_value --append --compare --cpus --device --disk --entry --format --initrd --junit --kernel --load --memory --mode --net --output --page --pin --private --run --timeout --trace -k
+set -g _shtab_kvmpriv_commands probe ps run boot trace selftest help
+set -g _shtab_kvmpriv_opts_with_value --append --compare --cpus --device --disk --entry --format --initrd --junit --kernel --load --memory --mode --net --output --page --pin --private --run --timeout --trace --watch -k
 
 complete -c kvmpriv -e
 complete -c kvmpriv -f
@@ -66,6 +66,11 @@ complete -c kvmpriv -n '_shtab_kvmpriv_using probe' -s q -l quiet -d 'print the 
 complete -c kvmpriv -n '_shtab_kvmpriv_using probe' -l output -xka "(__fish_complete_path (commandline -ct))" -d 'write to FILE instead of standard output: FILE is replaced in one step, and stays as it is if that fails'
 complete -c kvmpriv -n '_shtab_kvmpriv_using probe' -l verbose -d 'also list the processes that have the device open (takes longer)'
 complete -c kvmpriv -n '_shtab_kvmpriv_using probe' -l device -xka "(__fish_complete_path (commandline -ct))" -d 'KVM'"'"'s device node (default: /dev/kvm)'
+complete -c kvmpriv -n '_shtab_kvmpriv_using; and test $_shtab_kvmpriv_npos -eq 0' -a ps -d 'list the processes that have KVM, VMs and private memory open'
+complete -c kvmpriv -n '_shtab_kvmpriv_using ps' -s h -l help -d 'show this help message and exit'
+complete -c kvmpriv -n '_shtab_kvmpriv_using ps' -l json -d 'print one JSON document; kvmpriv/ps/schema.json describes it'
+complete -c kvmpriv -n '_shtab_kvmpriv_using ps' -l watch -x -d 'print it again and again, with SECONDS between (default: 2)'
+complete -c kvmpriv -n '_shtab_kvmpriv_using ps' -l stat-restricted -d 'read the sizes of memfd_restricted files, too. This crashes a kernel that has the v9 series without this project'"'"'s fixes'
 complete -c kvmpriv -n '_shtab_kvmpriv_using; and test $_shtab_kvmpriv_npos -eq 0' -a run -d 'run a guest from a flat binary or an ELF file'
 complete -c kvmpriv -n '_shtab_kvmpriv_using run' -s h -l help -d 'show this help message and exit'
 complete -c kvmpriv -n '_shtab_kvmpriv_using run' -l hello -d 'run the guest that comes with kvmpriv, not IMAGE'
@@ -111,4 +116,4 @@ complete -c kvmpriv -n '_shtab_kvmpriv_using selftest' -l dangerous -d 'also run
 complete -c kvmpriv -n '_shtab_kvmpriv_using selftest' -l timeout -x -d 'time limit of a test that sets none itself (default: 120)'
 complete -c kvmpriv -n '_shtab_kvmpriv_using; and test $_shtab_kvmpriv_npos -eq 0' -a help -d 'Print the help of kvmpriv, or of a command.'
 complete -c kvmpriv -n '_shtab_kvmpriv_using help' -s h -l help -d 'show this help message and exit'
-complete -c kvmpriv -n '_shtab_kvmpriv_using help; and test $_shtab_kvmpriv_npos -eq 0' -ka "probe run boot trace selftest" -d COMMAND
+complete -c kvmpriv -n '_shtab_kvmpriv_using help; and test $_shtab_kvmpriv_npos -eq 0' -ka "probe ps run boot trace selftest" -d COMMAND

@@ -9,7 +9,7 @@ import errno as _errno
 import os
 from typing import TYPE_CHECKING
 
-from .. import libc
+from .. import libc, procfs
 from ..terminal import format_size
 
 if TYPE_CHECKING:
@@ -39,44 +39,6 @@ _PARAMETERS = {
 }
 
 
-def _read(path: str, size: int = 65536) -> str | None:
-    """The beginning of a file of /proc or /sys, None if it can't be read."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        return os.read(fd, size).decode(errors="replace").strip("\0\n ")
-    except OSError:
-        return None
-    finally:
-        os.close(fd)
-
-
-def _list(path: str) -> list[str]:
-    try:
-        return sorted(os.listdir(path))
-    except OSError:
-        return []
-
-
-def _fields(text: str | None) -> dict[str, str]:
-    """``name: value`` lines."""
-    lines = (line.partition(":") for line in (text or "").splitlines())
-    return {name.strip(): value.strip() for name, _, value in lines}
-
-
-def _number(text: str | None) -> int | None:
-    digits = (text or "").split(" ")[0]
-    return int(digits) if digits.isdigit() else None
-
-
-def _kib(text: str | None) -> int | None:
-    """The number of bytes of ``1024 kB``."""
-    number = _number(text)
-    return None if number is None else number * 1024
-
-
 def facts(root: str = "") -> HostFacts:
     """What can be said without KVM; None where the host doesn't tell.
 
@@ -84,46 +46,48 @@ def facts(root: str = "") -> HostFacts:
     """
     sys_module, proc = f"{root}/sys/module", f"{root}/proc"
     uname = os.uname()
-    memory = _fields(_read(f"{proc}/meminfo"))
+    memory = procfs.fields(procfs.read(f"{proc}/meminfo"))
     pages = f"{root}/sys/kernel/mm"
-    transparent = _read(f"{pages}/transparent_hugepage/enabled") or ""
-    enforce = _read(f"{root}/sys/fs/selinux/enforce")
+    transparent = procfs.read(f"{pages}/transparent_hugepage/enabled") or ""
+    enforce = procfs.read(f"{root}/sys/fs/selinux/enforce")
     parameters = {
-        f"{module}.{name}": _read(f"{sys_module}/{module}/parameters/{name}")
+        f"{module}.{name}": procfs.read(f"{sys_module}/{module}/parameters/{name}")
         for module, names in _PARAMETERS.items()
         for name in names
     }
     # One read of some kilobytes has the first CPU; the whole file takes a big host long.
-    flags = _fields((_read(f"{proc}/cpuinfo", 8192) or "").split("\n\n")[0]).get("flags", "")
+    flags = procfs.fields((procfs.read(f"{proc}/cpuinfo", 8192) or "").split("\n\n")[0]).get(
+        "flags", ""
+    )
     sev = f"{root}/dev/sev"
     return {
         "kernel": f"{uname.release} {uname.machine}",
         "kvm_loaded": os.access(f"{sys_module}/kvm", os.F_OK),
-        "kvm_registered": _read(f"{root}/sys/class/misc/kvm/dev"),
+        "kvm_registered": procfs.read(f"{root}/sys/class/misc/kvm/dev"),
         "backend": {
             name: "module" if os.access(f"{sys_module}/{name}/initstate", os.F_OK) else "built in"
-            for name in _list(sys_module)
+            for name in procfs.names(sys_module)
             if name.startswith("kvm_")
         },
         "parameters": {name: value for name, value in parameters.items() if value is not None},
         "cpu_flags": [flag for flag in _CPU_FLAGS if flag in flags.split()],
         "dev_sev": os.access(sev, os.R_OK | os.W_OK) if os.access(sev, os.F_OK) else None,
-        "seccomp": _number(_fields(_read(f"{proc}/self/status")).get("Seccomp")),
+        "seccomp": procfs.number(procfs.fields(procfs.read(f"{proc}/self/status")).get("Seccomp")),
         "selinux": {"1": "enforcing", "0": "permissive"}.get(enforce or ""),
-        "apparmor": _read(f"{proc}/self/attr/apparmor/current"),
+        "apparmor": procfs.read(f"{proc}/self/attr/apparmor/current"),
         "memory": {
-            "total": _kib(memory.get("MemTotal")),
-            "free": _kib(memory.get("MemFree")),
-            "available": _kib(memory.get("MemAvailable")),
+            "total": procfs.kib(memory.get("MemTotal")),
+            "free": procfs.kib(memory.get("MemFree")),
+            "available": procfs.kib(memory.get("MemAvailable")),
         },
         "hugepages": [
             {
                 "size": size * 1024,
-                "total": _number(_read(f"{pages}/hugepages/{name}/nr_hugepages")),
-                "free": _number(_read(f"{pages}/hugepages/{name}/free_hugepages")),
+                "total": procfs.number(procfs.read(f"{pages}/hugepages/{name}/nr_hugepages")),
+                "free": procfs.number(procfs.read(f"{pages}/hugepages/{name}/free_hugepages")),
             }
-            for name in _list(f"{pages}/hugepages")
-            if (size := _number(name[len("hugepages-") :].replace("kB", ""))) is not None
+            for name in procfs.names(f"{pages}/hugepages")
+            if (size := procfs.number(name[len("hugepages-") :].replace("kB", ""))) is not None
         ],
         "transparent_hugepages": transparent.partition("[")[2].partition("]")[0] or None,
         "nesting": None,
@@ -183,7 +147,7 @@ def shortage_hint(shortage: str, host: HostFacts) -> str:
         limit = libc.soft_limit(libc.RLIMIT_NOFILE)
         return f"this process may have {limit} files open (RLIMIT_NOFILE): raise it by ulimit -n 64"
     if shortage == "ENFILE":
-        most = _read("/proc/sys/fs/file-max") or "as many as fs.file-max allows"
+        most = procfs.read("/proc/sys/fs/file-max") or "as many as fs.file-max allows"
         return f"this host has {most} files open, its limit: raise fs.file-max by sysctl -w"
     if shortage == "ENOMEM":
         return _memory_hint(host)
@@ -205,8 +169,8 @@ def _memory_hint(host: HostFacts) -> str:
         if (limit := libc.soft_limit(number)) is not None:
             may = f"this process may have {format_size(limit)} of memory ({name})"
             return f"{may}: raise it by ulimit -{option}"
-    group = (_read("/proc/self/cgroup") or "").partition("0::")[2].partition("\n")[0]
-    limit = _number(_read(f"/sys/fs/cgroup{group}/memory.max"))
+    group = (procfs.read("/proc/self/cgroup") or "").partition("0::")[2].partition("\n")[0]
+    limit = procfs.number(procfs.read(f"/sys/fs/cgroup{group}/memory.max"))
     if limit is not None:
         return f"the memory cgroup {group} may have {format_size(limit)}: raise its memory.max"
     available = format_size(host["memory"]["available"])

@@ -44,6 +44,7 @@ ENVIRONMENT = {
 #: Which of them a command reads; kvmpriv(1) has them all.
 READS = {
     "probe": ("COLUMNS", "NO_COLOR"),
+    "ps": ("COLUMNS", "NO_COLOR"),
     "run": ("COLUMNS",),
     "boot": ("COLUMNS",),
     "trace": ("COLUMNS",),
@@ -56,6 +57,12 @@ DEVICE = {"/dev/kvm": "KVM's device node. A command needs permission to read and
 SCHEMA = "The JSON schema of --json, in the folder of the Python package."
 FILES = {
     "probe": {**DEVICE, "kvmpriv/probe/schema.json": SCHEMA},
+    "ps": {
+        "/proc": "Descriptors, their links, and mappings. Without it the exit status is 3.",
+        "/sys/kernel/debug/kvm": "KVM's statistics: which task made a VM, and how much memory its "
+        "page tables map. Needs root, and debugfs mounted at /sys/kernel/debug.",
+        "kvmpriv/ps/schema.json": SCHEMA,
+    },
     "run": DEVICE,
     "boot": {
         **DEVICE,
@@ -74,6 +81,8 @@ TROUBLE = {
     "/dev/kvm: No such file or directory": "Load KVM's module, or enable virtualization in the "
     "firmware; in a container, pass the device on (--device /dev/kvm). `kvmpriv probe` prints "
     "which of these is missing.",
+    "Unevictable grows and no VM runs": "A descriptor keeps a VM and its private memory alive. "
+    "`kvmpriv ps` names the process that has it.",
     "The verdict is `none` on a new kernel": "Private memory needs a VM type that offers it: "
     "CONFIG_KVM_SW_PROTECTED_VM, SEV-SNP or TDX. Without them, use the kernels that come with the "
     "source tree (scripts/vm).",
@@ -188,7 +197,7 @@ def page(name: str, *sections: str) -> str:
 def see_also(but: str) -> str:
     names = [f"kvmpriv-{name}" for name in COMMANDS]
     names = [name for name in ["kvmpriv", *names] if name != but]
-    return ",\n".join(f"{bold(name)}(1)" for name in names) + "\n"
+    return ",\n".join(f"\\%{bold(name)}(1)" for name in names) + "\n"  # no hyphen in it
 
 
 def command_page(command: str) -> str:

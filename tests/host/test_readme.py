@@ -89,7 +89,7 @@ def test_the_continuous_integration_runs_the_documented_commands() -> None:
     assert "\n    make test " in README
 
 
-@pytest.mark.parametrize("command", ["probe", "run", "boot", "trace", "selftest"])
+@pytest.mark.parametrize("command", ["probe", "ps", "run", "boot", "trace", "selftest"])
 def test_the_options_in_the_table_of_commands_exist(command: str) -> None:
     table = README.split("\n## Commands\n")[1].split("\n## ")[0]
     (row,) = re.findall(rf"^\| `kvmpriv {command}\b.*", table, re.MULTILINE)

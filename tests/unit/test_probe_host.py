@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from kvmpriv import libc
+from kvmpriv import libc, procfs
 from kvmpriv.probe import host
 from kvmpriv.probe.documents import HostFacts
 
@@ -174,7 +174,7 @@ def test_shortage_hint(monkeypatch: pytest.MonkeyPatch) -> None:
     limits: dict[int, int] = {}
     files: dict[str, str] = {}
     monkeypatch.setattr(libc, "soft_limit", limits.get)
-    monkeypatch.setattr(host, "_read", lambda path, size=0: files.get(path))
+    monkeypatch.setattr(procfs, "read", lambda path, size=0: files.get(path))
     facts = but({"memory": {"total": None, "free": None, "available": 3 << 20}})
 
     def hint(shortage: str) -> str:

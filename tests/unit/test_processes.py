@@ -74,7 +74,7 @@ def test_a_recorded_proc(tmp_path: Path) -> None:
         10: [Descriptor(10, 4, DEVICE), Descriptor(10, 5, VM), Descriptor(10, 6, VCPU, 1)],
         12: [Descriptor(12, 3, RESTRICTEDMEM), Descriptor(12, 4, DEVICE)],
     }
-    assert (found.unreadable, found.seen) == ([], 4)
+    assert (found.unreadable, sorted(found.pids)) == ([], [10, 11, 12, 13])
 
 
 def test_descriptors_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_processes_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(os, "listdir", refuse)
     found = scan(str(tmp_path))
-    assert (list(found.found), found.unreadable, found.seen) == ([12], [10], 3)
+    assert (list(found.found), found.unreadable, len(found.pids)) == ([12], [10], 3)
 
 
 def test_no_proc(tmp_path: Path) -> None:
