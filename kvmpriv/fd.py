@@ -24,7 +24,11 @@ __all__ = [
     "describe",
     "new_struct",
     "register_requests",
+    "unowned",
 ]
+
+#: Descriptors that no Fd has yet: who made one closes it if no Fd takes it.
+unowned: set[int] = set()
 
 #: ioctl number -> name, for messages: those of kvm.h, and what :func:`register_requests` added.
 REQUEST_NAMES: dict[int, str] = dict(kvm_h.REQUESTS)
@@ -64,6 +68,26 @@ def _show_field(struct: str, name: str, value: int) -> str:
 
 
 _ALL_ZERO = "all 0"
+#: The type of a pointer to memory that it owns, which therefore is there.
+_OWNER = type(_ffi.new("char *"))
+
+
+def _copied(pointer: object, kind: CType) -> object | None:
+    """A copy of what `pointer` points to; None if that can't be read.
+
+    The kernel reads it: here, a wrong address would be the end of the process.
+    """
+    address, size = int(_ffi.cast(_UINTPTR, pointer)), _ffi.sizeof(kind.item)
+    try:
+        with open("/proc/self/mem", "rb", buffering=0) as memory:  # noqa: PTH123
+            data = os.pread(memory.fileno(), size, address)
+    except (OSError, OverflowError):
+        return None
+    if len(data) < size:
+        return None
+    copy = _ffi.new(kind)
+    _ffi.memmove(copy, data, size)
+    return copy
 
 
 def describe(argument: object) -> str:
@@ -74,10 +98,15 @@ def describe(argument: object) -> str:
     if isinstance(argument, int):
         return _show(argument)
     kind = _ffi.typeof(argument)
-    if kind.kind != "pointer" or kind.item.kind != "struct":
-        if kind.kind == "pointer" and kind.item.kind == "primitive":
-            return _show(argument[0])  # type: ignore[index]  # a pointer
+    if kind.kind != "pointer" or kind.item.kind not in ("struct", "primitive"):
         return kind.cname
+    if type(argument) is not _OWNER:
+        copy = _copied(argument, kind)
+        if copy is None:
+            return _show_pointer(argument)
+        argument = copy
+    if kind.item.kind == "primitive":
+        return _show(argument[0])  # type: ignore[index]  # a pointer
     shown = []
     for name, _ in kind.item.fields or ():
         try:
@@ -180,6 +209,7 @@ class Fd:
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
+        unowned.discard(fd)
 
     def fileno(self) -> int:
         """The descriptor's number.  ClosedError after close."""
@@ -234,12 +264,13 @@ class Fd:
     @staticmethod
     def _address(request: int, argument: object) -> int:
         if isinstance(argument, int):
-            if argument >> 64:
+            if argument >> 64 or request >> 32:
                 _check_number(request, argument)
             return argument
         kind = _ffi.typeof(argument)
         given = _sizes.get(kind)
-        if given != request >> 16 & 0x3FFF:  # _IOC_SIZE
+        # All bits but _IOC_DIR's: _IOC_SIZE, and those that a request does not have.
+        if given != request >> 16 & ~0xC000:
             _check_struct(request, argument, kind)
         return int(_ffi.cast(_UINTPTR, argument))
 
@@ -284,13 +315,15 @@ def _name(request: int) -> str:
 
 
 def _check_number(request: int, argument: int) -> None:
-    """ArgumentError for an argument that would be another number in the kernel."""
+    """ArgumentError for a request or an argument that would be another number in the kernel."""
+    check_range("request", request, 1 << 32)
     if not 0 <= argument < 1 << 64:
         raise ArgumentError(f"{_name(request)} takes a number of 64 bits, not {argument:#x}")
 
 
 def _check_struct(request: int, argument: object, kind: CType) -> None:
     """ArgumentError when `argument` is not what `request` takes."""
+    check_range("request", request, 1 << 32)
     size = request >> 16 & 0x3FFF
     if kind.kind == "array":  # raw bytes, for structs that the caller has laid out
         given = _ffi.sizeof(argument)

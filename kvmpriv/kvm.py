@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from .cdefs import kvm as kvm_h
-from .fd import REQUEST_NAMES, Fd, check_range
+from .fd import REQUEST_NAMES, Fd, check_range, unowned
 from .libc import ioctl as _ioctl
 from .libc import last_errno, os_error
 from .vm import Vm
@@ -92,14 +92,21 @@ class Kvm(Fd):
     def create_vm_as(self, make: Callable[[int, int], _VmT], vm_type: int = 0) -> _VmT:
         """As :meth:`create_vm`, for subclasses of :class:`Vm`.
 
-        ``make(fd, vcpu_mmap_size)`` makes the object: the class or a function.
+        ``make(fd, vcpu_mmap_size)`` makes the object: the class or a function.  If it raises
+        before the object has the descriptor, the descriptor is closed.
         """
         check_range("vm_type", vm_type, 1 << 64)
         while True:
             with SignalsBlocked():
                 fd = _ioctl(self._fd, kvm_h.KVM_CREATE_VM, vm_type)
                 if fd >= 0:
-                    return make(fd, self._vcpu_mmap_size)
+                    unowned.add(fd)
+                    try:
+                        return make(fd, self._vcpu_mmap_size)
+                    finally:
+                        if fd in unowned:  # `make` has raised, before an Fd took it
+                            unowned.discard(fd)
+                            os.close(fd)
                 if last_errno() != _errno.EINTR or self._fd < 0:
                     raise self._error(kvm_h.KVM_CREATE_VM, vm_type)
 

@@ -298,3 +298,55 @@ def test_ports_and_registers_of_the_puppet(vm: Vm) -> None:
             for number in (-1, U64 + 0x10, 0x1_0000 if "port" in name else U64):
                 with pytest.raises(ArgumentError, match=f"^{name.strip()} must be .*{number:#x}"):
                     call(number)
+
+
+@pytest.mark.parametrize("request_", [1 << 32 | k.KVM_GET_API_VERSION, 1 << 64 | 0xAE00, -1])
+def test_a_request_that_does_not_fit(kvm: Kvm, vm: Vm, request_: int) -> None:
+    """The kernel takes 32 bits of a request: one with more is not cut to another request."""
+    assert kvm.ioctl(k.KVM_GET_API_VERSION) == 12
+    with pytest.raises(ArgumentError, match=f"request must be .*, not {request_:#x}"):
+        kvm.ioctl(request_)
+    with pytest.raises(ArgumentError, match="request must be"):
+        kvm.ioctl_errno(request_)
+    regs = k.ffi.new("struct kvm_regs *")
+    wide = request_ & ~0xFFFFFFFF | k.KVM_GET_REGS
+    with vm.create_vcpu() as vcpu:
+        for argument in (regs, k.ffi.cast("void *", regs)):
+            with pytest.raises(ArgumentError, match="request must be"):
+                vcpu.ioctl(wide, argument)
+        assert regs.rip == 0, "it was not called"
+        assert vcpu.ioctl(k.KVM_GET_REGS, regs) == 0
+        assert regs.rip == 0xFFF0
+
+
+BAD_POINTERS = """
+import os
+from kvmpriv import Kvm, uapi
+k = uapi.kvm
+with Kvm() as kvm:
+    for kind, address in (("struct kvm_regs *", 0x10), ("__u64 *", 0x10), ("__u64 *", 1 << 63)):
+        request = k.KVM_GET_REGS if "regs" in kind else k.KVM_GET_REGS & 0xFFFF | 8 << 16
+        try:
+            kvm.ioctl(request, k.ffi.cast(kind, address))
+        except OSError as error:
+            print(error)
+    good = k.ffi.new("struct kvm_regs *", {"rip": 0x1234})
+    for pointer in (good, k.ffi.cast("struct kvm_regs *", good)):
+        try:
+            kvm.ioctl(k.KVM_GET_REGS, pointer)
+        except OSError as error:
+            print(error)
+"""
+
+
+@pytest.mark.usefixtures("kvm")
+def test_a_pointer_that_leads_nowhere() -> None:
+    """A message shows what an argument points to only where that can be read."""
+    done = subprocess.run([sys.executable, "-c", BAD_POINTERS], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert "KVM_GET_REGS(struct kvm_regs * at 0x10): " in lines[0]
+    assert "* at 0x10): " in lines[1]
+    assert "* at 0x8000000000000000): " in lines[2]
+    assert lines[3] == lines[4]
+    assert "KVM_GET_REGS(rip=0x1234): " in lines[3]

@@ -117,6 +117,31 @@ def test_a_vm_of_a_class_of_ones_own(kvm: Kvm) -> None:
     assert "KVM_CREATE_VM(0xffff)" in str(error)
 
 
+@pytest.mark.parametrize("when", ["before", "after", "closed"])
+def test_a_vm_that_cannot_be_made(kvm: Kvm, when: str) -> None:
+    """The descriptor is closed once: by create_vm_as until an object has it, then by the object."""
+    seen: list[int] = []
+
+    class Broken(Vm):
+        def __init__(self, fd: int, vcpu_mmap_size: int) -> None:
+            seen.append(fd)
+            if when == "before":
+                raise RuntimeError("not made")
+            super().__init__(fd, vcpu_mmap_size)
+            if when == "closed":
+                self.close()
+                seen.append(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
+            raise RuntimeError("not made")
+
+    with pytest.raises(RuntimeError, match="not made"):
+        kvm.create_vm_as(Broken)
+    gc.collect()  # the object was in the exception's traceback
+    if when == "closed":
+        assert seen[0] == seen[1], "the number was free, and another file has it"
+        os.close(seen[1])
+    assert not Path(f"/proc/self/fd/{seen[0]}").exists()
+
+
 # -- memory and slots ----------------------------------------------------------------------------
 
 
