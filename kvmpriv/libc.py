@@ -1,7 +1,9 @@
 """The C library's calls that kvmpriv needs, prototyped once; the only user of ctypes.
 
-Each function returns what C returns, -1 for failure; :func:`last_errno` then returns the reason.
-ctypes keeps errno per thread.  It releases the GIL during a call, but not for the signal mask.
+The functions return what C returns, or a negated errno for failure, and preserve errno: a signal
+handler may call them between another call and its errno.  `ioctl` is C's own, as it is called most
+often: it returns -1, and its caller reads :func:`last_errno`.  ctypes keeps errno per thread.  It
+releases the GIL during a call, but not for the signal mask.
 """
 
 from __future__ import annotations
@@ -80,16 +82,26 @@ def os_error(errno: int, what: str) -> OSError:
     return OSError(errno, f"{what}: {os.strerror(errno)}")
 
 
+def _call(function: Callable[..., int], *arguments: object) -> int:
+    """Call a function of C that returns -1 for failure; returns the negated errno for that."""
+    before = last_errno()
+    result = int(function(*arguments))
+    if result == -1:
+        result = -last_errno()
+        set_errno(before)
+    return result
+
+
 def syscall(number: int, *arguments: int) -> int:
     """``syscall(2)`` with up to six arguments; the rest are 0.  ArgumentError for more."""
     if len(arguments) > 6:
         raise ArgumentError(f"a system call takes 6 arguments, not {len(arguments)}")
-    return int(_syscall(number, *arguments, *(0,) * (6 - len(arguments))))
+    return _call(_syscall, number, *arguments, *(0,) * (6 - len(arguments)))
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> int:
     """``fallocate(2)``; `offset` and `length` in bytes."""
-    return int(_fallocate(fd, mode, offset, length))
+    return _call(_fallocate, fd, mode, offset, length)
 
 
 class _Statfs(ctypes.Structure):
@@ -103,9 +115,9 @@ _fstatfs.restype = c_int
 
 
 def fstatfs_type(fd: int) -> int:
-    """``fstatfs(2)``'s f_type (the file system's magic number), or -1."""
+    """``fstatfs(2)``'s f_type (the file system's magic number), or a negated errno."""
     buffer = _Statfs()
-    return int(buffer.f_type) if _fstatfs(fd, ctypes.byref(buffer)) == 0 else -1
+    return _call(_fstatfs, fd, ctypes.byref(buffer)) or int(buffer.f_type)
 
 
 # <asm-generic/resource.h>
@@ -124,7 +136,7 @@ def soft_limit(resource: int) -> int | None:
     As resource.getrlimit, which can't be imported when no descriptor is left.
     """
     limits = _Limits()
-    if _getrlimit(resource, limits) != 0 or limits[0] == _RLIM_INFINITY:
+    if _call(_getrlimit, resource, limits) != 0 or limits[0] == _RLIM_INFINITY:
         return None
     return int(limits[0])
 
@@ -134,7 +146,7 @@ def unshare(flags: int) -> int:
 
     os.unshare does the same, from Python 3.12 on.
     """
-    return int(_unshare(flags))
+    return _call(_unshare, flags)
 
 
 def kcmp_file(pid: int, fd: int, other_pid: int, other_fd: int) -> int:
@@ -146,14 +158,8 @@ def kcmp_file(pid: int, fd: int, other_pid: int, other_fd: int) -> int:
 
 
 def tgkill(tid: int, signum: int) -> int:
-    """Send a signal to one thread of this process; -1 when it is gone.
-
-    errno is preserved: a signal handler may kick, between another call and its errno.
-    """
-    before = last_errno()
-    result = syscall(_SYS_tgkill, os.getpid(), tid, signum)
-    set_errno(before)
-    return result
+    """Send a signal to one thread of this process; a negated errno when it is gone."""
+    return syscall(_SYS_tgkill, os.getpid(), tid, signum)
 
 
 class _Sigaction(ctypes.Structure):
@@ -181,13 +187,13 @@ def signal_ignored_in_c(signum: int) -> None:
     Python code runs when the signal comes.
     """
     action = _Sigaction()
-    if _sigaction(signum, None, ctypes.byref(action)) != 0:
-        raise os_error(last_errno(), f"sigaction({signum})")
+    if error := _call(_sigaction, signum, None, ctypes.byref(action)):
+        raise os_error(-error, f"sigaction({signum})")
     if (action.handler or 0) > _SIG_IGN:
         return
     action = _Sigaction(handler=ctypes.cast(_libc.getpid, c_void_p).value)
-    if _sigaction(signum, ctypes.byref(action), None) != 0:
-        raise os_error(last_errno(), f"sigaction({signum})")
+    if error := _call(_sigaction, signum, ctypes.byref(action), None):
+        raise os_error(-error, f"sigaction({signum})")
 
 
 # signal.pthread_sigmask makes a set of enum members each time, which takes longer than making a VM.

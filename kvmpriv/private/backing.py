@@ -85,9 +85,9 @@ class PrivateFile(HeldBySlots, Fd):
         """fallocate(2) for a slot that holds the file; also works after `close`."""
         check_range("mode", mode, 1 << 31)
         check_loff(offset, length)
-        if libc.fallocate(Fd.fileno(self), mode, offset, length) != 0:
+        if error := libc.fallocate(Fd.fileno(self), mode, offset, length):
             what = f"fallocate(mode {mode:#x}, {offset:#x}, {length:#x})"
-            raise libc.os_error(libc.last_errno(), what)
+            raise libc.os_error(-error, what)
 
 
 class _Owned:

@@ -53,9 +53,7 @@ def ask_memfd_restricted() -> int:
     since 6.5 (commit cf264e1329fb).  ENOSYS: neither.  EPERM, EACCES: a seccomp filter hides it.
     """
     # For cachestat this is fd -1, which is never open, so it ignores its other arguments.
-    if libc.syscall(_SYS_MEMFD_RESTRICTED, _BAD_FLAGS) >= 0:
-        return 0
-    return libc.last_errno()
+    return max(0, -libc.syscall(_SYS_MEMFD_RESTRICTED, _BAD_FLAGS))
 
 
 class RestrictedMem(PrivateFile):
@@ -79,7 +77,7 @@ class RestrictedMem(PrivateFile):
         with SignalsBlocked():
             fd = libc.syscall(_SYS_MEMFD_RESTRICTED, 0)
             if fd < 0:
-                raise libc.os_error(libc.last_errno(), "memfd_restricted(0)")
+                raise libc.os_error(-fd, "memfd_restricted(0)")
             super().__init__(fd)
         try:
             magic = libc.fstatfs_type(fd)

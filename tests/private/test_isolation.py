@@ -112,7 +112,7 @@ def _process_vm(number: int, pid: int, address: int, buffer: Any) -> int:
     local, remote = _vector(address_of(buffer), len(buffer)), _vector(address, len(buffer))
     done = libc.syscall(number, pid, address_of(local), 1, address_of(remote), 1)
     if done < 0:
-        raise libc.os_error(libc.last_errno(), "process_vm_readv/writev")
+        raise libc.os_error(-done, "process_vm_readv/writev")
     return done
 
 
@@ -146,8 +146,8 @@ def _traced(pid: int) -> Iterator[None]:
     """The first thread of the process, stopped and traced by this process."""
 
     def ptrace(request: int) -> None:
-        if libc.syscall(101, request, pid, 0, 0) < 0:
-            raise libc.os_error(libc.last_errno(), f"ptrace({request:#x})")
+        if (result := libc.syscall(101, request, pid, 0, 0)) < 0:
+            raise libc.os_error(-result, f"ptrace({request:#x})")
 
     ptrace(PTRACE_SEIZE)
     ptrace(PTRACE_INTERRUPT)
@@ -164,16 +164,17 @@ def _by_ptrace(pid: int, address: int) -> bytes:
     at = address_of(words)
     with _traced(pid):
         for number in range(0, SIZE, 8):
-            if libc.syscall(101, PTRACE_PEEKDATA, pid, address + number, at + number) < 0:
-                raise libc.os_error(libc.last_errno(), "PTRACE_PEEKDATA")
+            done = libc.syscall(101, PTRACE_PEEKDATA, pid, address + number, at + number)
+            if done < 0:
+                raise libc.os_error(-done, "PTRACE_PEEKDATA")
     return bytes(k.ffi.buffer(words))
 
 
 def _poke(pid: int, address: int, data: bytes) -> None:
     with _traced(pid):
         for number, (word,) in enumerate(struct.iter_unpack("<q", data)):
-            if libc.syscall(101, PTRACE_POKEDATA, pid, address + number * 8, word) < 0:
-                raise libc.os_error(libc.last_errno(), "PTRACE_POKEDATA")
+            if (done := libc.syscall(101, PTRACE_POKEDATA, pid, address + number * 8, word)) < 0:
+                raise libc.os_error(-done, "PTRACE_POKEDATA")
 
 
 def _by_write(pid: int, address: int) -> bytes:
@@ -460,7 +461,7 @@ def _vmsplice_to(fd: int, data: bytes) -> int:
     vector = _vector(address_of(buffer), len(data))
     done = libc.syscall(278, fd, address_of(vector), 1, 0)
     if done < 0:
-        raise libc.os_error(libc.last_errno(), "vmsplice")
+        raise libc.os_error(-done, "vmsplice")
     return done
 
 

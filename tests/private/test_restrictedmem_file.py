@@ -43,7 +43,7 @@ def memfd_restricted(flags: int = 0) -> int:
     """The system call itself."""
     fd = libc.syscall(rm.__NR_memfd_restricted, flags)
     if fd < 0:
-        raise libc.os_error(libc.last_errno(), "memfd_restricted")
+        raise libc.os_error(-fd, "memfd_restricted")
     return fd
 
 

@@ -546,4 +546,4 @@ def test_inode_of_a_real_file(tmp_path: Path) -> None:
         magic, link = inode(file.fileno())
         assert link == str(tmp_path / "file")
         assert magic > 0
-    assert inode(1 << 20) == (-1, "ENOENT")
+    assert inode(1 << 20) == (-errno.EBADF, "ENOENT")

@@ -16,7 +16,7 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
-from ...libc import last_errno, unshare
+from ...libc import unshare
 
 __all__ = ["GUEST_ADDRESS", "HEADER_SIZE", "HOST_ADDRESS", "PREFIX_LENGTH", "Tap", "remove_stale"]
 
@@ -236,8 +236,8 @@ def hold(fd: int) -> None:
     what = "unshare(CLONE_NEWUSER | CLONE_NEWNET)"
     try:
         user, group = os.geteuid(), os.getegid()
-        if unshare(_CLONE_NEWUSER | _CLONE_NEWNET) != 0:
-            raise OSError(last_errno(), "")
+        if error := unshare(_CLONE_NEWUSER | _CLONE_NEWNET):
+            raise OSError(-error, "")
         for name, content in (
             ("setgroups", "deny"),  # or gid_map could not be written
             ("uid_map", f"0 {user} 1"),

@@ -76,15 +76,15 @@ def call(name: str, *arguments: int) -> int:
     """Make a system call by name; OSError if it fails."""
     result = libc.syscall(NUMBERS[name], *arguments)
     if result < 0:
-        raise libc.os_error(libc.last_errno(), name)
+        raise libc.os_error(-result, name)
     return result
 
 
 def fallocate(file: Fd | int, mode: int, offset: int, length: int) -> None:
     """fallocate(2); OSError if it fails."""
     number = file if isinstance(file, int) else file.fileno()
-    if libc.fallocate(number, mode, offset, length) < 0:
-        raise libc.os_error(libc.last_errno(), "fallocate")
+    if error := libc.fallocate(number, mode, offset, length):
+        raise libc.os_error(-error, "fallocate")
 
 
 def address_of(buffer: Any) -> int:
