@@ -241,6 +241,16 @@ class Vcpu(KvmFd):
                 raise RuntimeError(f"the vCPU belongs to process {self._pid}")
             self._interrupt()
 
+    def try_kick(self, timeout: float) -> bool:
+        """As :meth:`kick`, but False after `timeout` seconds in which another kick is under way."""
+        if not self._kick_lock.acquire(timeout=timeout):
+            return False
+        try:
+            self.kick()
+        finally:
+            self._kick_lock.release()
+        return True
+
     def _interrupt(self) -> None:
         self.kvm_run.immediate_exit = 1
         if self._runner:

@@ -41,11 +41,15 @@ __all__ = ["KICK_SIGNAL", "SignalsBlocked", "prepare_thread", "unwatch", "watch"
 KICK_SIGNAL: int = signal.SIGRTMIN
 
 
+#: Seconds for which the watching thread waits for a kick, before it looks whether it is to end.
+_TRY = 0.01
+
+
 class Kickable(Protocol):
     """A vCPU, for this module."""
 
-    def kick(self) -> None:
-        """Make its run return."""
+    def try_kick(self, timeout: float) -> bool:
+        """Make its run return; False if that was not possible for `timeout` seconds."""
 
 
 def prepare_thread() -> None:
@@ -109,8 +113,16 @@ def _kick_all() -> None:
     with _lock:
         vcpus = list(_watched)
     for vcpu in vcpus:
+        # The main thread may be in a kick of it, interrupted by a signal handler that has closed
+        # the last vCPU and waits for this thread to end.
         with suppress(ValueError):  # closed meanwhile
-            vcpu.kick()
+            while _is_watched(vcpu) and not vcpu.try_kick(_TRY):
+                pass
+
+
+def _is_watched(vcpu: Kickable) -> bool:
+    with _lock:
+        return vcpu in _watched
 
 
 class _SignalWatch:

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -428,6 +429,62 @@ def test_close_calls_a_running_vcpu_back(make_guest: MakeGuest) -> None:
     vcpu.close()
     with pytest.raises(ValueError, match="vCPU is closed"):
         thread.result(LOST_AFTER)
+
+
+def test_a_signal_handler_that_closes_the_vcpu_it_finds_in_a_kick(make_guest: MakeGuest) -> None:
+    """The thread that watches for signals kicks, too, and must not keep the handler waiting."""
+    _, vcpu, _ = make_guest(OUT_LOOP)
+    assert vcpu.run() == k.KVM_EXIT_IO  # from now on it is watched
+    watching = threading.Event()
+
+    class Lock:
+        """vcpu._kick_lock, which tells when the other thread wants it."""
+
+        def __init__(self) -> None:
+            self._lock = threading.RLock()
+
+        def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+            if threading.current_thread().name == "kvmpriv-signals":
+                watching.set()
+            return self._lock.acquire(blocking, timeout)
+
+        def release(self) -> None:
+            self._lock.release()
+
+        def __enter__(self) -> bool:
+            return self.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            self.release()
+
+    vcpu._kick_lock = Lock()  # type: ignore[assignment]
+    closed: list[bool] = []
+
+    def handler(*_: object) -> None:
+        assert watching.wait(LOST_AFTER)  # it waits for the lock that the kick has
+        vcpu.close()
+        closed.append(vcpu.closed)
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        with vcpu._kick_lock:  # as in kick
+            signal.raise_signal(signal.SIGUSR1)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert closed == [True]
+
+
+def test_try_kick(make_guest: MakeGuest) -> None:
+    """It gives up while another thread kicks, and is a kick otherwise."""
+    _, vcpu, _ = make_guest(OUT_LOOP)
+    assert vcpu.try_kick(0)
+    assert vcpu.run() == k.KVM_EXIT_INTR
+    with vcpu._kick_lock, ThreadPoolExecutor(1) as pool:
+        assert not pool.submit(vcpu.try_kick, 0.001).result(LOST_AFTER)
+    assert vcpu.run() == k.KVM_EXIT_IO
+    vcpu.close()
+    with pytest.raises(ValueError, match="closed"):
+        vcpu.try_kick(0)
 
 
 def test_kick_against_close(kvm: Kvm) -> None:
