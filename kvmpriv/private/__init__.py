@@ -17,7 +17,8 @@ import errno
 from typing import TYPE_CHECKING
 
 from ..errors import ArgumentError
-from ..faults import register_fault_layout
+from ..faults import FaultLayout, register_fault_layout
+from ..fd import Structs
 from . import guest_memfd, restrictedmem
 from .abi import PrivateAbi, Traits
 from .backing import PrivateFile, PrivateSlot
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ABIS",
     "ConversionError",
+    "FaultLayout",
     "GuestMemfdAbi",
     "NotFreedError",
     "PrivateAbi",
@@ -40,6 +42,7 @@ __all__ = [
     "PrivateSlot",
     "PrivateVm",
     "RestrictedMemAbi",
+    "Structs",
     "Traits",
     "choose",
     "create_vm",

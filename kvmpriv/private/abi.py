@@ -113,8 +113,11 @@ class PrivateAbi(ABC):
 
         The slot keeps both alive, closed or not; its number is the lowest free one if none is
         given.  `flags` of ``KVM_MEM_*`` are set beside the ABI's own.  ArgumentError if the range
-        is not inside `memory`, or the VM is one of another ABI; ClosedError if the file is closed.
+        is empty or not inside `memory`, or the VM is one of another ABI; ClosedError if the file
+        is closed.
         """
+        if memory_size <= 0:  # for KVM, a slot of size 0 is one to delete
+            raise ArgumentError(f"memory_size must be above 0, not {memory_size:#x}")
         if vm.abi is not self:
             raise ArgumentError(f"{vm!r} was made for {vm.abi!r}, not for {self!r}")
         new = PrivateSlot(

@@ -11,7 +11,7 @@ from typing import cast
 
 import pytest
 
-from kvmpriv import ArgumentError, HostMemory, Kvm, private
+from kvmpriv import ArgumentError, HostMemory, Kvm, private, uapi
 from kvmpriv.faults import FAULT_LAYOUTS, layout_of, register_fault_layout
 from kvmpriv.private import PrivateFile, PrivateSlot, PrivateVm, Traits
 
@@ -82,6 +82,15 @@ def noted(vm: PrivateVm) -> list[tuple[object, int, int, bool]]:
 def bind(vm: PrivateVm, gpa: int, pages: int, slot: int, offset: int = 0) -> PrivateSlot:
     with vm.abi.create_file(vm, 0) as file:
         return vm.abi.bind(vm, gpa, pages * PAGE, file, offset, slot=slot)
+
+
+def test_a_slot_of_size_0_is_refused(by_vm: PrivateVm) -> None:
+    """For the kernel it would be an order to delete the slot of that number."""
+    slot = bind(by_vm, BASE, 1, 7)
+    for pages in (0, -1):
+        with pytest.raises(ArgumentError, match=r"memory_size must be above 0, not -?0x"):
+            bind(by_vm, BASE, pages, 7)
+    assert by_vm.slots == {7: slot}
 
 
 def test_the_vm_is_converted_with_or_without_slots(by_vm: PrivateVm) -> None:
@@ -251,11 +260,20 @@ def test_the_readmes_paths_exist() -> None:
 
 
 def test_traits_of_guest_memfd_with_options() -> None:
-    from kvmpriv import uapi
-
     gm = uapi.guest_memfd
     snp = private.GuestMemfdAbi("snp", vm_type=gm.KVM_X86_SNP_VM)
     assert not snp.traits.access_follows_state
     mapped = private.GuestMemfdAbi("mapped", vm_type=0, file_flags=gm.GUEST_MEMFD_FLAG_MMAP)
     assert (mapped.traits.backings, mapped.traits.access_follows_state) == (1, True)
     assert snp.fault_layout.abi == "snp"
+
+
+def test_what_an_abi_needs_is_exported() -> None:
+    """The names that README.md's "Adding an ABI" uses are in kvmpriv.private."""
+    text = (Path(private.__file__).parent / "README.md").read_text()
+    used = set(re.findall(r"`private\.(\w+)`", text))
+    assert {"FaultLayout", "Structs"} <= used <= {*private.__all__}
+    layout = private.GuestMemfdAbi("mine").fault_layout
+    assert isinstance(layout, private.FaultLayout)
+    pool = private.Structs(uapi.kvm.ffi.typeof("struct kvm_regs *"))
+    assert pool.take((1, 2)).fields.rbx == 2
