@@ -118,13 +118,16 @@ def test_threads_delete_each_others_slots(kvm: Kvm) -> None:
             shared.append(vm.map(memory, (number * 1000 + turns % 1000) * PAGE))
             for _ in range(dice.randrange(3)):
                 try:
-                    dice.choice(shared).delete()
-                except IndexError:
+                    slot = dice.choice(shared)
+                except IndexError:  # another thread has taken the last one
                     continue
+                slot.delete()
             try:
-                shared.pop(dice.randrange(len(shared))).delete()
-            except (IndexError, ValueError):
+                slot = shared.pop(dice.randrange(len(shared) or 1))
+            except IndexError:
                 continue
+            try:
+                slot.delete()
             except OSError as error:
                 errors.append(error.errno or 0)
             turns += 1
