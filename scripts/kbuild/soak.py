@@ -21,6 +21,21 @@ from .paths import cache_root
 MORE = 1800
 
 
+def _expressions(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The expressions of pytest's option -k among `arguments`, each in brackets; and the rest.
+
+    pytest takes the last -k alone, and it would be the caller's: then other tests run.
+    """
+    found, rest = [], []
+    words = iter(arguments)
+    for word in words:
+        if word.startswith("-k"):
+            found.append(f"({word.removeprefix('-k').removeprefix('=') or next(words, '')})")
+        else:
+            rest.append(word)
+    return found, rest
+
+
 def main(arguments: list[str]) -> int:
     """The command scripts/soak."""
     run = suite.parse("soak", __doc__, arguments)
@@ -40,7 +55,7 @@ def main(arguments: list[str]) -> int:
         "KVMPRIV_MODEL_SEED": os.environ.get("SEED", ""),
         "KVMPRIV_ARTIFACTS": str(artifacts),
     }
-    chosen = " and ".join(filter(None, ("does_what_the_model_says", run.abi)))
-    tests = ["tests/private/test_model.py", "-k", chosen]
-    run = run._replace(tests=[*tests, *run.tests])
+    given, others = _expressions(run.tests)
+    chosen = " and ".join(filter(None, ("does_what_the_model_says", run.abi, *given)))
+    run = run._replace(tests=["tests/private/test_model.py", "-k", chosen, *others])
     return suite.start(run, seconds + MORE, ["--output-dir", str(artifacts)], environment)

@@ -107,6 +107,18 @@ def test_what_a_soak_is_given(
     assert asked[-1] == f"does_what_the_model_says and {NAME}"
 
 
+@pytest.mark.parametrize(
+    "given", [["-k", "mmio or x"], ["-kmmio or x"], ["-k=mmio or x"]], ids=["two", "one", "equals"]
+)
+def test_a_soak_of_fewer_tests(
+    asked: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: list[str]
+) -> None:
+    """The caller's -k selects among the model's tests: pytest would take the last -k alone."""
+    soak.main([NAME, "--", "-v", *given, "--durations=1"])
+    model = f"does_what_the_model_says and {NAME}"
+    assert asked[-4:] == ["-k", f"{model} and (mmio or x)", "-v", "--durations=1"]
+
+
 @pytest.mark.parametrize("main", [suite.main, soak.main])
 @pytest.mark.parametrize(
     ("arguments", "words"),
