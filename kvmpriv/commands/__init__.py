@@ -11,7 +11,7 @@ from ..terminal import printable
 if TYPE_CHECKING:
     from ..exit_status import ExitStatus
 
-__all__ = ["COMMANDS", "fail"]
+__all__ = ["COMMANDS", "fail", "warn"]
 
 
 #: The name of each command, which is its module's too, and its help in one line.
@@ -27,8 +27,13 @@ COMMANDS = {
 
 def fail(command: str, message: str, status: ExitStatus) -> ExitStatus:
     """Print the message of a command that failed to standard error; returns `status`."""
+    warn(command, message)
+    return status
+
+
+def warn(command: str, message: str) -> None:
+    """Print a message of a command to standard error, if that can be written."""
     lines = "\n".join(printable(line) for line in message.splitlines())
     if sys.stderr is not None:
-        with suppress(OSError):  # standard error that can't be written doesn't change the status
+        with suppress(OSError):
             print(f"{' '.join(filter(None, ['kvmpriv', command]))}: {lines}", file=sys.stderr)
-    return status

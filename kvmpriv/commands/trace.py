@@ -9,7 +9,7 @@ from pathlib import Path
 from ..exit_status import ExitStatus
 from ..output import is_same_file, write_file
 from ..trace import TraceError, page, read, text
-from . import fail
+from . import fail, warn
 from ._options import parse_path
 
 __all__ = ["EXAMPLES", "EXIT_STATUS", "add_arguments", "main"]
@@ -55,7 +55,7 @@ def main(options: argparse.Namespace) -> int:
     for line in text(recording):
         print(line)
     if recording.cut_off:
-        print("kvmpriv trace: the last line is incomplete and was left out", file=sys.stderr)
+        warn("trace", "the last line is incomplete and was left out")
     if options.page is None:
         return ExitStatus.OK
     sys.stdout.flush()  # the page may go there, too

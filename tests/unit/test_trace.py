@@ -508,6 +508,17 @@ def test_a_run_that_was_cut_off(path: Path) -> None:
     assert done.stderr == "kvmpriv trace: the last line is incomplete and was left out\n"
 
 
+def test_messages_that_cannot_be_written(path: Path) -> None:
+    """Where standard error can't be written, the summary and the exit status are the same."""
+    path.write_bytes(path.read_bytes()[:-10])
+    whole = kvmpriv(path)
+    for redirection in ("2>/dev/full", "2>&-"):
+        command = f'exec "$0" -m kvmpriv trace "$1" {redirection}'
+        arguments = ["sh", "-c", command, sys.executable, str(path)]
+        done = subprocess.run(arguments, capture_output=True, text=True)
+        assert (done.returncode, done.stdout, done.stderr) == (0, whole.stdout, "")
+
+
 def test_what_a_recorder_writes_is_read(tmp_path: Path) -> None:
     path = tmp_path / "file"
     recorder = trace.Recorder(path.open("w"), {k: v for k, v in ABOUT.items() if k[0] != "k"})
