@@ -288,6 +288,53 @@ def test_a_terminal_is_as_it_was(image: Path, how: signal.Signals, status: int) 
 
 
 @pytest.mark.usefixtures("kvm")
+def test_a_terminal_of_another_session(image: Path) -> None:
+    """After setsid the terminal is the earlier session's, whose shell reads it: not the guest."""
+    ours, theirs = pty.openpty()
+    before = termios.tcgetattr(theirs)
+    options = ("--memory", "32M", "--timeout", "1")
+    done = boot("--kernel", image, *options, stdin=theirs, start_new_session=True)
+    assert (done.returncode, done.stdout) == (124, "up\n"), done.stderr
+    assert "Traceback" not in done.stderr
+    assert termios.tcgetattr(theirs) == before
+    os.close(ours)
+    os.close(theirs)
+
+
+def test_what_was_printed_before_an_error_is_not_lost(kvm: Kvm) -> None:
+    """An error of KVM or a signal handler ends the run: the console's last bytes come before it."""
+    image = load_linux(kernel(UP))
+    for interrupt in (KeyboardInterrupt, RuntimeError):
+        printed = bytearray()
+        with LinuxMachine(kvm, image, plan(32 << 20), output=printed.extend) as machine:
+
+            def look(raised: type[BaseException] = interrupt) -> None:
+                while len(machine._supervisor._pending) < 3:
+                    time.sleep(0.001)
+                raise raised("enough")
+
+            with pytest.raises(interrupt, match="enough"):
+                machine.run(timeout=30, look=look)
+        assert printed == b"up\n"
+
+
+def test_output_that_fails_is_not_called_again(kvm: Kvm) -> None:
+    calls: list[bytes] = []
+
+    def output(data: bytes) -> None:
+        calls.append(data)
+        raise ConnectionError("nobody listens")
+
+    endless = bytes.fromhex("66baf803 b03e ee ebfd")
+    with (
+        LinuxMachine(kvm, load_linux(kernel(endless)), plan(32 << 20), output=output) as machine,
+        pytest.raises(ConnectionError, match="nobody listens"),
+    ):
+        machine.run(timeout=30)
+    assert len(calls) == 1
+
+
+@pytest.mark.usefixtures("kvm")
 def test_output_that_nobody_reads(image: Path) -> None:
     command = [sys.executable, "-m", "kvmpriv", "boot", "--kernel", str(image), "--memory", "32M"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:

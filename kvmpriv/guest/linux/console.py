@@ -88,12 +88,20 @@ class _Raw:
             termios.tcsetattr(self._fd, termios.TCSADRAIN, self._before)
 
 
+def _is_ours(terminal: int) -> bool:
+    """Whether this process is in the foreground of its session's terminal."""
+    try:
+        return os.tcgetpgrp(terminal) == os.getpgrp()
+    except OSError:  # it is another session's
+        return False
+
+
 @contextmanager
 def keyboard() -> Iterator[Keyboard | None]:
     """Standard input as the console's input; a terminal is in raw mode until the block ends.
 
     None if there is nothing to read: standard input is closed, or it is the terminal of a job in
-    the background.
+    the background or of another session (setsid), whose shell reads it.
     """
     if sys.stdin is None:
         yield None
@@ -101,7 +109,7 @@ def keyboard() -> Iterator[Keyboard | None]:
     fd = sys.stdin.fileno()
     if not os.isatty(fd):
         yield Keyboard(fd, escape=False)
-    elif os.tcgetpgrp(fd) != os.getpgrp():
+    elif not _is_ours(fd):
         yield None
     else:
         with _Raw(fd):

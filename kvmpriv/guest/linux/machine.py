@@ -384,6 +384,7 @@ class LinuxMachine:
         finally:
             # Last in, first out.  All of them are called, also if a second signal's handler raises.
             with ExitStack() as stops:
+                stops.callback(self._supervisor.flush)  # what the guest printed until its end
                 stops.callback(self._io.stop)
                 for thread in threads:
                     if thread.ident is not None:
@@ -397,7 +398,6 @@ class LinuxMachine:
             thread.result()
         if self._io_error is not None:
             raise self._io_error
-        self._supervisor.flush()
         assert self._ending.outcome is not None
         return self._supervisor.judge(self._ending.outcome)
 

@@ -62,6 +62,7 @@ class Supervisor:
         self._stuck = stuck
         self._pending = bytearray()
         self._alerted = False
+        self._output_failed = False
         self._drained = threading.Event()
         self._last_line = b""
         self._panic = ""
@@ -149,14 +150,18 @@ class Supervisor:
                 self._alerted = True
 
     def flush(self) -> None:
-        """Give `output` what the guest has printed."""
+        """Give `output` what the guest has printed; nothing more once it has raised."""
         size = len(self._pending)
         data = bytes(self._pending[:size])
         del self._pending[:size]
         self._drained.set()
-        if data:
+        if data and not self._output_failed:
             self._look_for_panic(data)
-            self._output(data)
+            try:
+                self._output(data)
+            except Exception:  # but not what a signal handler raises
+                self._output_failed = True
+                raise
 
     def _look_for_panic(self, data: bytes) -> None:
         if self._panic:
