@@ -46,6 +46,7 @@ REQUIREMENTS = {
     "ptrace": "the right to trace other processes of this user",
     "pv-eoi": "paravirtual end of interrupt",
     "pyright": "the type checker pyright",
+    "qemu": "QEMU, which can make a VM with this host's KVM",
     "read-only-private-slots": "an ABI whose private slots can be read-only",
     "refusing-vm": "a VM that refuses KVM_MEM_PRIVATE on a kernel with memfd_restricted(2)",
     "restrictedmem": "memfd_restricted(2), and VMs that accept KVM_MEM_PRIVATE",
