@@ -418,6 +418,24 @@ class Bench:
             )
         yield Result("probe_memory", "MiB", pairs, Limit("ours", 40))
 
+    def ps_process(self) -> Iterator[Result]:
+        """`kvmpriv ps` on a host with 200 processes more, each with 50 descriptors."""
+        script = "for fd in $(seq 10 59); do eval exec $fd</dev/null; done; echo; read line"
+        with ExitStack() as stack:
+            for _ in range(200):
+                child = stack.enter_context(
+                    subprocess.Popen(
+                        ["bash", "-c", script.replace("$fd<", '"$fd<"')],
+                        stdin=subprocess.PIPE,
+                        stdout=subprocess.PIPE,
+                    )
+                )
+                stack.callback(child.kill)
+                if child.stdout is None or child.stdout.read(1) != b"\n":
+                    raise Failed("a process with 50 descriptors did not start")
+            ours = (sys.executable, "-m", "kvmpriv", "ps")
+            yield self._processes("ps_process", ours, BASE, Limit("ours", 500))
+
     def _processes(
         self,
         name: str,
@@ -568,7 +586,7 @@ def main(arguments: list[str]) -> int:
     """Run the benchmarks, print the table, write bench.json."""
     names = (
         *("checked_ioctl", "exit_loop", "probe_process", "import", "first_exit", "probe_memory"),
-        *("slot_cycle", "puppet", "conversions", "linux"),
+        *("ps_process", "slot_cycle", "puppet", "conversions", "linux"),
     )
     about = "kvmpriv's benchmarks, on this host's /dev/kvm and in the kernels built here"
     parser = argparse.ArgumentParser(prog="bench", description=about)
