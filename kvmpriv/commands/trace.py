@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
 from ..exit_status import ExitStatus
 from ..output import is_same_file, write_file
-from ..trace import TraceError, page, read, text
+from ..trace import TraceError, document, page, read, text
 from . import fail, warn
 from ._options import parse_path
 
@@ -39,7 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--page",
         type=parse_path,
         metavar="HTML",
-        help="also draw memory, exits and conversions over time, as one HTML page",
+        help="also draw memory, conversions, exits, CPU time and resident memory over time, as one"
+        " HTML page",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the summary as one JSON document"
     )
 
 
@@ -52,8 +57,11 @@ def main(options: argparse.Namespace) -> int:
     except (TraceError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         return fail("trace", f"{options.file}: {reason}", ExitStatus.USAGE)
-    for line in text(recording):
-        print(line)
+    if options.json:
+        print(json.dumps(document(recording), indent=2))
+    else:
+        for line in text(recording):
+            print(line)
     if recording.cut_off:
         warn("trace", "the last line is incomplete and was left out")
     if options.page is None:

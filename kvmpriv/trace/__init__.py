@@ -17,7 +17,7 @@ from .record import (
     UseAbout,
     read,
 )
-from .summary import Summary, headline, summarize, text
+from .summary import Summary, document, headline, summarize, text
 
 __all__ = [
     "About",
@@ -34,6 +34,7 @@ __all__ = [
     "Summary",
     "TraceError",
     "UseAbout",
+    "document",
     "headline",
     "page",
     "read",

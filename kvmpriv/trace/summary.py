@@ -11,8 +11,9 @@ from .devices import Devices
 from .record import ConversionEvent, EndEvent, MarkEvent, Recording, SampleEvent
 from .scale import format_bytes
 
-__all__ = ["Summary", "counted", "headline", "summarize", "text"]
+__all__ = ["Summary", "counted", "document", "headline", "summarize", "text"]
 
+SCHEMA_VERSION = 1
 _PLACES_MAX = 5  # how many devices to list for each kind of exit
 
 
@@ -95,6 +96,45 @@ def headline(recording: Recording, found: Summary) -> str:
         f"The host could read {format_bytes(readable)} where the guest kept"
         f" {format_bytes(private)} private"
     )
+
+
+def document(recording: Recording) -> dict[str, object]:
+    """The summary for ``kvmpriv trace --json``, as ``schema.json`` describes it."""
+    about, found = recording.about, summarize(recording)
+    last = found.samples[-1] if found.samples else None
+    converted = Counter((event["convert"], event["by"]) for event in found.conversions)
+    sizes: Counter[tuple[str, str]] = Counter()
+    for event in found.conversions:
+        sizes[event["convert"], event["by"]] += event["size"]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "what": about["what"],
+        "cpus": about["cpus"],
+        "private_abi": about.get("private_abi"),
+        "cmdline": about.get("cmdline"),
+        "date": about.get("date"),
+        "seconds": found.seconds,
+        "cut_off": recording.cut_off,
+        "end": found.end,
+        "marks": found.marks,
+        "exits": [
+            {"exit": kind, "count": count, "places": dict(found.places.get(kind, {}))}
+            for kind, count in found.exits.most_common()
+        ],
+        "conversions": [
+            {"to": to, "by": by, "count": count, "size": sizes[to, by]}
+            for (to, by), count in sorted(converted.items())
+        ],
+        "memory": [
+            {**part, **(last["memory"][number] if last else {"resident": None, "private": None})}
+            for number, part in enumerate(about["ranges"])
+        ],
+        "process": {
+            "rss_max": max((sample["rss"] for sample in found.samples), default=None),
+            "cpu": last["cpu"] if last else None,
+            "others": last.get("others") if last else None,
+        },
+    }
 
 
 def text(recording: Recording) -> Iterator[str]:

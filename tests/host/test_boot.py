@@ -600,6 +600,18 @@ def test_little_memory(image: Path) -> None:
     assert (done.returncode, done.stdout) == (124, "up\n"), done.stderr
 
 
+def test_a_recording_marks_the_start_of_init(kvm: Kvm, tmp_path: Path) -> None:
+    """At the kernel's words, and once."""
+    words = b"Run /init as init process\nRun /sbin/init as init process\n"
+    code = bytes.fromhex("66baf803") + b"".join(b"\xb0%c\xee" % byte for byte in words)
+    path = tmp_path / "run.trace"
+    image = load_linux(kernel(code + bytes.fromhex("f4ebfd")))
+    with LinuxMachine(kvm, image, plan(32 << 20)) as machine:
+        machine.run(timeout=0.6, trace=path)
+    marks = trace.summarize(trace.read(path)).marks
+    assert [mark["mark"] for mark in marks] == ["/init runs"]
+
+
 def test_a_recording_by_script(kvm: Kvm, tmp_path: Path) -> None:
     """The recording is complete and its file closed, also when `look` raises."""
     path = tmp_path / "run.trace"

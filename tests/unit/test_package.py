@@ -26,6 +26,7 @@ def test_the_wheel_is_pure_python(wheel: Path) -> None:
         "guest/ready.py",
         "probe/schema.json",
         "trace/page.css",
+        "trace/schema.json",
         "ps/schema.json",
         "py.typed",
         "_suite/support/rules.py",

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import jsonschema
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -93,6 +94,38 @@ memory, at the end
 process: at most 114 MiB resident; CPU seconds of each vCPU: 0.50, 0.25
 """
     )
+
+
+SCHEMA = json.loads((Path(trace.__file__).parent / "schema.json").read_text())
+
+
+def test_json(path: Path, tmp_path: Path) -> None:
+    """One document of the same facts as the text, with or without a page."""
+    page = tmp_path / "page.html"
+    done = kvmpriv(path, "--json", "--page", page)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert page.read_text().startswith("<!doctype html>")
+    found = json.loads(done.stdout)
+    jsonschema.validate(found, SCHEMA, cls=jsonschema.Draft202012Validator)
+    assert found["schema_version"] == 1
+    assert (found["seconds"], found["end"], found["cut_off"]) == (2.0, EVENTS[-1], False)
+    assert found["exits"][0] == {"exit": "KVM_EXIT_IO", "count": 5, "places": {"COM1": 5}}
+    assert found["conversions"] == [
+        {"to": "private", "by": "fault", "count": 1, "size": 1 << 20},
+        {"to": "shared", "by": "hypercall", "count": 1, "size": 2 << 20},
+    ]
+    assert found["memory"][1] == {**RANGES[1], "resident": 0, "private": 300 << 20}
+    assert found["process"] == {"rss_max": 114 << 20, "cpu": [0.5, 0.25], "others": None}
+
+
+@pytest.mark.parametrize("count", range(len(EVENTS)))
+def test_json_of_part_of_a_run(path: Path, count: int) -> None:
+    about = {**ABOUT, "cmdline": "quiet", "date": "2026-01-31T12:00:00Z"}
+    path.write_bytes(lines(about, *EVENTS[:count], {"t": 9, "mark": "m"}) + b"{")
+    found = trace.document(trace.read(path))
+    jsonschema.validate(found, SCHEMA, cls=jsonschema.Draft202012Validator)
+    assert (found["end"], found["cut_off"], found["cmdline"]) == (None, True, "quiet")
+    assert found["marks"] == [{"t": 9, "mark": "m"}]
 
 
 def test_one_vcpu_is_not_plural(path: Path) -> None:

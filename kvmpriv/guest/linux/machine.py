@@ -346,6 +346,7 @@ class LinuxMachine:
 
                 recorder = RunRecorder(trace, self, self._complain)
                 stack.callback(recorder.close)
+                self._supervisor.observe = recorder.printed
                 calls.append(Periodic(recorder.sample, recorder.SAMPLE_EVERY))
             try:
                 outcome = self._run(timeout, source, calls, recorder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -15,6 +16,11 @@ if TYPE_CHECKING:
     from .outcome import Outcome
 
 __all__ = ["RunRecorder"]
+
+
+#: What a kernel prints as its last words (init/main.c), and how many bytes may hold the end of it.
+_INIT = re.compile(rb"Run (\S{1,64}) as init process")
+_INIT_SIZE_MAX = 100
 
 
 class RunRecorder:
@@ -56,6 +62,8 @@ class RunRecorder:
         )
         #: Records an event, from any thread.
         self.event: Record = self._recorder.event
+        self._last_printed = b""
+        self._init_runs = False
 
     def sample(self) -> None:
         """Record the memory and the CPU time in use; nothing where KVM has no statistics."""
@@ -71,6 +79,16 @@ class RunRecorder:
             cpu=[round(seconds, 3) for seconds in cost.cpu],
             others=round(cost.others, 3),
         )
+
+    def printed(self, data: bytes) -> None:
+        """Take what the guest has printed: a mark is recorded when its kernel starts init."""
+        if self._init_runs:
+            return
+        text = self._last_printed + data
+        if found := _INIT.search(text):
+            self._init_runs = True
+            self.event(mark=f"{found[1].decode(errors='backslashreplace')} runs")
+        self._last_printed = text[-_INIT_SIZE_MAX:]
 
     def end(self, outcome: Outcome) -> None:
         """Record how the guest has ended."""

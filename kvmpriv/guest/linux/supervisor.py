@@ -60,6 +60,8 @@ class Supervisor:
         self._ending = ending
         self._output = output
         self._stuck = stuck
+        #: Called before `output`, with the same bytes.
+        self.observe: Callable[[bytes], object] = lambda data: None
         self._pending = bytearray()
         self._alerted = False
         self._output_failed = False
@@ -157,6 +159,7 @@ class Supervisor:
         self._drained.set()
         if data and not self._output_failed:
             self._look_for_panic(data)
+            self.observe(data)
             try:
                 self._output(data)
             except Exception:  # but not what a signal handler raises
