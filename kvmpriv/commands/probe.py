@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable
 
+    from ..probe.profiles import Profile
+
 __all__ = ["EXAMPLES", "EXIT_STATUS", "add_arguments", "main"]
 
 
@@ -35,12 +37,13 @@ EXAMPLES = (
         'ln -s "$(command -v kvmpriv)" /etc/ansible/facts.d/kvmpriv.fact',
         "let Ansible read the findings as the fact ansible_local.kvmpriv",
     ),
+    ("kvmpriv probe --for qemu-guest-memfd", "find out whether a VMM's feature works here"),
 )
 FORMATS = ("text", "json", "prometheus", "nfd", "ansible")
 EXIT_STATUS: dict[ExitStatus | str, str] = {
-    ExitStatus.OK: "usable private memory",
-    ExitStatus.NEGATIVE: "probed, none usable",
-    ExitStatus.USAGE: "the command line can't be used",
+    ExitStatus.OK: "usable private memory; with --for: all profiles are usable",
+    ExitStatus.NEGATIVE: "probed, none usable; with --for: one of the profiles is not usable",
+    ExitStatus.USAGE: "the command line or a profile can't be used",
     ExitStatus.UNABLE: "could not probe, or the output can't be written",
 }
 
@@ -85,6 +88,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "it is if that fails",
     )
     parser.add_argument(
+        "--for",
+        dest="profiles",
+        action="append",
+        metavar="PROFILE,...",
+        help="report whether this host has what a VMM's feature needs, and what is missing. The"
+        " exit status is about these profiles. --for help lists them",
+    )
+    parser.add_argument(
+        "--profiles",
+        dest="folder",
+        type=parse_path,
+        metavar="DIR",
+        help="use the profiles in this folder, too: files NAME.profile"
+        " (`pydoc kvmpriv.probe.profiles` describes them)",
+    )
+    parser.add_argument(
         "--verbose",
         action="store_true",
         help="also list the processes that have the device open (takes longer)",
@@ -94,13 +113,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Probe and print; returns the exit status."""
+    wanted: list[Profile] = []
+    if arguments.profiles or arguments.folder:
+        from ..probe.profiles import ProfileError, judge
+
+        try:
+            wanted = _choose(arguments)
+        except ProfileError as error:
+            return fail("probe", str(error), ExitStatus.USAGE)
+        if not wanted:
+            return ExitStatus.OK
     verbose = arguments.verbose and not arguments.quiet
     found = probe(arguments.device, verbose=verbose, out_of_time=_cpu_time_ends())
+    if wanted:
+        found = found._replace(profiles=tuple(judge(profile, found) for profile in wanted))
     to_terminal = arguments.output is None and colour_wanted()
-    if arguments.quiet:
+    if arguments.quiet and wanted:
+        text = "".join(f"{one.profile.name}: {one.verdict}\n" for one in found.profiles or ())
+    elif arguments.quiet:
         text = f"{found.verdict}\n"
     elif arguments.format == FORMATS[0]:
-        text = report.text(found, colour=to_terminal)
+        render = report.profiles_text if wanted else report.text
+        text = render(found, colour=to_terminal)
     else:
         from ..probe.formats import FORMATS as RENDERERS
 
@@ -114,9 +148,30 @@ def main(arguments: argparse.Namespace) -> int:
             write_file(arguments.output, text, replace_only=True)
         except OSError as error:
             return fail("probe", f"{arguments.output}: {error.strerror}", ExitStatus.UNABLE)
-    if found.verdict == COULD_NOT_PROBE:
-        fail("probe", f"{found.verdict}: {found.meaning}", ExitStatus.UNABLE)
+    if found.exit_status == ExitStatus.UNABLE:
+        fail("probe", f"{COULD_NOT_PROBE}: {found.meaning}", ExitStatus.UNABLE)
     return found.exit_status
+
+
+def _choose(arguments: argparse.Namespace) -> list[Profile]:
+    """The profiles of --for; none if it asks for the list, which is printed.  ProfileError."""
+    from ..probe import profiles
+
+    names = [name.strip() for text in arguments.profiles or ["help"] for name in text.split(",")]
+    if "help" in names:
+        folders = [profiles.BUILT_IN, *filter(None, [arguments.folder])]
+        for folder in folders:
+            for profile in profiles.read_folder(folder):
+                sys.stdout.write(f"{profile.name}\n    {profile.summary}\n")
+        return []
+    try:
+        return profiles.find(names, arguments.folder)
+    except KeyError as error:
+        known = profiles.available(profiles.BUILT_IN)
+        if arguments.folder:
+            known += profiles.available(arguments.folder)
+        message = f"there is no profile {error.args[0]!r}: {', '.join(known)}"
+        raise profiles.ProfileError(message) from None
 
 
 def _cpu_time_ends() -> Callable[[], object]:

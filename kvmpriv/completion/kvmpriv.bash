@@ -7,7 +7,7 @@
 
 _shtab_kvmpriv_subparsers=(probe ps run boot trace selftest help)
 
-_shtab_kvmpriv_probe_option_strings=(-h --help --format --json -q --quiet --output --verbose --device)
+_shtab_kvmpriv_probe_option_strings=(-h --help --format --json -q --quiet --output --for --profiles --verbose --device)
 _shtab_kvmpriv_ps_option_strings=(-h --help --json --watch --stat-restricted)
 _shtab_kvmpriv_run_option_strings=(-h --help --hello --mode --memory --load --entry --timeout --device)
 _shtab_kvmpriv_boot_option_strings=(-h --help --kernel --initrd --append --memory --cpus --private --disk --net --run --shell --timeout --pin --watch --trace --json --device)
@@ -17,6 +17,7 @@ _shtab_kvmpriv_help_option_strings=(-h --help)
 _shtab_kvmpriv_option_strings=(-h --help --version)
 
 _shtab_kvmpriv_probe___output_COMPGEN=_shtab_compgen_files
+_shtab_kvmpriv_probe___profiles_COMPGEN=_shtab_compgen_files
 _shtab_kvmpriv_probe___device_COMPGEN=_shtab_compgen_files
 _shtab_kvmpriv_run_pos_0_COMPGEN=_shtab_compgen_files
 _shtab_kvmpriv_run___device_COMPGEN=_shtab_compgen_files

@@ -51,7 +51,7 @@ function _shtab_kvmpriv_using
 end
 
 set -g _shtab_kvmpriv_commands probe ps run boot trace selftest help
-set -g _shtab_kvmpriv_opts_with_value --append --compare --cpus --device --disk --entry --format --initrd --junit --kernel --load --memory --mode --net --output --page --pin --private --run --timeout --trace --watch -k
+set -g _shtab_kvmpriv_opts_with_value --append --compare --cpus --device --disk --entry --for --format --initrd --junit --kernel --load --memory --mode --net --output --page --pin --private --profiles --run --timeout --trace --watch -k
 
 complete -c kvmpriv -e
 complete -c kvmpriv -f
@@ -64,6 +64,8 @@ complete -c kvmpriv -n '_shtab_kvmpriv_using probe' -l format -xka "text json pr
 complete -c kvmpriv -n '_shtab_kvmpriv_using probe' -l json -d 'the same as --format json'
 complete -c kvmpriv -n '_shtab_kvmpriv_using probe' -s q -l quiet -d 'print the verdict alone, on one line'
 complete -c kvmpriv -n '_shtab_kvmpriv_using probe' -l output -xka "(__fish_complete_path (commandline -ct))" -d 'write to FILE instead of standard output: FILE is replaced in one step, and stays as it is if that fails'
+complete -c kvmpriv -n '_shtab_kvmpriv_using probe' -l for -x -d 'report whether this host has what a VMM'"'"'s feature needs, and what is missing. The exit status is about these profiles. --for help lists them'
+complete -c kvmpriv -n '_shtab_kvmpriv_using probe' -l profiles -xka "(__fish_complete_path (commandline -ct))" -d 'use the profiles in this folder, too: files NAME.profile (`pydoc kvmpriv.probe.profiles` describes them)'
 complete -c kvmpriv -n '_shtab_kvmpriv_using probe' -l verbose -d 'also list the processes that have the device open (takes longer)'
 complete -c kvmpriv -n '_shtab_kvmpriv_using probe' -l device -xka "(__fish_complete_path (commandline -ct))" -d 'KVM'"'"'s device node (default: /dev/kvm)'
 complete -c kvmpriv -n '_shtab_kvmpriv_using; and test $_shtab_kvmpriv_npos -eq 0' -a ps -d 'list the processes that have KVM, VMs and private memory open'

@@ -15,6 +15,8 @@ __all__ = [
     "HostFacts",
     "HugePagePool",
     "MemoryFacts",
+    "NeedDocument",
+    "ProfileDocument",
     "ReportDocument",
     "VcpuLimits",
 ]
@@ -106,6 +108,26 @@ class CheckDocument(TypedDict):
     shortage: str
 
 
+class NeedDocument(TypedDict):
+    """A finding that a profile needs: PASS it is met, FAIL it is not, SKIP it is not known."""
+
+    finding: str
+    status: str
+    wish: bool
+    why: str
+
+
+class ProfileDocument(TypedDict):
+    """A profile of ``--for``; `vm_type` is the type of VM that decided it, or empty."""
+
+    name: str
+    summary: str
+    sources: list[str]
+    verdict: str
+    vm_type: str
+    needs: list[NeedDocument]
+
+
 class ReportDocument(TypedDict):
     """The document of ``kvmpriv probe --json``."""
 
@@ -115,5 +137,6 @@ class ReportDocument(TypedDict):
     notes: list[str]
     exit_status: int
     checks: list[CheckDocument]
+    profiles: list[ProfileDocument] | None
     host: HostFacts
     holders: Holders | None

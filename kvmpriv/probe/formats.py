@@ -25,9 +25,9 @@ def json_text(report: Report) -> str:
 
 def _usable(report: Report) -> bool | None:
     """Whether the host has usable private memory; None if that could not be found out."""
-    if report.exit_status == ExitStatus.UNABLE:
+    if report.verdict_status == ExitStatus.UNABLE:
         return None
-    return report.exit_status == ExitStatus.OK
+    return report.verdict_status == ExitStatus.OK
 
 
 # -- Prometheus ------------------------------------------------------------------------------------
@@ -100,6 +100,15 @@ def _metrics(report: Report) -> Iterator[_Metric]:
         [({"verdict": each}, int(each == report.verdict)) for each in VERDICTS],
     )
     yield _Metric(
+        "kvmpriv_profile_usable",
+        "1 if a profile of --for is usable, 0 if not; absent if that could not be found out.",
+        [
+            ({"profile": one.profile.name}, int(one.exit_status == ExitStatus.OK))
+            for one in report.profiles or ()
+            if one.exit_status != ExitStatus.UNABLE
+        ],
+    )
+    yield _Metric(
         "kvmpriv_probe_check_status",
         "How a check ended: 1 for the status that applies.",
         [
@@ -169,6 +178,9 @@ def nfd(report: Report) -> str:
         f"kvmpriv-private-memory={usable}",
         f"kvmpriv-verdict={_label(report.verdict)}",
     ]
+    for one in report.profiles or ():
+        name = _label(f"kvmpriv-profile.{one.profile.name}")
+        lines.append(f"{name}={_label(one.verdict)}")
     for check in report.checks:
         name = _label(f"kvmpriv-check.{check.name.replace('/', '.')}")
         lines += ["# +no-label", f"{name}={check.status.lower()}"]

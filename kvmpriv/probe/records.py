@@ -9,6 +9,7 @@ from ..exit_status import ExitStatus
 
 if TYPE_CHECKING:
     from .documents import CheckDocument, Holders, HostFacts, ReportDocument
+    from .profiles import Judgement
 
 __all__ = [
     "FAIL",
@@ -203,11 +204,14 @@ class Report(NamedTuple):
     """A whole probe: the checks in the order of the tree, and facts about the host.
 
     `holders` are the processes that have the device open, None if they were not looked for.
+    `profiles` are the profiles that were asked for, None if none were.  They follow from the
+    checks, and `from_json` does not read them.
     """
 
     checks: tuple[Check, ...]
     host: HostFacts
     holders: Holders | None = None
+    profiles: tuple[Judgement, ...] | None = None
 
     @property
     def verdict(self) -> str:
@@ -217,11 +221,12 @@ class Report(NamedTuple):
         verdicts need a probe that was complete.
         """
         seen = self._seen()
-        if seen in (V9_USABLE, GUEST_MEMFD_PRIVATE) or self._complete():
+        if seen in (V9_USABLE, GUEST_MEMFD_PRIVATE) or self.complete:
             return seen
         return COULD_NOT_PROBE
 
-    def _complete(self) -> bool:
+    @property
+    def complete(self) -> bool:
         """Whether a VM was made, nothing ended the probe early, and nothing ran out."""
         made = False
         for check in self.checks:
@@ -257,12 +262,19 @@ class Report(NamedTuple):
         return NONE
 
     @property
-    def exit_status(self) -> ExitStatus:
+    def verdict_status(self) -> ExitStatus:
         """0 usable private memory, 1 probed and none usable, 3 could not probe.
 
         It follows from the verdict alone.
         """
         return _EXIT_STATUS.get(self.verdict, ExitStatus.NEGATIVE)
+
+    @property
+    def exit_status(self) -> ExitStatus:
+        """That of the worst of `profiles` if there are any, else `verdict_status`."""
+        if self.profiles:
+            return max(judgement.exit_status for judgement in self.profiles)
+        return self.verdict_status
 
     @property
     def meaning(self) -> str:
@@ -316,6 +328,11 @@ class Report(NamedTuple):
             "notes": [*self.notes],
             "exit_status": self.exit_status,
             "checks": [check.to_json() for check in self.checks],
+            "profiles": (
+                None
+                if self.profiles is None
+                else [judgement.to_json() for judgement in self.profiles]
+            ),
             "host": self.host,
             "holders": self.holders,
         }

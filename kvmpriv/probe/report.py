@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .documents import Holders, HostFacts
     from .records import Asked, Check, Report
 
-__all__ = ["text"]
+__all__ = ["profiles_text", "text"]
 
 #: VM types that are not written as KVM's names in lower case.
 _VM_TITLES = {
@@ -56,6 +56,30 @@ def text(report: Report, *, colour: bool = False) -> str:
     lines += ["", paint(BOLD, "Host")]
     lines += [f"  {name:{_STEP + 7}} {plain(value)}" for name, value in _facts(report)]
     return "\n".join(lines) + "\n"
+
+
+def profiles_text(report: Report, *, colour: bool = False) -> str:
+    """The verdict of each profile, and what it needs and does not find."""
+    paint = painter(colour)
+    lines = []
+    for judgement in report.profiles or ():
+        lines += [
+            paint(BOLD, f"{judgement.profile.name}: {judgement.verdict}"),
+            f"  {plain(judgement.profile.summary)}",
+        ]
+        if not judgement.needs:
+            lines.append(f"  {plain(report.meaning)}")
+        for need, finding, status, check in judgement.needs:
+            found = _finding(check) if check else "not tried, as the probe ended before"
+            what = "without it" if need.wish else "needed"
+            lines.append(f"  {paint(_COLOURS[status], f'[ {status} ]')} {finding}: {plain(found)}")
+            if status != PASS:
+                lines.append(paint(DIM, f"           {what}: {plain(need.why)}"))
+                if check and check.hint:
+                    lines.append(paint(DIM, f"           hint: {plain(check.hint)}"))
+        lines.append("")
+    lines += [paint(YELLOW, f"note: {plain(note)}") for note in report.notes]
+    return "\n".join(lines).rstrip("\n") + "\n"
 
 
 def _finding(check: Check) -> str:

@@ -24,7 +24,7 @@ import kvmpriv
 from conftest import ROOT
 from kvmpriv.cdefs import kvm as cdefs
 from kvmpriv.private.restrictedmem import ask_memfd_restricted
-from kvmpriv.probe import VERDICTS, Report, probe
+from kvmpriv.probe import VERDICTS, Report, probe, profiles
 from kvmpriv.probe.records import FAIL, PASS, SKIP
 from private.support.leaks import open_fds
 from private.support.requirements import missing
@@ -51,7 +51,7 @@ def run_as_nobody(*arguments: str) -> subprocess.CompletedProcess[str]:
     All is imported before, as root's Python may not be readable to others.
     """
     code = (
-        "import grp, json, os, pathlib, shutil, sys, kvmpriv.probe, psutil;"
+        "import grp, json, os, pathlib, shutil, sys, kvmpriv.probe.profiles, psutil;"
         "from kvmpriv.cli import main;"
         f"os.geteuid() or (os.setgroups([]), os.setgid({NOBODY}), os.setuid({NOBODY}));"
         f"sys.exit(main({['probe', *arguments]!r}))"
@@ -149,6 +149,71 @@ def _errno(call: Callable[[], object]) -> int:
     except OSError as error:
         return error.errno or 0
     return 0
+
+
+# -- profiles ----------------------------------------------------------------------------------
+
+ALL_PROFILES = ",".join(profiles.available(profiles.BUILT_IN))
+
+
+def test_profiles(kvm: kvmpriv.Kvm) -> None:
+    """Text, -q, the document and the exit status agree; --for may be given again."""
+    first, _, rest = ALL_PROFILES.partition(",")
+    documents = run("--json", "--for", first, "--for", rest)
+    found = of_json(documents)
+    judged = json.loads(documents.stdout)["profiles"]
+    lines = [f"{one['name']}: {one['verdict']}" for one in judged]
+    assert [one["name"] for one in judged] == ALL_PROFILES.split(",")
+    quiet = run("-q", "--for", ALL_PROFILES)
+    assert quiet.stdout.splitlines() == lines
+    text = run("--for", ALL_PROFILES)
+    assert [line for line in text.stdout.splitlines() if line in lines] == lines
+    assert quiet.returncode == text.returncode == documents.returncode == 1
+    assert text.stderr == ""
+    for one in judged:  # each alone has its own exit status
+        assert run("-q", "--for", one["name"]).returncode == (one["verdict"] != "usable")
+    status = status_of(found)
+    for need in (need for one in judged for need in one["needs"]):
+        assert (need["status"] == PASS) == (status[need["finding"]] == PASS)
+
+
+def test_profile_of_ones_own(kvm: kvmpriv.Kvm, tmp_path: Path) -> None:
+    path = tmp_path / "mine.profile"
+    good = "summary = a VM\nsource = me | x | 1 | 2026-11-27\ntypes = default\nrequire = {} | why\n"
+    path.write_text(good.format("kvm/device"))
+    process = run("-q", "--for", "mine", "--profiles", str(tmp_path))
+    assert (process.returncode, process.stdout) == (0, "mine: usable\n")
+    listed = run("--for", "help", "--profiles", str(tmp_path))
+    assert (listed.returncode, listed.stdout.splitlines()[-2:]) == (0, ["mine", "    a VM"])
+    assert run("--profiles", str(tmp_path)).stdout == listed.stdout
+    path.write_text(good.format("kvm/devise"))
+    process = run("--json", "--for", "mine", "--profiles", str(tmp_path))
+    assert (process.returncode, process.stdout) == (2, "")
+    assert process.stderr == (
+        f"kvmpriv probe: {path}:4: no check of the probe has the name 'kvm/devise';"
+        " did you mean 'kvm/device'?\n"
+    )
+    process = run("--for", "nonesuch")
+    assert (process.returncode, process.stdout) == (2, "")
+    assert process.stderr.startswith("kvmpriv probe: there is no profile 'nonesuch': cloud-")
+
+
+def test_profiles_of_a_starved_probe(kvm: kvmpriv.Kvm) -> None:
+    process = run("-q", "--for", "v9", "--device", "/nonexistent")
+    assert (process.returncode, process.stdout) == (3, "v9: could not probe\n")
+    assert process.stderr.startswith("kvmpriv probe: could not probe: open /nonexistent: ENOENT")
+    filtered = seccomp(_SYS_IOCTL, _ERRNO | errno.EMFILE, cdefs.KVM_CREATE_VM)
+    process = run("--json", "--for", ALL_PROFILES, preexec_fn=filtered)
+    assert {one["verdict"] for one in json.loads(process.stdout)["profiles"]} == {"could not probe"}
+    assert of_json(process).exit_status == process.returncode == 3
+
+
+def test_profiles_as_nobody() -> None:
+    """Nothing raises, whether this user may open the device or not."""
+    process = run_as_nobody("-q", "--for", ALL_PROFILES)
+    assert process.returncode in (1, 3)
+    assert "Traceback" not in process.stderr
+    assert len(process.stdout.splitlines()) == ALL_PROFILES.count(",") + 1
 
 
 # -- terminals and locales ---------------------------------------------------------------------
@@ -487,6 +552,7 @@ def test_heavy_modules_stay_out() -> None:
     code = (
         "import sys; from kvmpriv.cli import main; main(['probe', '-q']);"
         "heavy = {'json', 'psutil', 'subprocess', 'dataclasses', 'cffi', 'pycparser', 'tempfile'};"
+        "heavy |= {'kvmpriv.probe.profiles', 'kvmpriv.cdefs.enums', 'kvmpriv.cdefs.unmerged'};"
         "print(sorted(heavy & set(sys.modules)))"
     )
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

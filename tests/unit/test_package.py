@@ -25,6 +25,7 @@ def test_the_wheel_is_pure_python(wheel: Path) -> None:
         "cdefs/include/kvm.h",
         "guest/ready.py",
         "probe/schema.json",
+        "probe/profiles/v9.profile",
         "trace/page.css",
         "trace/schema.json",
         "ps/schema.json",
