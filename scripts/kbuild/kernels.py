@@ -9,7 +9,7 @@ from typing import NamedTuple
 class Kernel(NamedTuple):
     """One kernel: Debian's source, its config, and the folders of patches that are applied to it.
 
-    The source is Linux `version` from the suites of this machine, or the newest one of `suite`.
+    The source is Linux `version`, or the newest one, of `suite`, or of the suites of this machine.
     """
 
     name: str
@@ -33,14 +33,13 @@ KERNELS = {
             fixes="restrictedmem/fixes",
         ),
         Kernel("guest_memfd", "guest_memfd", "6.12"),
+        Kernel("guest_memfd-7.3", "guest_memfd", "7.3", suite="trixie-backports"),
     )
 }
 #: The releases with which the configs of an ABI were tried.
 TRIED = {"restrictedmem": ("6.1",), "guest_memfd": ("6.12", "7.3")}
-
-
 #: The kernel whose config is taken for a tree of somebody's own, if no name is given.
-NEWEST = "guest_memfd"
+NEWEST = "guest_memfd-7.3"
 
 
 def has_source(arguments: list[str]) -> bool:

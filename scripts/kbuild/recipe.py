@@ -122,7 +122,7 @@ class Plan:
         """The options that the kernel must have."""
         configs = self.data / "configs"
         names = [] if self.config else ["base"]
-        names += [self.kernel.abi] + (["debug"] if self.debug else [])
+        names += [self.kernel.abi] + ["newest"] * bool(self.kernel.suite) + ["debug"] * self.debug
         text = "".join((configs / f"{name}.config").read_text() for name in names)
         return f'{text}CONFIG_LOCALVERSION="-{self.variant}"\n'
 

@@ -65,7 +65,8 @@ def _folder() -> Path:
 
 
 def _record(kernel: Kernel) -> Path:
-    return _folder() / f"{kernel.suite or kernel.version}.json"
+    words = filter(None, (kernel.suite, kernel.version))
+    return _folder() / f"{'-'.join(words)}.json"
 
 
 def chosen(kernel: Kernel) -> Chosen | None:
@@ -90,12 +91,12 @@ def find(kernel: Kernel, look: bool = False) -> Path:
     that was not done today.
     """
     installed = INSTALLED / f"linux-source-{kernel.version}.tar.xz"
-    if not kernel.suite and installed.is_file():
+    if kernel.version and installed.is_file():
         return installed
     _folder().mkdir(parents=True, exist_ok=True)
     with locked(_folder() / "lock", "fetches a source"):
         have = chosen(kernel)
-        if have and not (look and kernel.suite and time.time() - have.asked > DAY):
+        if have and not (look and not kernel.version and time.time() - have.asked > DAY):
             return have.tarball
         try:
             newest = Apt(kernel).newest()

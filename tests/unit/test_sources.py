@@ -153,6 +153,20 @@ def test_a_release_of_the_system(apt: Fake) -> None:
     assert apt.calls() == []
 
 
+def test_a_release_of_another_suite(apt: Fake) -> None:
+    """It stays that release, though the suite has newer ones."""
+    kernel = Kernel("older", "guest_memfd", "7.3", suite="some-backports")
+    tarball = sources.find(kernel)
+    assert tarball.name == "linux-source-7.3.tar.xz"
+    assert sources.find(NEWEST).name == "linux-source-7.10.tar.xz"
+    apt.calls()
+    assert sources.find(kernel, look=True) == tarball
+    assert apt.calls() == []
+    apt.set(names="linux-source-7.10\n")
+    shutil.rmtree(tarball.parent)
+    assert "some-backports has no such package" in refused(kernel)[1]
+
+
 def test_a_newer_release_is_taken_by_build_alone(
     apt: Fake, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -199,7 +199,8 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "name"), [([], "guest_memfd"), ([NAME], NAME), (["guest_memfd"], "guest_memfd")]
+    ("arguments", "name"),
+    [([], "guest_memfd-7.3"), ([NAME], NAME), (["guest_memfd"], "guest_memfd")],
 )
 def test_a_tree(
     asked: list[str], built: list[Plan], tmp_path: Path, arguments: list[str], name: str
