@@ -45,12 +45,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "of another process is taken over. Root sees all processes, and with debugfs mounted also "
         "which process made a VM and how much memory the VM's page tables map (IN GUEST); other "
         "users see their own processes.\n\n"
-        "Not visible are: descriptors in messages that no process has received yet (SCM_RIGHTS), "
-        "in io_uring, or in the table of a thread that shares none with its process; the VM of a "
-        "file in a process with several VMs; the VM of a vfio device; memory slots, which KVM does "
-        "not list; how much of a guest_memfd is allocated, unless its kernel counts that. An "
-        "irqfd, and a file of memfd_restricted, do not keep a VM alive; a slot does keep a file "
-        "of memfd_restricted, also after its last descriptor was closed."
+        "What can't be seen: descriptors in messages that no process has received yet "
+        "(SCM_RIGHTS), in io_uring, or in the table of a thread that shares none with its process, "
+        "as /proc lists the table of the first thread. To which VM a file belongs, if its process "
+        "has several VMs, as no file names its VM. The VMs that a vfio device keeps alive. The "
+        "memory slots: KVM's statistics have no total, and the counters that imply one "
+        "(mmu_rmaps_stat) stop the VM's page faults while they are read. How much of a "
+        "guest_memfd is allocated, unless its kernel counts that.\n\n"
+        "An irqfd and a file of memfd_restricted do not keep a VM alive. A slot keeps a file of "
+        "memfd_restricted, also after its last descriptor was closed: then it is not shown. A "
+        "slot does not keep a guest_memfd."
     )
     form = parser.add_mutually_exclusive_group()
     form.add_argument(

@@ -739,3 +739,66 @@ def test_processes_that_end_before_they_are_asked_about(monkeypatch: pytest.Monk
     scan = processes.Scan(found, [], [10**8])
     monkeypatch.setattr(processes, "scan", lambda **_: scan)
     assert (snapshot().processes, snapshot().files) == ((), ())
+
+
+# -- files of private memory -----------------------------------------------------------------------
+
+
+def test_a_file_of_memfd_restricted_is_followed_only_if_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A stat of it crashes a kernel with the series as posted; the inode is in fdinfo."""
+    followed = []
+    stat = os.stat
+
+    def record_stat(path: str) -> os.stat_result:
+        followed.append(path)
+        return stat(path)
+
+    with Path(__file__).open("rb") as file:
+        fd = file.fileno()
+        group = [[Descriptor(os.getpid(), fd, RESTRICTEDMEM)]]
+        monkeypatch.setattr(os, "stat", record_stat)
+        (unknown,) = collect._open_files(group, [], stat_restricted=False)
+        assert followed == []
+        (known,) = collect._open_files(group, [], stat_restricted=True)
+        assert followed == [f"/proc/{os.getpid()}/fd/{fd}"]
+        inode = os.fstat(fd).st_ino
+    assert (unknown.inode, unknown.size, unknown.allocated) == (inode, None, None)
+    assert (known.inode, known.size) == (inode, stat(__file__).st_size)
+    assert known.allocated == stat(__file__).st_blocks * 512
+
+
+def test_blocks_of_guest_memfd_that_are_not_counted(tmp_path: Path) -> None:
+    """0 blocks of a file that the kernel does not count are no size."""
+    (tmp_path / "empty").write_bytes(b"")
+    (tmp_path / "full").write_bytes(bytes(8192))
+    for name, size in (("empty", 0), ("full", 8192)):
+        with (tmp_path / name).open("rb") as file:
+            group = [[Descriptor(os.getpid(), file.fileno(), GUEST_MEMFD)]]
+            (found,) = collect._open_files(group, [], stat_restricted=False)
+        blocks = (tmp_path / name).stat().st_blocks
+        assert (found.size, found.allocated) == (size, blocks * 512 or None)
+
+
+def test_mappings_belong_to_the_file_with_their_inode() -> None:
+    """A mapping without a descriptor is a file of its own; of a vCPU it goes by the process."""
+    with Path(__file__).open("rb") as file:
+        me, fd, inode = os.getpid(), file.fileno(), os.fstat(file.fileno()).st_ino
+        groups = [[Descriptor(me, fd, GUEST_MEMFD)], [Descriptor(me, 70, VCPU, 1)]]
+        maps = [
+            processes.Mapping(CHILD, GUEST_MEMFD, None, inode, 4096),
+            processes.Mapping(CHILD, GUEST_MEMFD, None, inode, 8192),
+            processes.Mapping(CHILD, GUEST_MEMFD, None, inode + 1, MIB),
+            processes.Mapping(me, VCPU, 1, 9, 3 * 4096),
+            processes.Mapping(CHILD, VCPU, 1, 9, 3 * 4096),
+        ]
+        found = collect._open_files(groups, maps, stat_restricted=False)
+    shown = {(file.kind, file.holders, file.mapped) for file in found}
+    assert shown == {
+        (GUEST_MEMFD, (Holder(me, fd), Holder(CHILD, None)), 12288),
+        (GUEST_MEMFD, (Holder(CHILD, None),), MIB),
+        (VCPU, (Holder(me, 70), Holder(me, None)), 0),
+        (VCPU, (Holder(CHILD, None),), 0),
+    }
+    assert [file.number for file in found] == [1, 2, 3, 4]
