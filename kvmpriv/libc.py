@@ -150,7 +150,7 @@ def unshare(flags: int) -> int:
 
 
 def kcmp_file(pid: int, fd: int, other_pid: int, other_fd: int) -> int:
-    """``kcmp(2)`` of two descriptors: 0 if both lead to one open file, -1 for failure.
+    """``kcmp(2)`` of two descriptors: 0 if both lead to one open file, -errno for failure.
 
     1 and 2 are "less" and "greater", in an order that is the same for all files until a reboot.
     """

@@ -34,10 +34,10 @@ class NotIdentifiedError(Exception):
 
 
 def _compare(one: Descriptor, other: Descriptor, kcmp: Compare) -> int:
-    """0 if both lead to one open file, 1 and 2 for an order, -1 if one of them is gone."""
+    """0 if both lead to one open file, 1 and 2 for an order, less than 0 if one of them is gone."""
     answer = kcmp(one.pid, one.fd, other.pid, other.fd)
-    if answer < 0 and libc.last_errno() not in (_errno.ESRCH, _errno.EBADF):
-        raise NotIdentifiedError(os.strerror(libc.last_errno()))
+    if answer < 0 and -answer not in (_errno.ESRCH, _errno.EBADF):
+        raise NotIdentifiedError(os.strerror(-answer))
     return answer
 
 
