@@ -15,7 +15,7 @@ from kvmpriv.probe.host import facts
 from kvmpriv.probe.records import FAIL, PASS, SKIP
 
 RECORDED = Path(__file__).parent / "recorded"
-HOSTS = ("host",)
+HOSTS = ("host", "guest_memfd")
 NAMES = profiles.available(profiles.BUILT_IN)
 
 
