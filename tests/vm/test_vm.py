@@ -8,6 +8,7 @@ import hashlib
 import os
 import pty
 import random
+import re
 import shutil
 import signal
 import socket
@@ -236,6 +237,7 @@ def test_vm_that_does_not_come_up(tmp_path: Path) -> None:
     result = vm(str(image), "--", "true")
     assert result.returncode == 123
     assert b"invalid kernel header" in result.stderr
+    assert re.search(rb"If QEMU \d\S+ is too old for this kernel, put a newer one", result.stderr)
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
