@@ -334,6 +334,16 @@ def test_vms_with_the_same_number_in_two_processes() -> None:
     assert [vm.mapped for vm in found.vms] == [4096, 1]
 
 
+def test_a_record_that_fits_two_vms() -> None:
+    files = [held(VM, (CHILD, 4)), held(VM, (OLD, 4))]
+    found = host(files, [statistics_of(VMM, 4, None)])
+    assert [vm.creator and vm.creator.pid for vm in found.vms] == [None, None, VMM]
+    files[1] = held(VM, (OLD, 5))
+    assert [
+        vm.creator and vm.creator.pid for vm in host(files, [statistics_of(VMM, 4, None)]).vms
+    ] == [VMM, None]
+
+
 def test_records_that_fit_no_vm() -> None:
     """A holder that can't be inspected: the VM is shown, and nobody is named."""
     found = host([], [statistics_of(VMM, 4, None), statistics_of(OLD, 4, OLD)])

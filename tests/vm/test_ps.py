@@ -12,7 +12,7 @@ from .test_kernels import vm
 @pytest.mark.timeout(700)
 @pytest.mark.parametrize("name", ["restrictedmem", "guest_memfd"])
 def test_holders_of_private_memory(name: str) -> None:
-    """tests/host/test_ps.py there: root, debugfs and QEMU are present, so nothing is skipped."""
+    """tests/host/test_ps.py there; only what needs the other ABI may be skipped."""
     required = {"restrictedmem": "dangerous", "guest_memfd": "guest_memfd"}[name]
     done = vm(
         name,
