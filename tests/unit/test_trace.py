@@ -576,7 +576,10 @@ def test_a_full_disk_ends_the_recording_and_no_more() -> None:
     assert recorder.error.strerror == "No space left on device"
 
 
-@given(st.lists(st.sampled_from(EVENTS)), st.lists(st.floats(0, 1e6), min_size=20))
+@given(
+    st.lists(st.sampled_from([*EVENTS, {"t": 0, "mark": "m"}])),
+    st.lists(st.floats(0, 1e6), min_size=20),
+)
 def test_any_recording_can_be_drawn(events: list[Any], times: list[float]) -> None:
     chosen: list[Any] = [{**event, "t": at} for event, at in zip(events, times, strict=False)]
     recording = trace.Recording(ABOUT, chosen, cut_off=False)

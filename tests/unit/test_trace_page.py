@@ -167,7 +167,10 @@ PURPOSES = [
 PAGES = {
     "ordinary": recording(ORDINARY, devices=DEVICES, date="2026-11-27T10:04:11Z", cmdline="quiet"),
     "many ranges": recording([sample(0.0, 40), sample(5.0, 40), END], ranges=40),
-    "many devices": recording([*(port(n / 10, 0x3E8 + 16 * n) for n in range(600)), END]),
+    "many devices": recording(
+        [*(port(n / 10, 0x1000 + n % 20) for n in range(600)), port(1.0, 7), END],
+        devices=[{"name": f"device {n}", "port": 0x1000 + n, "size": 1} for n in range(20)],
+    ),
     "long texts": recording(
         [
             {**sample(0.0), "memory": [{"resident": 1 << 49, "private": 1 << 49}] * 3},
@@ -311,6 +314,15 @@ def test_colours_of_one_picture_differ(by: str) -> None:
         for one, other in (("private", "host"), ("work", "other")):
             a, b = lab(seen(scheme[one], by)), lab(seen(scheme[other], by))
             assert sum((p - q) ** 2 for p, q in zip(a, b, strict=True)) ** 0.5 >= 25, (one, other)
+
+
+def test_devices_without_room_share_a_row() -> None:
+    page = "".join(trace.page(PAGES["many devices"]))
+    heads = re.findall(r'<div class="head"><span title="([^"]*)">[^<]*</span><span>([^<]*)', page)
+    assert heads == [
+        *((f"device {n}", "30 exits") for n in range(7)),
+        ("14 others", "391 exits"),
+    ]
 
 
 def test_no_picture_needs_its_colours() -> None:
