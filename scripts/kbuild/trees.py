@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import subprocess
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def files(tree: Path) -> dict[str, tuple[int, int, int]]:
             status = (tree / name).lstat()
         except OSError:  # deleted, and git is not told yet
             continue
-        if name and not (tree / name).is_dir():
+        if name and not stat.S_ISDIR(status.st_mode):  # a submodule
             found[name] = (status.st_mode, status.st_size, status.st_mtime_ns)
     return found
 
