@@ -25,6 +25,8 @@ _FEW_DESCRIPTORS = 256
 _LITTLE_MEMORY = 512 << 20
 #: A test that waited for a CPU for at least this part of its time limit was not slow by itself.
 _STARVED = 0.5
+#: Less than so many seconds is no shortage: a busy machine lets a process wait for a part of them.
+_LEAST_WAIT = 1.0
 
 #: The name or the text of such an error on the left of a comparison, or without one: a test that
 #: expects it has it on the right.
@@ -124,7 +126,7 @@ def of_time(before: float | None, pid: int, timeout: float) -> str:
     `before` is what waited() returned when it began.
     """
     now = waited(pid)
-    if before is None or now is None or now - before < timeout * _STARVED:
+    if before is None or now is None or now - before < max(timeout * _STARVED, _LEAST_WAIT):
         return ""
     return f"CPU time: the test waited for a CPU for half of its {timeout:g} s, or longer"
 
