@@ -142,8 +142,13 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.output is None:
         sys.stdout.write(text)
     else:
-        from ..output import write_file
+        from ..output import is_same_file, write_file
 
+        if is_same_file(
+            arguments.output, sys.argv[0]
+        ):  # the link that is a fact script leads to it
+            message = f"--output {arguments.output} is the program itself"
+            return fail("probe", message, ExitStatus.USAGE)
         try:
             write_file(arguments.output, text, replace_only=True)
         except OSError as error:

@@ -197,15 +197,20 @@ def _label(text: str) -> str:
 def ansible(report: Report) -> str:
     """A local fact of Ansible: JSON that the module ``setup`` makes ``ansible_local.kvmpriv`` of.
 
-    It is the document of ``--json``, but the checks are a mapping by name, and `private_memory`
-    tells whether private memory is usable, null if that could not be found out.
+    It is the document of ``--json``, but the checks and the profiles are mappings by name, and
+    `private_memory` tells whether private memory is usable, null if that could not be found out.
     """
     document = report.to_json()
     checks = {
         check["name"]: {key: value for key, value in check.items() if key != "name"}
         for check in document["checks"]
     }
-    fact = {**document, "private_memory": _usable(report), "checks": checks}
+    profiles = document["profiles"] and {
+        profile["name"]: {key: value for key, value in profile.items() if key != "name"}
+        for profile in document["profiles"]
+    }
+    changes = {"private_memory": _usable(report), "checks": checks, "profiles": profiles}
+    fact = {**document, **changes}
     return f"{json.dumps(fact, indent=2)}\n"
 
 

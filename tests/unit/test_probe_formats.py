@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import kvmpriv.probe
 from kvmpriv import __version__, cli
 from kvmpriv.commands import probe as command
-from kvmpriv.probe import VERDICTS, Asked, Report, formats, report
+from kvmpriv.probe import VERDICTS, Asked, Report, formats, profiles, report
 from kvmpriv.probe.host import facts
 from kvmpriv.probe.records import FAIL, PASS, SKIP
 
@@ -67,12 +67,24 @@ def everything() -> Report:
     return Report(checks, host, {"processes": [process], "unknown": 3})
 
 
+def with_profiles(found: Report) -> Report:
+    """The report, and what follows from it for every profile of kvmpriv."""
+    judged = (profiles.judge(each, found) for each in profiles.read_folder(profiles.BUILT_IN))
+    return found._replace(profiles=tuple(judged))
+
+
 REPORTS = {name: recorded(name) for name in HOSTS} | {"everything": everything()}
+REPORTS |= {f"{name}, profiles": with_profiles(found) for name, found in REPORTS.items()}
 
 
 @pytest.fixture(params=list(REPORTS))
 def found(request: pytest.FixtureRequest) -> Report:
     return REPORTS[request.param]
+
+
+def test_the_reports_have_every_verdict_of_a_profile() -> None:
+    verdicts = {one.verdict for found in REPORTS.values() for one in found.profiles or ()}
+    assert verdicts == {profiles.USABLE, profiles.NOT_USABLE, profiles.COULD_NOT_PROBE}
 
 
 def test_every_format_has_a_function() -> None:
@@ -89,7 +101,8 @@ def test_formats_are_ascii(found: Report) -> None:
 
 
 def test_json(found: Report) -> None:
-    assert Report.from_json(json.loads(formats.json_text(found))) == found
+    """Profiles follow from the checks, and are not read back."""
+    assert Report.from_json(json.loads(formats.json_text(found))) == found._replace(profiles=None)
 
 
 # -- Prometheus ------------------------------------------------------------------------------------
@@ -116,14 +129,20 @@ def samples(families: dict[str, Metric], name: str, *labels: str) -> dict[tuple[
 def test_prometheus_has_the_records(found: Report) -> None:
     families = metrics(formats.prometheus(found))
     assert samples(families, "kvmpriv_build_info", "version") == {(__version__,): 1}
-    able = found.exit_status != 3
+    able = found.verdict_status != 3
     assert samples(families, "kvmpriv_probe_success") == {(): able}
     assert ("kvmpriv_private_memory_usable" in families) == able
     if able:
         usable = samples(families, "kvmpriv_private_memory_usable")
-        assert usable == {(): found.exit_status == 0}
+        assert usable == {(): found.verdict_status == 0}
     verdicts = samples(families, "kvmpriv_probe_verdict", "verdict")
     assert verdicts == {(verdict,): verdict == found.verdict for verdict in VERDICTS}
+    judged = {one.profile.name: one.verdict for one in found.profiles or ()}
+    unknown = profiles.COULD_NOT_PROBE
+    known = {(name,): end == profiles.USABLE for name, end in judged.items() if end != unknown}
+    assert ("kvmpriv_profile_usable" in families) == bool(known)
+    if known:
+        assert samples(families, "kvmpriv_profile_usable", "profile") == known
     assert samples(families, "kvmpriv_probe_check_status", "check", "status") == {
         (check.name, status.lower()): check.status == status
         for check in found.checks
@@ -223,10 +242,14 @@ def test_the_reader_of_feature_files_is_strict() -> None:
 
 def test_nfd(found: Report) -> None:
     features, labels = feature_file(formats.nfd(found))
-    usable = {0: "true", 1: "false", 3: "unknown"}[found.exit_status]
+    usable = {0: "true", 1: "false", 3: "unknown"}[found.verdict_status]
     assert labels == {
         "kvmpriv-private-memory": usable,
         "kvmpriv-verdict": found.verdict.replace(" ", "-"),
+        **{
+            f"kvmpriv-profile.{one.profile.name}": one.verdict.replace(" ", "-")
+            for one in found.profiles or ()
+        },
     }
     assert {name: value for name, value in features.items() if name not in labels} == {
         f"kvmpriv-check.{check.name.replace('/', '.')}": check.status.lower()
@@ -243,11 +266,12 @@ def test_ansible(found: Report) -> None:
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     validator = jsonschema.Draft202012Validator(SCHEMA).evolve(schema=SCHEMA["$defs"]["fact"])
     assert list(validator.iter_errors(fact)) == []
-    assert fact["private_memory"] == {0: True, 1: False, 3: None}[found.exit_status]
+    assert fact["private_memory"] == {0: True, 1: False, 3: None}[found.verdict_status]
     document: Any = found.to_json()
     checks = [{"name": name, **check} for name, check in fact["checks"].items()]
+    judged = fact["profiles"] and [{"name": n, **one} for n, one in fact["profiles"].items()]
     shown = {name: part for name, part in fact.items() if name != "private_memory"}
-    assert {**shown, "checks": checks} == document
+    assert {**shown, "checks": checks, "profiles": judged} == document
     change: dict[str, Any]
     for change in ({"checks": []}, {"private_memory": "yes"}, {"more": 1}, {"schema_version": 0}):
         assert not validator.is_valid({**fact, **change}), change
@@ -362,6 +386,24 @@ def test_output_through_links_and_pipes(
     reader.join(10)
     assert got == [formats.nfd(probed)]
     assert stat.S_ISFIFO(pipe.lstat().st_mode)
+
+
+def test_output_over_the_program(
+    probed: Report,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A fact script is a link to the program: the fact must not be written through it."""
+    program, link = tmp_path / "kvmpriv", tmp_path / "kvmpriv.fact"
+    program.write_text("#!")
+    link.symlink_to(program)
+    monkeypatch.setattr("sys.argv", [str(program)])
+    status, out, errors = run(capsys, "--format", "ansible", "--output", link)
+    assert (status, out) == (2, "")
+    assert errors == f"kvmpriv probe: --output {link} is the program itself\n"
+    assert program.read_text() == "#!"
+    assert probed.exit_status == 1
 
 
 def test_a_host_that_could_not_be_probed(
