@@ -139,7 +139,7 @@ def _memory(recording: Recording, found: Summary, times: Times) -> Iterator[str]
     series: dict[tuple[str, str], list[int]] = {}
     for number, part in enumerate(recording.about["ranges"]):
         uses = [sample["memory"][number] for sample in found.samples]
-        _add(series, "readable by the host", part["purpose"], uses, lambda use: use["resident"])
+        _add(series, "host-readable", part["purpose"], uses, lambda use: use["resident"])
         if part["kind"] == "private":
             _add(series, "private", part["purpose"], uses, lambda use: use["private"])
     chosen = sorted(series, key=lambda key: -max(series[key]))[:_SERIES_MAX]
@@ -284,6 +284,9 @@ def _cpu(recording: Recording, found: Summary, times: Times) -> Iterator[str]:
     every = -(-len(found.samples) // _BARS)
     chosen = range((len(found.samples) - 1) % every, len(found.samples), every)
     some = [found.samples[0], *(found.samples[number] for number in chosen[1:])]
+    # So is the last step, from the last regular sample to the guest's end.
+    if len(some) > 2 and some[-1]["t"] - some[-2]["t"] < (some[-2]["t"] - some[-3]["t"]) / 2:
+        del some[-2]
     used: list[tuple[str, str, list[float]]] = [
         ("work", "vCPUs", [sum(sample["cpu"]) for sample in some]),
         ("other dash1", "other threads", [sample.get("others", 0.0) for sample in some]),

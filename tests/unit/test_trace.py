@@ -172,8 +172,8 @@ def test_page(path: Path, tmp_path: Path) -> None:
     assert lines[0] == "0,240 500,0", "half of the time, and all there is: 300 MiB"
     assert labels(memory) == [
         ("300 MiB private", "applications"),
-        ("64 MiB readable by the host", "kernel &lt;and&gt; rings"),
-        ("0 B readable by the host", "applications"),
+        ("64 MiB host-readable", "kernel &lt;and&gt; rings"),
+        ("0 B host-readable", "applications"),
     ]
     assert ticks(memory) == [
         "0",

@@ -125,7 +125,7 @@ def recording(
 
 
 def sample(at: float, ranges: int = 2, size: int = 256 * MIB) -> dict[str, Any]:
-    memory = [{"resident": 30 * MIB, "private": 0}]
+    memory = [{"resident": 88 * MIB + 700_000, "private": 0}]  # wide: 88.7 MiB
     memory += [{"resident": 12288, "private": size // n} for n in range(1, ranges)]
     return {"t": at, "memory": memory, "rss": 50 * MIB, "shared": 7 * MIB, "cpu": [at], "others": 1}
 
