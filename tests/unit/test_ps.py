@@ -329,9 +329,11 @@ def test_two_vms_of_one_process() -> None:
 
 
 def test_vms_with_the_same_number_in_two_processes() -> None:
-    files = [held(VM, (VMM, 4)), held(VM, (OLD, 4))]
+    """Each has sent its VM to the other: the number counts together with the process."""
+    files = [held(VM, (VMM, 4), (OLD, 7)), held(VM, (OLD, 4), (VMM, 7))]
     found = host(files, [statistics_of(OLD, 4, OLD, mapped=1), statistics_of(VMM, 4, VMM)])
     assert [vm.mapped for vm in found.vms] == [4096, 1]
+    assert [vm.creator and vm.creator.pid for vm in found.vms] == [VMM, OLD]
 
 
 def test_a_record_that_fits_two_vms() -> None:
