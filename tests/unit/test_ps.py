@@ -151,6 +151,7 @@ def test_descriptors_that_vanish_while_they_are_compared(gone: list[tuple[int, i
             del kernel.files[key]
         yield late
         yield Descriptor(2, 9, VM)  # was closed before it was compared at all
+        yield Descriptor(2, 9, VCPU, 0)  # the same, and there is nothing to compare it with
 
     found = collect.identify(descriptors_then_close(), kernel.kcmp)
     left = {(one.pid, one.fd) for group in found for one in group}
