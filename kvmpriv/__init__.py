@@ -12,19 +12,12 @@ any time.  What the commands print as JSON has a version of its own, and exit st
 
 from typing import TYPE_CHECKING
 
-from . import private
-from .errors import ArgumentError, ClosedError
-from .kvm import Kvm
-from .memory import PAGE_SIZE, HostMemory
-from .slots import Slot
-from .vcpu import Vcpu
-from .vm import Vm
-
 if TYPE_CHECKING:
-    from . import errors, exits, guest, uapi
+    from . import errors, exits, guest, private, uapi
     from .cdecl import DeclarationError, Declared, declare
     from .cdefs.enums import Cap, InternalError, MemFlag, MpState, SystemEvent, VmType
     from .cpuid import CpuidEntry
+    from .errors import ArgumentError, ClosedError
     from .exits import (
         DebugExit,
         Exit,
@@ -42,8 +35,13 @@ if TYPE_CHECKING:
         exit_name,
     )
     from .guest import GuestCrash, GuestExit, GuestTimeout, Machine, Puppet
+    from .kvm import Kvm
+    from .memory import PAGE_SIZE, HostMemory
     from .routing import IrqchipRoute, MsiRoute
+    from .slots import Slot
     from .threads import VcpuThread
+    from .vcpu import Vcpu
+    from .vm import Vm
 
 __all__ = [
     "PAGE_SIZE",
@@ -95,8 +93,17 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-#: What not every program needs is loaded when it is first used: name -> module.
+#: Everything is loaded when it is first used: name -> module.  So the command line can report that
+#: there is not enough memory to load the rest.
 _LAZY = {
+    "ArgumentError": "errors",
+    "ClosedError": "errors",
+    "Kvm": "kvm",
+    "HostMemory": "memory",
+    "PAGE_SIZE": "memory",
+    "Slot": "slots",
+    "Vcpu": "vcpu",
+    "Vm": "vm",
     "DeclarationError": "cdecl",
     "Declared": "cdecl",
     "declare": "cdecl",
@@ -130,7 +137,7 @@ _LAZY = {
     "MsiRoute": "routing",
     "VcpuThread": "threads",
 }
-_LAZY_MODULES = ("errors", "exits", "guest", "uapi")
+_LAZY_MODULES = ("errors", "exits", "guest", "private", "uapi")
 
 if not TYPE_CHECKING:  # a type checker would believe that every name exists
 
@@ -140,7 +147,8 @@ if not TYPE_CHECKING:  # a type checker would believe that every name exists
         if name in _LAZY_MODULES:
             return import_module(f".{name}", __name__)
         if name in _LAZY:
-            return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+            value = globals()[name] = getattr(import_module(f".{_LAZY[name]}", __name__), name)
+            return value
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

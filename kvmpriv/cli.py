@@ -229,6 +229,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = fail(
             name, "out of memory (see `ulimit -v` and the memory cgroup)", ExitStatus.UNABLE
         )
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError):
+            raise
+        status = fail(name, f"a module can't be loaded: {error}", ExitStatus.UNABLE)
     else:
         return status
     _discard(sys.stdout)

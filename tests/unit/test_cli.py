@@ -223,3 +223,28 @@ def test_main_returns() -> None:
     assert cli.main(["--version"]) == ExitStatus.OK
     assert cli.main(["prob"]) == ExitStatus.USAGE
     assert cli.main(["trace", "/nowhere"]) == ExitStatus.USAGE
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        ("MemoryError()", 3, "kvmpriv probe: out of memory (see `ulimit -v`"),
+        ("ImportError('no memory')", 3, "kvmpriv probe: a module can't be loaded: no memory\n"),
+        ("ModuleNotFoundError('x')", 1, "Traceback"),  # an installation that is damaged
+    ],
+)
+def test_a_command_that_can_not_be_loaded(error: str, status: int, words: str) -> None:
+    """Without memory the modules fail to load: exit status 3, which is no verdict."""
+    code = f"""\
+import sys
+from kvmpriv import cli
+
+def fails(name):
+    raise {error}
+
+cli.command_module = fails
+sys.exit(cli.main(["probe", "-q"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (status, "")
+    assert done.stderr.startswith(words)

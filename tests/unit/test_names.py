@@ -22,10 +22,14 @@ def test_dir_lists_what_all_does_and_every_name_exists(module: str) -> None:
 
 
 def test_import_loads_neither_exits_nor_what_only_type_checkers_need() -> None:
-    program = "import sys, kvmpriv; print(*sys.modules)"
-    loaded = subprocess.run(
-        [sys.executable, "-c", program], check=True, capture_output=True, text=True
-    ).stdout.split()
+    program = "import sys, kvmpriv; {}; print(*sys.modules)"
+
+    def modules(use: str) -> list[str]:
+        python = [sys.executable, "-c", program.format(use)]
+        return subprocess.run(python, check=True, capture_output=True, text=True).stdout.split()
+
+    assert "kvmpriv.cdefs.kvm" not in modules("pass")
+    loaded = modules("kvmpriv.Kvm, kvmpriv.private")
     assert "kvmpriv.cdefs.kvm" in loaded
     unwanted = {"kvmpriv.exits", "kvmpriv.cdecl", "kvmpriv.guest", "kvmpriv.uapi", "cffi"}
     assert not unwanted & set(loaded)
