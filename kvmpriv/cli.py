@@ -31,7 +31,7 @@ _FACT_SCRIPT, _FACT = ".fact", ["probe", "--format", "ansible"]
 
 
 class _Formatter(argparse.HelpFormatter):
-    """Fills paragraphs to the terminal's width; lines that begin with a space stay as they are."""
+    """Fills paragraphs to the terminal's width; lines that begin with a space, each by itself."""
 
     def __init__(self, prog: str, **options: Any) -> None:
         super().__init__(prog, **{"width": _width() - 2, **options})
@@ -51,8 +51,19 @@ class _Formatter(argparse.HelpFormatter):
                     lines.append(fill(" ".join(words), width, indent))
                     words = []
                 if line:
-                    lines.append(indent + line)
+                    lines += _wrapped(indent + line, width)
         return "\n".join(lines)
+
+
+def _wrapped(line: str, width: int) -> list[str]:
+    """Break a line, with its text under its text: ``  3      text``.  A command stays whole."""
+    from textwrap import wrap  # argparse has imported it to fill the other lines
+
+    text = line.lstrip()
+    if not line.startswith(" " * 3) and "  " not in text:
+        return [line]
+    text = text.split("  ")[-1].lstrip()
+    return wrap(line, width, subsequent_indent=" " * (len(line) - len(text)))
 
 
 def _width() -> int:

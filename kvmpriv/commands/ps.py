@@ -27,7 +27,7 @@ EXAMPLES = (
 EXIT_STATUS: dict[ExitStatus | str, str] = {
     ExitStatus.OK: "it was printed",
     ExitStatus.USAGE: "the command line can't be used",
-    ExitStatus.UNABLE: "/proc can't be read, or standard output can't be written",
+    ExitStatus.UNABLE: "could not read /proc, or standard output can't be written",
     "128+N": "signal N ended the command (130: Ctrl-C)",
 }
 _INTERVAL = 2.0
