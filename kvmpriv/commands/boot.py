@@ -115,8 +115,7 @@ EXAMPLES = (
     ),
 )
 EXIT_STATUS: dict[ExitStatus | str, str] = {
-    "N": "the guest reported the status N; 0 if it reported none. With --run or --shell: the "
-    "command's status",
+    "N": "the guest reported the status N; 0 if it reported none. With --run: the command's",
     ExitStatus.USAGE: "the command line or an input file can't be used",
     ExitStatus.UNABLE: "KVM or standard output can't be used",
     ExitStatus.NO_PROGRESS: "the guest makes no progress",

@@ -337,7 +337,10 @@ def test_a_terminal(agent: Local) -> None:
         process.stdin.write(b"typed\n")
         process.stdin.flush()
         assert process.stdout.read().endswith(b"typed\r\ngot typed\r\n")
+        assert process.stderr.read() == b""
         assert process.wait() == 0
+    whole = agent.popen("tty", terminal=(10, 10)).communicate(timeout=10)
+    assert whole[0].startswith(b"/dev/pts/")
     with agent.popen(["cat"], terminal=(10, 10)) as process:
         process.resize(20, 30)
         with pytest.raises(ArgumentError):

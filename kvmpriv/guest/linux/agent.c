@@ -36,7 +36,7 @@ enum { ON_TERMINAL = 1, WITH_ENVIRONMENT = 2 };		/* flags of START */
 enum { IN_CHDIR = 1, IN_EXEC, IN_START };		/* where FAILED happened */
 
 #define PAYLOAD_MAX (64 << 10)
-#define STDIN_WINDOW (64 << 10)
+#define STDIN_WINDOW (256 << 10)
 #define OUTPUT_WINDOW (256 << 10)
 #define PIECE ((32 << 10) - 12)	/* the most in a DATA frame to the host: Linux writes 32 KiB at once */
 #define JOBS 64
@@ -183,6 +183,17 @@ static void say(const char *text)
 	sys(write, console, text, length(text));
 	if (console != 2)
 		sys(close, console);
+}
+
+/* A guest without memory kills a command, not the agent. */
+static void set_oom_score(const char *score)
+{
+	long fd = sys(openat, proc, "self/oom_score_adj", O_WRONLY | O_CLOEXEC);
+
+	if (fd < 0)
+		return;
+	sys(write, fd, score, length(score));
+	sys(close, fd);
 }
 
 /* -- frames to the host ------------------------------------------------------------------------ */
@@ -518,6 +529,7 @@ static void become(const struct start *start, char *strings, const int *fds, int
 	if (proc >= 0) {
 		long root = sys(openat, proc, "1/root", O_PATH | O_DIRECTORY | O_CLOEXEC);
 
+		set_oom_score("0");
 		if (root >= 0 && !sys(fchdir, root))
 			sys(chroot, ".");
 	}
@@ -749,6 +761,8 @@ static void read_report(struct job *job)
 		end_output(job, 1);
 	} else {
 		send_frame(STARTED, 0, job->channel, &pid, sizeof(pid));
+		if (job->terminal)
+			send_frame(END, 2, job->channel, 0, 0);	/* all comes on the first */
 	}
 }
 
@@ -1039,11 +1053,24 @@ static int open_port(int sysfs)
 	return found;
 }
 
+/* Waits until init has made /bin/sh, as an initrd with busybox does; 10 s at most. */
+static void wait_for_shell(void)
+{
+	struct stat found;
+
+	for (int tries = 0; tries < 1000; tries++) {
+		if (proc < 0 || !sys(newfstatat, proc, "1/root/bin/sh", &found, AT_SYMLINK_NOFOLLOW))
+			return;
+		sleep_ms(10);
+	}
+}
+
 static void find_port(void)
 {
 	int sysfs = mounted("sysfs");
 
 	proc = mounted("proc");
+	set_oom_score("-1000");
 	port = -1;
 	for (int tries = 0; (port = open_port(sysfs)) < 0; tries++) {
 		if (tries == 1000)
@@ -1054,12 +1081,16 @@ static void find_port(void)
 	sys(close, sysfs);
 }
 
+static int is_init(const char *name)
+{
+	return length(name) > 5 && same(name + length(name) - 5, "/init", 6);
+}
+
 static void be_init(char **arguments, char **variables)
 {
-	const char *name = arguments[0];
 	char *wanted = variable(variables, "kvmpriv_init=");
 
-	if (!same(name + (length(name) > 5 ? length(name) - 5 : 0), "/init", 6)) {
+	if (!is_init(arguments[0])) {
 		sys(rmdir, "/.kvmpriv");
 		for (;;)
 			if (sys(wait4, -1, 0, 0, 0) < 0)
@@ -1081,14 +1112,21 @@ __attribute__((noreturn, used)) static void begin(long *stack)
 		port = 0;
 		nonblocking(0);
 	} else {
-		if (sys(getpid) == 1 && sys(fork))
-			be_init(arguments, variables);
+		if (sys(getpid) == 1) {
+			if (!is_init(arguments[0])) {	/* ours: quicker than two more programs */
+				sys(mkdir, "/dev/pts", 0755);
+				sys(mount, "devpts", "/dev/pts", "devpts", 0, "ptmxmode=0666");
+			}
+			if (sys(fork))
+				be_init(arguments, variables);
+		}
 		in_guest = 1;
 		sys(setsid);
 		while (sys(open, "/", O_RDONLY | O_CLOEXEC) < 3)	/* 0 to 2 are not ours, also if they are closed */
 			;
 		arguments[0][0] = '@';
 		find_port();
+		wait_for_shell();
 		for (char **at = variables; *at; at++)
 			if (same(*at, "kvmpriv_init=", 13)) {
 				char **next = at;

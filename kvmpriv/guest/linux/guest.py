@@ -81,8 +81,8 @@ class LinuxGuest(Agent):
 
     `kernel`: the file of a bzImage or a vmlinux, or what `load_linux` returned.
     `initrd`: the file or the bytes of an initial root file system with an ``init``; by default one
-    with this host's busybox (`initrd.busybox`).  The agent is added to it, and starts before
-    ``init``.
+    with this host's busybox (`initrd.busybox`).  The agent is added to it, starts before ``init``,
+    and answers when there is a ``/bin/sh`` (or after 10 s).
     `memory`: in bytes.
     `cmdline`: words for the kernel's command line.
     `cpus`: the number of vCPUs.
@@ -256,7 +256,7 @@ class LinuxGuest(Agent):
         self._check_started()
         try:
             self._link.power_off()
-            if self._thread.is_alive():
+            if not self._link.failed:
                 self._thread.join(timeout)
         finally:
             self.close()

@@ -20,10 +20,7 @@ __all__ = ["busybox", "pack", "with_agent"]
 #: Where busybox may be that a user's PATH does not include.
 _ELSEWHERE = "/bin:/sbin:/usr/sbin"
 _AGENT, _AGENT_INIT = ".kvmpriv/agent", ".kvmpriv/init"
-_AGENT_SCRIPT = f"""\
-mkdir /dev/pts
-mount -t devpts devpts /dev/pts
-exec /{_AGENT}"""
+_AGENT_SCRIPT = f"exec /{_AGENT}"
 _BUSYBOX_INIT = """\
 #!/bin/busybox sh
 /bin/busybox --install -s /bin

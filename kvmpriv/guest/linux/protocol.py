@@ -52,7 +52,7 @@ VERSION = 1
 #: In bytes.
 PAYLOAD_MAX = 64 << 10
 #: How many bytes of a stream may be on the way, or not yet taken by their reader.
-STDIN_WINDOW, OUTPUT_WINDOW = 64 << 10, 256 << 10
+STDIN_WINDOW, OUTPUT_WINDOW = 256 << 10, 256 << 10
 
 _HEADER = struct.Struct("<BBHII")
 _HELLO = struct.Struct("<8sII")
@@ -402,7 +402,8 @@ class Channel:
 
     def end_input(self) -> None:
         """The command reads the end of its standard input, after what was sent."""
-        self.tell(Kind.END)
+        if self.status is None:
+            self.tell(Kind.END)
 
     def signal(self, number: int, *, group: bool = False) -> None:
         """Send a signal to the command, with `group` to all of its process group."""
@@ -500,6 +501,11 @@ class Link:
             self._greeted.notify_all()
             for channel in self._channels.values():
                 channel.notify()
+
+    @property
+    def failed(self) -> bool:
+        """Whether the connection has ended."""
+        return self._failure is not None
 
     def check_ours(self) -> None:
         """ClosedError in a process that was forked from the one that made the link."""

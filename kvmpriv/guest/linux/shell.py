@@ -6,6 +6,7 @@ import os
 import select
 import signal as _signal
 import sys
+import termios
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,9 @@ def converse(agent: Agent, command: Command) -> int:
     with keyboard() as keys:
         if keys is None:
             raise ArgumentError("the terminal belongs to another job: bring this one to the front")
+        raw = termios.tcgetattr(terminal)
+        raw[1] &= ~termios.OPOST  # the guest's terminal has added the carriage returns
+        termios.tcsetattr(terminal, termios.TCSADRAIN, raw)
         variables = {"HOME": "/root", "PATH": _PATH, "TERM": os.environ.get("TERM", "linux")}
         process = agent.popen(command, terminal=size, env=variables)
 
