@@ -46,15 +46,10 @@ VERDICTS: dict[str, dict[str, tuple[str, set[str]]]] = {
     "firecracker-secret-free": {
         "host": ("not usable", {GMEM + "no_direct_map"}),
         "guest_memfd": ("not usable", {GMEM + "no_direct_map", GMEM + "init_shared"}),
-        "restrictedmem": (
-            "not usable",
-            {GMEM + "file", GMEM + "no_direct_map", GMEM + "init_shared"},
-        ),
     },
     "qemu-guest-memfd": {
         "host": ("usable", set()),
         "guest_memfd": ("not usable", {GMEM + "init_shared"}),
-        "restrictedmem": ("not usable", {GMEM + "file", GMEM + "init_shared"}),
     },
     "qemu-in-place": dict.fromkeys(HOSTS, ("not usable", NO_SNP | NO_TDX)),
     "cloud-hypervisor-snp": dict.fromkeys(HOSTS, ("not usable", NO_SNP)),
@@ -63,7 +58,6 @@ VERDICTS: dict[str, dict[str, tuple[str, set[str]]]] = {
     "v9": {
         "host": ("not usable", V9),
         "guest_memfd": ("not usable", V9),
-        "restrictedmem": ("usable", set()),
     },
 }
 
@@ -109,6 +103,15 @@ def test_a_host_with_snp(name: str) -> None:
         lacking = as_if(converts("snp") | {one.finding: FAIL}, "snp")
         verdict = "usable" if one.need.wish else "not usable"
         assert judged(name, lacking).verdict == verdict, one.finding
+
+
+def test_v9() -> None:
+    """All of v9 is there, and then one answer after the other is no."""
+    assert judged("v9", as_if(dict.fromkeys(V9, PASS))).verdict == "usable"
+    for finding in V9:
+        lacking = as_if(dict.fromkeys(V9, PASS) | {finding: FAIL})
+        found = judged("v9", lacking)
+        assert (found.verdict, unmet(found)) == ("not usable", {finding})
 
 
 def test_the_second_vm_type_is_enough() -> None:
