@@ -15,7 +15,7 @@ from kvmpriv.probe.host import facts
 from kvmpriv.probe.records import FAIL, PASS, SKIP
 
 RECORDED = Path(__file__).parent / "recorded"
-HOSTS = ("host", "guest_memfd")
+HOSTS = ("host", "guest_memfd", "restrictedmem")
 NAMES = profiles.available(profiles.BUILT_IN)
 
 
@@ -46,10 +46,15 @@ VERDICTS: dict[str, dict[str, tuple[str, set[str]]]] = {
     "firecracker-secret-free": {
         "host": ("not usable", {GMEM + "no_direct_map"}),
         "guest_memfd": ("not usable", {GMEM + "no_direct_map", GMEM + "init_shared"}),
+        "restrictedmem": (
+            "not usable",
+            {GMEM + "file", GMEM + "no_direct_map", GMEM + "init_shared"},
+        ),
     },
     "qemu-guest-memfd": {
         "host": ("usable", set()),
         "guest_memfd": ("not usable", {GMEM + "init_shared"}),
+        "restrictedmem": ("not usable", {GMEM + "file", GMEM + "init_shared"}),
     },
     "qemu-in-place": dict.fromkeys(HOSTS, ("not usable", NO_SNP | NO_TDX)),
     "cloud-hypervisor-snp": dict.fromkeys(HOSTS, ("not usable", NO_SNP)),
@@ -58,6 +63,7 @@ VERDICTS: dict[str, dict[str, tuple[str, set[str]]]] = {
     "v9": {
         "host": ("not usable", V9),
         "guest_memfd": ("not usable", V9),
+        "restrictedmem": ("usable", set()),
     },
 }
 
