@@ -102,7 +102,14 @@ def test_the_scripts(tmp_path: Path) -> None:
         ("linux_command.py", (ends,), 2, "    scripts/examples/linux_command.py /boot/vmlinuz"),
         ("linux_command.py", (tmp_path / "none", ""), 1, "No such file or directory: '"),
         ("linux_command.py", (os.devnull, ""), 1, "linux_command.py: the file is empty"),
-        ("linux_command.py", (ends, ""), 42, "linux_command.py: exit: wrote to port 0xf4"),
+        (
+            "linux_command.py",
+            (ends, ""),
+            42,
+            "linux_command.py: the guest has ended itself: ",
+        ),
+        ("linux_talk.py", (), 2, "    scripts/examples/linux_talk.py KERNEL [ABI]"),
+        ("linux_talk.py", (ends, "v8"), 1, "linux_talk.py: unknown private memory ABI"),
         ("linux_private.py", (), 2, "    scripts/examples/linux_private.py KERNEL [ABI"),
         ("linux_private.py", (ends, "v8"), 1, "linux_private.py: unknown private memory ABI"),
     ):

@@ -276,19 +276,6 @@ def test_a_marker_in_private_memory(name: str, tmp_path: Path) -> None:
     assert result["private"] > 0.9 * result["movable"]
 
 
-def test_a_command_by_script(tmp_path: Path) -> None:
-    command = "echo $((6 * 7)) of $(uname -s); exit 3"
-    done = in_vm(
-        "guest_memfd",
-        tmp_path,
-        SCRIPTS / "examples/linux_command.py",
-        image("guest_memfd"),
-        command,
-    )
-    assert done.returncode == 3, done.stderr
-    assert "42 of Linux" in done.stdout
-
-
 NETWORK = """\
 ifconfig eth0 10.88.0.2 netmask 255.255.255.0 up
 ping -c 2 10.88.0.1 >/dev/null && echo pong >/dev/ttyS1
