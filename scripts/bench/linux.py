@@ -19,6 +19,7 @@ import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyroute2 import netns
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 GUEST = Path(__file__).with_name("linux_guest.py").resolve()
+TALK_GUEST = GUEST.with_name("talk_guest.py")
 MIB = 1 << 20
 MEMORY = 256 * MIB
 OUTPUT = 32 << 10  # bytes that the guest prints
@@ -116,6 +118,27 @@ class Bench:
         with self._started(kind, "") as console:
             created = float(console.wait(b"created ", b"\n")[0])
             return console.wait(b"at-init", b"\n")[1] - created
+
+    def boot_to_ready(self) -> float:
+        """Seconds from the VM to the agent's answer."""
+        return self._talk("agent", 0)["ready"][0]
+
+    def commands(self, kind: str, count: int = 10) -> float:
+        """Seconds for the command `true` (median); kind: "agent" or "serial"."""
+        return median(self._talk(kind, count)["true"])
+
+    def _talk(self, kind: str, count: int) -> dict[str, list[float]]:
+        arguments = (TALK_GUEST, self.kernel, kind, MEMORY, count)
+        done = subprocess.run(
+            [sys.executable, *map(str, arguments)], stdout=subprocess.PIPE, check=True, text=True
+        )
+        found: dict[str, list[float]] = {}
+        for line in done.stdout.splitlines():
+            word, seconds = line.split()
+            found.setdefault(word, []).append(float(seconds))
+        if "ready" in found:
+            found["ready"][0] -= found["created"][0]
+        return found
 
     def network(self, kind: str) -> dict[str, Any]:
         """SENT bytes there and back."""
@@ -201,6 +224,10 @@ def main(arguments: list[str]) -> None:
             "qemu": alternate(lambda: bench.boot("shared"), lambda: bench.boot("qemu"), count),
             "private": alternate(
                 lambda: bench.boot_to_init("private"), lambda: bench.boot_to_init("shared"), count
+            ),
+            "ready": alternate(bench.boot_to_ready, lambda: bench.boot_to_init("shared"), count),
+            "commands": alternate(
+                lambda: bench.commands("agent"), lambda: bench.commands("serial"), count
             ),
             "network": {kind: bench.network(kind) for kind in ("shared", "private", "qemu")},
         }

@@ -380,6 +380,12 @@ class Bench:
             if not all(rate["same"] for rate in found["network"].values()):
                 raise Failed(f"in kernel {name}: what the network brought is not what was sent")
             yield Result(f"boot_private {name}", "s", pairs, Limit("ratio", 1.3), note)
+            note = f"{name}: boot_to_ready is held against our own boot to init"
+            pairs = [(ready, init) for ready, init in found["ready"]]
+            yield Result(f"boot_to_ready {name}", "s", pairs, Limit("ratio", 1.15), note)
+            note = f"{name}: run_true is held against the same command in a shell on ttyS0"
+            pairs = [(agent * 1000, serial * 1000) for agent, serial in found["commands"]]
+            yield Result(f"run_true {name}", "ms", pairs, Limit("ratio", 3.0), note)
 
     def _in_kernel(self, name: str, module: str, *arguments: object) -> dict[str, Any]:
         quick = ("--quick",) if self._quick else ()
