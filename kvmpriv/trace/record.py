@@ -16,22 +16,9 @@ from typing import NamedTuple, TextIO, TypeAlias, TypedDict, cast, final
 
 from ..terminal import printable
 
-__all__ = [
-    "About",
-    "ConversionEvent",
-    "DeviceAbout",
-    "EndEvent",
-    "Event",
-    "ExitEvent",
-    "MarkEvent",
-    "RangeAbout",
-    "Recorder",
-    "Recording",
-    "SampleEvent",
-    "TraceError",
-    "UseAbout",
-    "read",
-]
+__all__ = ["About", "ConversionEvent", "DeviceAbout", "EndEvent", "Event", "ExitEvent"]
+__all__ += ["MarkEvent", "RangeAbout", "Recorder", "Recording", "SampleEvent", "TraceError"]
+__all__ += ["UseAbout", "read"]
 
 VERSION = 1
 _LINE_MAX = 1 << 20
