@@ -19,12 +19,15 @@ import kvmpriv
 from kvmpriv import HostMemory, Kvm, Vcpu, VcpuThread, Vm, private, uapi
 from kvmpriv.fd import Fd
 from kvmpriv.guest import Machine, Puppet, load_flat
-from kvmpriv.guest.linux import LinuxMachine, load_linux, plan
+from kvmpriv.guest.linux import GuestProcess, LinuxGuest, LinuxMachine, load_linux, plan
 from kvmpriv.guest.linux.disk import Block, Entropy
 from kvmpriv.guest.linux.dispatch import GuestThread
 from kvmpriv.guest.linux.io import IoThread
+from kvmpriv.guest.linux.kernel import LinuxImage
 from kvmpriv.guest.linux.net import Net
 from kvmpriv.guest.linux.outcome import Ending
+from kvmpriv.guest.linux.port import Port
+from kvmpriv.guest.linux.protocol import Channel
 from kvmpriv.guest.linux.recording import RunRecorder
 from kvmpriv.guest.linux.tap import Tap
 from kvmpriv.private import guest_memfd, restrictedmem
@@ -41,6 +44,8 @@ LARGE = 64 * MIB
 
 #: They own nothing themselves: what is made of them, or what they are given, is in the table.
 BASES = {"HeldBySlots", "KvmFd", "PrivateFile", "VirtioDevice", "Cable"}
+#: Their ends are in the guest, or they have no end: they have no descriptor, mapping or thread.
+OWN_NOTHING = {Channel, Entropy, GuestProcess}
 
 
 class Place(NamedTuple):
@@ -61,8 +66,11 @@ class Place(NamedTuple):
         return vcpu
 
     def linux(self) -> LinuxMachine:
-        image = load_linux(bzimage(bytes(0x200) + b"\xf4" * 0x200))
-        return LinuxMachine(self.kvm, image, plan(LARGE), devices=[Entropy()])
+        return LinuxMachine(self.kvm, _linux_image(), plan(LARGE), devices=[Entropy()])
+
+
+def _linux_image() -> LinuxImage:
+    return load_linux(bzimage(bytes(0x200) + b"\xf4" * 0x200))
 
 
 def _stats(place: Place) -> AbstractContextManager[object]:
@@ -133,6 +141,8 @@ OWNERS: dict[type, Callable[[Place], AbstractContextManager[object]]] = {
     Machine: lambda place: Machine(place.kvm, load_flat(SPIN), LARGE),
     Puppet: _puppet,
     LinuxMachine: lambda place: place.linux(),
+    LinuxGuest: lambda _: closing(LinuxGuest(_linux_image(), initrd=b"initrd", memory=LARGE)),
+    Port: lambda _: closing(Port("port", lambda data: None)),
     Block: _block,
     Net: _net,
     Tap: _tap,
@@ -239,6 +249,6 @@ def owners() -> set[type]:
 
 
 def test_every_owner_is_in_the_table() -> None:
-    without = {cls for cls in owners() if cls not in OWNERS} - {Entropy}  # it has no descriptor
+    without = {cls for cls in owners() if cls not in OWNERS} - OWN_NOTHING
     assert not without, "these own something, and no test looks whether they give it back"
     assert owners() >= {Fd, Kvm, Vcpu, HostMemory, VcpuThread, LinuxMachine}
