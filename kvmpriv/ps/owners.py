@@ -85,7 +85,7 @@ def _by_descriptor(files: Sequence[OpenFile]) -> list[Files]:
             vms[candidates.pop()].append(file)
         elif not sets:
             unopened.setdefault(frozenset(file.pids), []).append(file)
-    # A file that pins no VM is no sign of one.
+    # A file that does not pin a VM does not show that there is one.
     return vms + [group for group in unopened.values() if any(file.kind.pins_vm for file in group)]
 
 

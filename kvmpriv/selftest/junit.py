@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["junit"]
 
-#: The element for each result but PASSED: an error is no answer of the kernel to an assertion.
+#: The element for each result but PASSED: an error is not the kernel's answer to an assertion.
 _ELEMENTS = {
     FAILED: "failure",
     KNOWN_DEFECT: "failure",

@@ -148,7 +148,7 @@ def _oom_kills() -> int:
 
 
 def of_death(before: Before, status: int, seconds: float) -> str:
-    """The shortage because of which a process died that nobody killed; empty if there is none.
+    """The shortage because of which the kernel ended a process; empty if there is none.
 
     `status` is minus the signal's number; `seconds` is the CPU time that the process had.
     """

@@ -555,5 +555,5 @@ class Link:
                 self._send(encode(frame))
 
     def forget(self, channel: Channel) -> None:
-        """Nothing more can come for `channel`, or nobody takes it."""
+        """Nothing more can come for `channel`, or no caller takes it."""
         self._channels.pop(channel.number, None)

@@ -224,7 +224,7 @@ class Transport:
         return self._status & (_DRIVER_OK | _NEEDS_RESET) == _DRIVER_OK
 
     def host_fd(self) -> int:
-        """The device's `host_fd`; -1 while the device serves nothing, as nobody would read it."""
+        """The device's `host_fd`; -1 while the device serves nothing: no thread would read it."""
         return self.device.host_fd() if self._works() else -1
 
     def serve(self, number: int) -> None:
