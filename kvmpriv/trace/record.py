@@ -123,7 +123,7 @@ class SampleEvent(_SampleEvent, total=False):
 
 @final
 class MarkEvent(_Timed):
-    """A moment that whoever recorded the run has named, for example "ready"."""
+    """A moment that the recording program has named, for example "ready"."""
 
     mark: str
 

@@ -38,7 +38,7 @@ KERNELS = {
 }
 #: The releases with which the configs of an ABI were tried.
 TRIED = {"restrictedmem": ("6.1",), "guest_memfd": ("6.12", "7.3")}
-#: The kernel whose config is taken for a tree of somebody's own, if no name is given.
+#: The kernel whose config is used for the caller's own tree if no name is given.
 NEWEST = "guest_memfd-7.3"
 
 

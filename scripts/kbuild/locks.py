@@ -32,7 +32,7 @@ def locked(path: Path, what: str = "is building this kernel") -> Iterator[None]:
 
 @contextlib.contextmanager
 def if_free(path: Path) -> Iterator[bool]:
-    """Hold the lock file at `path` if nobody holds it; whether it is held."""
+    """Hold the lock file at `path` if no process holds it; returns whether it is held."""
     with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

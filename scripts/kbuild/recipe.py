@@ -371,7 +371,7 @@ class Maker:
             problems[-1] += ", ".join(gone)
         if not plan.config and (left := self.left_out(made)):
             text = f"options of KVM that are on by default, and that the config leaves out: {left}"
-            # A series that somebody tries may add such an option; ours names what it wants.
+            # A caller's own series may add such an option; ours names what it wants.
             if plan.source:
                 say(text)
             else:

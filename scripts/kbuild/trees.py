@@ -69,7 +69,7 @@ def synchronize(tree: Path, copy: Path, record: Path) -> None:
     except (OSError, ValueError):  # never made, or not to the end
         before = {}
         shutil.rmtree(copy, ignore_errors=True)
-    # Whoever is interrupted here begins anew.
+    # After an interruption here the next call begins anew.
     record.unlink(missing_ok=True)
     now = files(tree)
     for name in before.keys() - now.keys():

@@ -6,12 +6,10 @@ import io
 import os
 import signal
 import sys
-from typing import TYPE_CHECKING
+
+import pytest
 
 from kvmpriv.commands import boot
-
-if TYPE_CHECKING:
-    import pytest
 
 
 def test_a_signal_that_is_ignored_stays_ignored() -> None:
@@ -31,6 +29,8 @@ def test_a_message_that_can_not_be_written(monkeypatch: pytest.MonkeyPatch) -> N
     reading, writing = os.pipe()
     os.close(reading)
     raw = io.FileIO(writing, "w")
+    with pytest.raises(BrokenPipeError):
+        raw.write(b"x")
     monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(raw, write_through=True))
     boot._Screen(sys.stdout).say("the guest crashed")
     raw.close()

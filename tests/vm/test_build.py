@@ -433,7 +433,7 @@ def test_a_default_of_kvm_that_the_config_loses(
 ) -> None:
     """An option that the configs do not name, and that Kconfig would turn on, is named.
 
-    A series that somebody tries may add one; for Debian's source the configs must name it.
+    A caller's own series may add one; for Debian's source the configs must name it.
     """
     makefile = tree / "Makefile"
     text = makefile.read_text().replace(
