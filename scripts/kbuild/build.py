@@ -1,11 +1,12 @@
 """Build a kernel that has guest private memory, or find it in the cache.
 
 NAME is `restrictedmem` (Debian's Linux 6.1 with the patches of scripts/kernel/restrictedmem: the
-v9 memfd_restricted ABI), `guest_memfd` (Debian's Linux 6.12, unpatched, with software-protected
-VMs) or `guest_memfd-7.3` (the same of Linux 7.3, from Debian's backports).  The last line of stdout
-is the path of the image.  Its folder also contains config, vmlinux, System.map, the installed uapi
+v9 memfd_restricted ABI), `guest_memfd` (Debian's newest Linux, from its backports, unpatched, with
+software-protected VMs) or `guest_memfd-6.12` (the same of Linux 6.12).  The last line of stdout is
+the path of the image.  Its folder also contains config, vmlinux, System.map, the installed uapi
 headers (headers/include) and build.log.  As root on Debian, missing packages are installed with
-apt-get; elsewhere they are listed.  Sources are downloaded into the cache.
+apt-get; elsewhere they are listed.  Sources are downloaded into the cache; a newer Linux is looked
+for once a day.
 
 The cache is ~/.cache/kvmpriv/kernels; $XDG_CACHE_HOME and $KVMPRIV_CACHE change it.  A kernel is
 built again when its source, patches, options, compiler, linker or the commands of the build change.

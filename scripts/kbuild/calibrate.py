@@ -1,7 +1,7 @@
 """Compare the suite with the kernel's own C selftests, in the same VM, case by case.
 
 The selftests are built once, from Debian's linux-source-6.12 (or --source), and run in the
-guest_memfd kernel (or --kernel).  The tests of ours that check the same run in the same boot;
+guest_memfd-6.12 kernel (or --kernel).  The tests of ours that check the same run in the same boot;
 correspondence.py has the table.  A case agrees if both pass, or if both are skipped for the same
 reason.  A case of the C sources that the table lacks is a disagreement, and so is a test in the
 table that does not exist.
@@ -154,7 +154,8 @@ def compare(programs: Path, results: Path) -> list[str]:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser("calibrate", __doc__, EXIT_CODES)
-    parser.add_argument("--kernel", default="guest_memfd", metavar="NAME", help="as scripts/vm's")
+    default = "guest_memfd-6.12"
+    parser.add_argument("--kernel", default=default, metavar="NAME", help="as scripts/vm's")
     parser.add_argument("--source", type=Path, metavar="TREE", help="a Linux tree or tarball")
     chosen = parser.parse_args(arguments)
     if chosen.source and not chosen.source.exists():

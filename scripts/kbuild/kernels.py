@@ -32,14 +32,14 @@ KERNELS = {
             posted="restrictedmem/abi",
             fixes="restrictedmem/fixes",
         ),
-        Kernel("guest_memfd", "guest_memfd", "6.12"),
-        Kernel("guest_memfd-7.3", "guest_memfd", "7.3", suite="trixie-backports"),
+        Kernel("guest_memfd", "guest_memfd", suite="trixie-backports"),
+        Kernel("guest_memfd-6.12", "guest_memfd", "6.12"),
     )
 }
 #: The releases with which the configs of an ABI were tried.
 TRIED = {"restrictedmem": ("6.1",), "guest_memfd": ("6.12", "7.3")}
 #: The kernel whose config is used for the caller's own tree if no name is given.
-NEWEST = "guest_memfd-7.3"
+NEWEST = "guest_memfd"
 
 
 def has_source(arguments: list[str]) -> bool:

@@ -69,7 +69,7 @@ def functions(source: str) -> dict[str, int]:
 def find_or_build(source: Path | None) -> Path:
     """The folder with the programs, and with their sources beside them."""
     ensure(TOOLS)
-    plan = with_source(Plan("guest_memfd", source=source))
+    plan = with_source(Plan("guest_memfd-6.12", source=source))
     digest = hashlib.sha256(fingerprint(plan.origin))
     digest.update(first_line([*plan.compiler(), "--version"]))
     for file in (Path(__file__), HOOKS):

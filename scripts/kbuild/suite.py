@@ -1,7 +1,7 @@
 """Run the suite (tests/private) in a kernel of scripts/kernel, an image, or a tree of your own.
 
     scripts/suite NAME [OPTION of scripts/vm]... [-k EXPRESSION] [-- ARGUMENT of pytest]...
-    scripts/suite --source TREE ...         # builds the tree with the config of guest_memfd-7.3
+    scripts/suite --source TREE ...         # builds the tree with the config of guest_memfd
     scripts/suite path/to/bzImage ...       # tests what this kernel supports
 
 The exit status is that of scripts/vm, which passes on pytest's: 0 if no test failed, 1 if one did.

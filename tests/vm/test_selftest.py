@@ -44,7 +44,7 @@ def documents(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     ("name", "release", "verdict", "abi", "passed", "skipped"),
     [
         ("restrictedmem", "6.1.", "v9 usable", "v9", V9, GUEST_MEMFD),
-        ("guest_memfd", "6.12.", "guest_memfd private", "guest_memfd", GUEST_MEMFD, V9),
+        ("guest_memfd", "7.", "guest_memfd private", "guest_memfd", GUEST_MEMFD, V9),
     ],
 )
 def test_what_a_kernel_has(
