@@ -27,6 +27,8 @@ __all__ = [
     "RLIMIT_NOFILE",
     "RLIMIT_NPROC",
     "block_signals",
+    "copy_in",
+    "copy_out",
     "fallocate",
     "fstatfs_type",
     "ioctl",
@@ -102,6 +104,31 @@ def syscall(number: int, *arguments: int) -> int:
 def fallocate(fd: int, mode: int, offset: int, length: int) -> int:
     """``fallocate(2)``; `offset` and `length` in bytes."""
     return _call(_fallocate, fd, mode, offset, length)
+
+
+_SYS_process_vm_readv, _SYS_process_vm_writev = 310, 311  # x86-64
+_Vector = c_ulong * 2  # struct iovec: address, length
+
+
+def _copy(number: int, address: int, size: int, buffer: int) -> int:
+    mapped, other = _Vector(address, size), _Vector(buffer, size)
+    here = (ctypes.addressof(mapped), 1, ctypes.addressof(other), 1)
+    return syscall(number, os.getpid(), *here)
+
+
+def copy_out(address: int, size: int, buffer: int) -> int:
+    """Copy memory of this process at `address` to `buffer`, by the kernel.
+
+    A page that can't be read is no signal then: returns how many bytes before it were copied, or
+    minus EFAULT if none were.  `process_vm_writev(2)` of this process: the kernel reads `address`
+    as write(2) would, and takes no reference to its pages.
+    """
+    return _copy(_SYS_process_vm_writev, address, size, buffer)
+
+
+def copy_in(address: int, size: int, buffer: int) -> int:
+    """As :func:`copy_out`, from `buffer` to `address`: `process_vm_readv(2)`."""
+    return _copy(_SYS_process_vm_readv, address, size, buffer)
 
 
 class _Statfs(ctypes.Structure):

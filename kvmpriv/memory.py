@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno as _errno
 import mmap
 import os
+from collections.abc import Callable
 from typing import TypeVar
 
 from .cdefs import kvm as kvm_h
 from .errors import ArgumentError, ClosedError
+from .libc import copy_in, copy_out
 from .slots import HeldBySlots
 
 __all__ = ["PAGE_SIZE", "HostMemory"]
@@ -15,8 +18,13 @@ __all__ = ["PAGE_SIZE", "HostMemory"]
 PAGE_SIZE = 4096
 _MAP_NORESERVE = 0x4000  # <asm-generic/mman-common.h>; the mmap module has it from 3.12 only
 _ADDRESS_SPACE = 1 << 63  # larger than any
+_CHUNK = 1 << 20  # bytes that `find` reads of a file at a time
 _ffi = kvm_h.ffi
 _Self = TypeVar("_Self", bound="HostMemory")
+
+
+def _address(buffer: object) -> int:
+    return int(_ffi.cast("uintptr_t", buffer))
 
 
 class HostMemory(HeldBySlots):
@@ -26,6 +34,11 @@ class HostMemory(HeldBySlots):
     MAP_SHARED.  `reserve=False` adds MAP_NORESERVE: address space alone, for sizes that are never
     filled.  ArgumentError for a bad size, offset or descriptor, OSError from mmap(2) (ENOMEM:
     larger than the host can promise, ENODEV: the file can't be mapped).
+
+    A mapped file may have pages that this process can't access: private ones of a guest_memfd, or
+    those beyond the file's end.  A load from them is the signal SIGBUS, which would end the
+    process.  :meth:`read` and :meth:`write` raise an OSError (EFAULT) with the page's offset
+    instead, and :meth:`find` skips them.  Only :meth:`view` has no such check.
 
     A context manager.  `userspace_addr` is where the mapping begins in this process.  :meth:`close`
     ends the use through this object; the mapping itself goes when no slot uses it any more and no
@@ -45,6 +58,7 @@ class HostMemory(HeldBySlots):
         if not -1 <= fd < 1 << 31:
             raise ArgumentError(f"fd must be a file descriptor, or -1 for none, not {fd}")
         super().__init__()
+        self._of_file = fd >= 0
         self._discard = mmap.MADV_REMOVE if fd >= 0 else mmap.MADV_DONTNEED
         if fd >= 0:
             flags = mmap.MAP_SHARED
@@ -68,20 +82,71 @@ class HostMemory(HeldBySlots):
         return not self._open
 
     def view(self) -> memoryview:
-        """The bytes, to be read and written in place.  ClosedError after close."""
+        """The bytes, to be read and written in place.  ClosedError after close.
+
+        SIGBUS ends the process if it accesses a page of a mapped file that is private.
+        """
         return memoryview(self._checked())
 
     def read(self, offset: int, size: int) -> bytes:
-        """`size` bytes from `offset` on.  ArgumentError beyond the end, ClosedError after close."""
-        return self._checked(offset, size)[offset : offset + size]
+        """`size` bytes from `offset` on.
+
+        ArgumentError beyond the end, ClosedError after close; OSError, EFAULT, for a page of a
+        mapped file that is private.
+        """
+        mapped = self._checked(offset, size)
+        if not self._of_file:
+            return mapped[offset : offset + size]
+        buffer = _ffi.new("char[]", size)
+        self._copy(copy_out, offset, size, buffer)
+        return bytes(_ffi.buffer(buffer, size))
 
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
-        """Put `data` at `offset`.  ArgumentError beyond the end, ClosedError after close."""
-        self._checked(offset, len(data))[offset : offset + len(data)] = data
+        """Put `data` at `offset`; errors as :meth:`read`, with the pages before written."""
+        mapped = self._checked(offset, len(data))
+        if not self._of_file:
+            mapped[offset : offset + len(data)] = data
+            return
+        source = bytes(data)
+        self._checked(offset, len(source))
+        self._copy(copy_in, offset, len(source), _ffi.from_buffer("char[]", source))
 
     def find(self, data: bytes, start: int = 0) -> int:
-        """The offset of the first `data` from `start` on, or -1 if there is none."""
-        return self._checked(start).find(data, start)
+        """The offset of the first `data` from `start` on, or -1 if there is none.
+
+        Of a mapped file it searches the pages that this process can read.
+        """
+        mapped = self._checked(start)
+        if not self._of_file:
+            return mapped.find(data, start)
+        before = b""
+        while start < self.size:
+            size = min(_CHUNK, self.size - start)
+            buffer = _ffi.new("char[]", size)
+            done = max(0, copy_out(self.userspace_addr + start, size, _address(buffer)))
+            seen = before + bytes(_ffi.buffer(buffer, done))
+            if (found := seen.find(data)) >= 0:
+                return start + done - len(seen) + found
+            start += done
+            before = seen[max(0, len(seen) - len(data) + 1) :] if len(data) > 1 else b""
+            if done < size:  # what is found must not reach across a page that can't be read
+                start, before = start - start % PAGE_SIZE + PAGE_SIZE, b""
+        return -1
+
+    def _copy(
+        self, copy: Callable[[int, int, int], int], offset: int, size: int, buffer: object
+    ) -> None:
+        done = 0
+        while done < size:
+            at = self.userspace_addr + offset + done
+            copied = copy(at, size - done, _address(buffer) + done)
+            if copied <= 0:
+                page = (offset + done) // PAGE_SIZE * PAGE_SIZE
+                what = "is private, or beyond the file's end: this process can't access it"
+                if copied != -_errno.EFAULT:
+                    what = f"can't be copied: {os.strerror(-copied)}"
+                raise OSError(-copied or _errno.EIO, f"the page at {page:#x} of {self!r} {what}")
+            done += copied
 
     def madvise(self, advice: int, offset: int = 0, size: int | None = None) -> None:
         """madvise(2) with one of ``mmap.MADV_*``; bytes, page aligned; `size` None: to the end."""
