@@ -4,9 +4,10 @@
         slot = vm.add_private_memory(0x1_0000_0000, 16 << 20)
         slot.convert(private=False)
 
-Each ABI is an object, a :class:`PrivateAbi`: v9's restrictedmem and mainline's guest_memfd are
-here, others can be registered.  Their modules also have the ioctls themselves.  Lower layers
-don't know the ABIs; they are passed what they need (for example the exit layout).
+Each ABI is an object, a :class:`PrivateAbi`: v9's restrictedmem, mainline's guest_memfd and its
+successor, conversion in place, are here; others can be registered.  Their modules also have the
+ioctls themselves.  Lower layers don't know the ABIs; they are passed what they need (for example
+the exit layout).
 
 README.md in this directory explains the terms, and how to add an ABI.
 """
@@ -19,11 +20,12 @@ from typing import TYPE_CHECKING
 from ..errors import ArgumentError
 from ..faults import FaultLayout, register_fault_layout
 from ..fd import Structs
-from . import guest_memfd, restrictedmem
+from . import guest_memfd, guest_memfd_in_place, restrictedmem
 from .abi import PrivateAbi, Traits
 from .backing import PrivateFile, PrivateSlot
 from .conversion import ConversionError, NotFreedError
 from .guest_memfd import GuestMemfdAbi
+from .guest_memfd_in_place import GuestMemfdInPlaceAbi
 from .restrictedmem import RestrictedMemAbi
 from .vm import PrivateVm
 
@@ -36,6 +38,7 @@ __all__ = [
     "ConversionError",
     "FaultLayout",
     "GuestMemfdAbi",
+    "GuestMemfdInPlaceAbi",
     "NotFreedError",
     "PrivateAbi",
     "PrivateFile",
@@ -47,6 +50,7 @@ __all__ = [
     "choose",
     "create_vm",
     "guest_memfd",
+    "guest_memfd_in_place",
     "register",
     "restrictedmem",
     "serve_conversion",
@@ -71,6 +75,7 @@ def register(abi: PrivateAbi) -> None:
 
 register(RestrictedMemAbi())
 register(GuestMemfdAbi())
+register(GuestMemfdInPlaceAbi())
 
 
 def choose(kvm: Kvm, name: str | None = None) -> PrivateAbi:

@@ -198,14 +198,16 @@ class LinuxMachine:
     def _make_memory(self, stack: ExitStack) -> None:
         self._backing: list[HostMemory] = []
         for part in self.ranges:
-            memory = stack.enter_context(HostMemory(part.size, reserve=part.kind == "shared"))
-            self._backing.append(memory)
             if part.kind == "shared":
+                memory = stack.enter_context(HostMemory(part.size))
                 self.vm.map(memory, part.gpa)
             elif not isinstance(self.vm, PrivateVm):
                 raise ArgumentError(f"{part} is private: pass the ABI for it as `abi`")
             else:
-                self.vm.add_private_memory(part.gpa, part.size, memory=memory)
+                slot = self.vm.add_private_memory(part.gpa, part.size)
+                assert slot.memory is not None
+                memory = slot.memory
+            self._backing.append(memory)
         if self.abi is not None:
             self.vm.enable_cap(kvm_h.KVM_CAP_EXIT_HYPERCALL, 1 << kvm_h.KVM_HC_MAP_GPA_RANGE)
         self.memory = GuestMemory(list(zip(self.ranges, self._backing, strict=True)))
@@ -416,7 +418,7 @@ class LinuxMachine:
     def search(self, needle: bytes) -> list[int]:
         """The guest physical addresses at which this process can read `needle`, in all RAM.
 
-        Of a private range this searches the shared memory, which is not what the guest uses.
+        Of a private range this searches what the host can read: the shared pages.
         """
         found = []
         for part, memory in zip(self.ranges, self._backing, strict=True):
