@@ -20,7 +20,7 @@ from ..fd import new_struct
 from ..kvm import Kvm
 from ..libc import fstatfs_type
 from ..memory import PAGE_SIZE, HostMemory
-from ..private import guest_memfd, restrictedmem
+from ..private import guest_memfd, guest_memfd_in_place, restrictedmem
 from . import host as _host
 from .records import FAIL, PASS, SKIP, Asked, Check, Group, Step
 
@@ -64,6 +64,8 @@ _WITH_A_FILE = (
 )
 _MAPPABLE = guest_memfd_h.GUEST_MEMFD_FLAG_MMAP
 _SHARED = _MAPPABLE | guest_memfd_h.GUEST_MEMFD_FLAG_INIT_SHARED
+#: Above all that Linux 7.3 has for any architecture.
+_NEW_CAPABILITIES = range(252, 268)
 _REGION = guest_memfd_h.ffi.typeof("struct kvm_userspace_memory_region2 *")
 _ATTRIBUTES2 = guest_memfd_h.ffi.typeof("struct kvm_memory_attributes2 *")
 
@@ -418,7 +420,7 @@ def _check_guest_memfd(out: _Recorder, vm: Vm) -> None:
         _check_mmap(out, vm)
         _check_no_direct_map(out, vm)
         _check_punch_hole(out, file)
-        _check_in_place(out, file)
+        _check_in_place(out, vm, file)
         _check_userfault(out, vm, memory)
         _check_hypercall(out, vm)
         _check_pre_fault(out, vm)
@@ -435,6 +437,8 @@ def _check_attributes(out: _Recorder, vm: Vm) -> None:
         guest_memfd.set_memory_attributes(vm, _GPA, PAGE_SIZE, 0)
     except OSError as error:
         hint = "no private memory in this VM type: sw_protected, snp and tdx VMs have it"
+        if out.host["parameters"].get("kvm.gmem_in_place_conversion") == "Y":
+            hint = "kvm.gmem_in_place_conversion is on: not the VM is converted but the file"
         out.failed(Step.CONVERSION, error, *asked, tried=tried, hint=hint)
     else:
         tried = "KVM_SET_MEMORY_ATTRIBUTES(1 page)"
@@ -502,34 +506,70 @@ def _try(fd: Fd, request: int, argument: Cdata) -> None:
         raise OSError(errno, os.strerror(errno))
 
 
-def _check_in_place(out: _Recorder, file: guest_memfd.GuestMemfd) -> None:
+def _check_in_place(out: _Recorder, vm: Vm, file: guest_memfd.GuestMemfd) -> None:
     """The ioctl looks at its flags before all else, so a bad flag asks whether it is there."""
     request, step = guest_memfd_h.KVM_SET_MEMORY_ATTRIBUTES2, Step.IN_PLACE
     private = guest_memfd_h.KVM_MEMORY_ATTRIBUTE_PRIVATE
-    values = {"offset": _OFFSET, "size": PAGE_SIZE, "attributes": private, "flags": 1 << 63}
+    values = {"offset": _OFFSET, "size": PAGE_SIZE}  # attributes 0: shared
+    asked = _ask_in_place(out, vm)
     tried = "KVM_SET_MEMORY_ATTRIBUTES2(flags 1<<63)"
-    hint = (
-        "needs conversion in place, in no release up to Linux 7.3: kvm.gmem_in_place_conversion=1"
-    )
-    try:
-        _try(file, request, new_struct(_ATTRIBUTES2, values))
-        out.add(step, FAIL, "accepted a flag that does not exist", tried=tried, hint=hint)
+    answer = guest_memfd_in_place.ask_set_memory_attributes2(file)
+    if answer == 0:
+        result = "accepted a flag that does not exist: the kernel is newer than this kvmpriv"
+        out.add(step, FAIL, result, *asked, tried=tried)
         return
-    except OSError as error:
-        if error.errno != _errno.EINVAL:
-            out.failed(step, error, tried=tried, hint=hint)
-            return
-    tried = "KVM_SET_MEMORY_ATTRIBUTES2(PRIVATE, 1 page)"
+    if answer != _errno.EINVAL:
+        hint = _host.in_place_hint(out.host)
+        if answer == _errno.ENOTTY and _has_first_posting(file):
+            hint = "this kernel has the first posting of conversion in place, with another ioctl"
+        elif answer == _errno.ENOTTY and asked:
+            hint += "; the capabilities' numbers mean something else here, or it is off"
+        error = OSError(answer, os.strerror(answer))
+        out.failed(step, error, *asked, tried=tried, hint=hint)
+        return
+    tried = "KVM_SET_MEMORY_ATTRIBUTES2(0, 1 page)"  # a page of this file begins private
+    argument = new_struct(_ATTRIBUTES2, values)
     try:
-        _try(file, request, new_struct(_ATTRIBUTES2, values | {"flags": 0}))
-        tried = "KVM_SET_MEMORY_ATTRIBUTES2(0, 1 page)"
-        _try(file, request, new_struct(_ATTRIBUTES2, values | {"flags": 0, "attributes": 0}))
+        _try(file, request, argument)
+        tried = "KVM_SET_MEMORY_ATTRIBUTES2(PRIVATE, 1 page)"
+        _try(file, request, new_struct(_ATTRIBUTES2, values | {"attributes": private}))
     except OSError as error:
+        if error.errno == _errno.EAGAIN:  # no shortage of this process
+            hint = "something else uses the page: probe again"
+            out.add(step, FAIL, "EAGAIN", *asked, tried=tried, hint=hint)
+            return
         hint = "the ioctl is there, but this VM type has no private memory"
-        out.failed(step, error, tried=tried, hint=hint)
-    else:
-        tried = "KVM_SET_MEMORY_ATTRIBUTES2(1 page)"
-        out.add(step, PASS, "to private and to shared", tried=tried)
+        out.failed(step, error, *asked, tried=tried, hint=hint)
+        return
+    tried = "KVM_SET_MEMORY_ATTRIBUTES2(1 page)"
+    result = "to shared and to private"
+    if any(argument.reserved):
+        result += "; it wrote to reserved words: the kernel is newer than this kvmpriv"
+    out.add(step, PASS, result, *asked, tried=tried)
+
+
+def _ask_in_place(out: _Recorder, vm: Vm) -> tuple[Asked, ...]:
+    """The capabilities beyond mainline's last that report a value.
+
+    The one of conversion in place is among them where it has that; its number moved with each
+    posting, so that no verdict follows from it.
+    """
+    asked = []
+    for number in _NEW_CAPABILITIES:
+        value = vm.check_extension(number)
+        device = out.system.check_extension(number) if out.system else None
+        if value or device:
+            asked.append(Asked(f"capability {number}", value, device))
+    return tuple(asked)
+
+
+def _has_first_posting(file: guest_memfd.GuestMemfd) -> bool:
+    """Whether the ioctl has the number of the series' first posting: the struct is as large."""
+    from ..cdefs import unmerged as unmerged_h
+
+    first = guest_memfd_h.KVM_SET_MEMORY_ATTRIBUTES2 & ~0xFF | unmerged_h.IN_PLACE_V1_NR
+    values = {"size": PAGE_SIZE, "flags": 1 << 63}
+    return file.ioctl_errno(first, new_struct(_ATTRIBUTES2, values)) == _errno.EINVAL
 
 
 def _check_userfault(out: _Recorder, vm: Vm, memory: HostMemory) -> None:

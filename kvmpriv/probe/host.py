@@ -21,6 +21,7 @@ __all__ = [
     "device_hint",
     "facts",
     "holders",
+    "in_place_hint",
     "refusal_hint",
     "shortage_hint",
     "why_not_offered",
@@ -33,7 +34,7 @@ _VMX = (1, 1 << 5)
 #: What KVM itself or confidential computing shows in /proc/cpuinfo's flags.
 _CPU_FLAGS = ("svm", "vmx", "sme", "sev", "sev_es", "sev_snp", "tdx_host_platform")
 _PARAMETERS = {
-    "kvm": ("tdp_mmu",),
+    "kvm": ("gmem_in_place_conversion", "tdp_mmu"),
     "kvm_amd": ("nested", "npt", "sev", "sev_es", "sev_snp"),
     "kvm_intel": ("ept", "nested", "tdx"),
 }
@@ -227,6 +228,14 @@ def _node_hint(path: str) -> str:
     if status.st_mode & 0o060 == 0o060 and status.st_gid:
         return f"{who}: usermod -aG {group} USER, then log in again"
     return f"{who}: chgrp kvm {path} && chmod 0660 {path}, usermod -aG kvm USER, then log in again"
+
+
+def in_place_hint(host: HostFacts) -> str:
+    """The hint where a guest_memfd can't be converted in place."""
+    parameter = host["parameters"].get("kvm.gmem_in_place_conversion")
+    if parameter is None:
+        return "needs conversion in place, which no release up to Linux 7.3 has"
+    return f"kvm.gmem_in_place_conversion is {parameter}: boot with kvm.gmem_in_place_conversion=1"
 
 
 def why_not_offered(vm_type: str, host: HostFacts) -> tuple[str, str]:

@@ -38,6 +38,7 @@ VERDICTS = (
     V9_REFUSED := "v9 advertised but refused",
     V10_RECOGNISED := "v10 recognised",
     GUEST_MEMFD_PRIVATE := "guest_memfd private",
+    GUEST_MEMFD_IN_PLACE := "guest_memfd in place",
     GUEST_MEMFD_SHARED := "guest_memfd shared only",
     NONE := "none",
     COULD_NOT_PROBE := "could not probe",
@@ -53,6 +54,8 @@ _MEANINGS = {
     "not use.",
     GUEST_MEMFD_PRIVATE: "A guest's memory can be private: KVM bound a guest_memfd to a VM and "
     "converted a page.",
+    GUEST_MEMFD_IN_PLACE: "A guest's memory can be private: KVM bound a guest_memfd to a VM and "
+    "converted a page of the file in place.",
     GUEST_MEMFD_SHARED: "KVM can hold guest memory in a guest_memfd, but no VM type that it offers "
     "has private memory: the host can read all of it.",
     NONE: "KVM makes VMs, but it binds neither v9's files nor a guest_memfd to any of them.",
@@ -60,6 +63,7 @@ _MEANINGS = {
 _EXIT_STATUS = {
     V9_USABLE: ExitStatus.OK,
     GUEST_MEMFD_PRIVATE: ExitStatus.OK,
+    GUEST_MEMFD_IN_PLACE: ExitStatus.OK,
     COULD_NOT_PROBE: ExitStatus.UNABLE,
 }  # all others: ExitStatus.NEGATIVE
 
@@ -221,7 +225,7 @@ class Report(NamedTuple):
         verdicts need a probe that was complete.
         """
         seen = self._seen()
-        if seen in (V9_USABLE, GUEST_MEMFD_PRIVATE) or self.complete:
+        if _EXIT_STATUS.get(seen) is ExitStatus.OK or self.complete:
             return seen
         return COULD_NOT_PROBE
 
@@ -251,6 +255,8 @@ class Report(NamedTuple):
             return V9_USABLE
         if works_in_a_vm(guest_memfd, Step.FILE, Step.SLOT, Step.CONVERSION):
             return GUEST_MEMFD_PRIVATE
+        if works_in_a_vm(guest_memfd, Step.FILE, Step.SLOT, Step.IN_PLACE):
+            return GUEST_MEMFD_IN_PLACE
         if advertised:
             return V9_REFUSED
         if status.get((v9, Step.SYSCALL, ""), FAIL) != FAIL and (
@@ -309,15 +315,23 @@ class Report(NamedTuple):
                     types = differ.setdefault((name, device, value), [])
                     if check.vm_type not in types:
                         types.append(check.vm_type)
-        return tuple(
+        notes = [
             f"the device reports {name} = {device}, but a VM of type {' or '.join(types)} reports"
             f" {value}: ask the VM"
             for (name, device, value), types in differ.items()
-        ) + tuple(
+        ]
+        notes += [
             f"this kernel is patched: {check.tried}: {check.result}"
             for check in self.checks
             if check.group is Group.TREE and check.status == FAIL
-        )
+        ]
+        if self.host["parameters"].get("kvm.gmem_in_place_conversion") == "N":
+            notes.append(
+                "this kernel has conversion in place, switched off; "
+                "kvm.gmem_in_place_conversion=1 on its command line switches it on, and the "
+                "conversion of VMs off"
+            )
+        return tuple(notes)
 
     def to_json(self) -> ReportDocument:
         """The document of ``--json``; ``schema.json`` describes it."""

@@ -41,6 +41,8 @@ class Kernel:
         flags: int = 3,
         inode: tuple[int, str] = (gmem.ANON_INODE_FS_MAGIC, "anon_inode:[kvm-gmem]"),
         in_place: tuple[int, int] = (errno.ENOTTY, errno.ENOTTY),
+        other_ioctls: dict[int, int] | None = None,
+        reserved: int = 0,
     ) -> None:
         self.syscall = syscall
         self.capabilities = capabilities or {}
@@ -50,6 +52,8 @@ class Kernel:
         self.flags = flags  # of KVM_CREATE_GUEST_MEMFD, those that are accepted
         self.inode = inode
         self.in_place = in_place  # the errno for a bad flag, and for a conversion
+        self.other_ioctls = other_ioctls or {}  # of a guest_memfd: request -> errno
+        self.reserved = reserved  # what a conversion writes to a reserved word
         self.calls: list[tuple[Any, ...]] = []
 
     def call(self, name: str, *arguments: Any) -> None:
@@ -133,9 +137,11 @@ class GuestFile:
         self.kernel.call("punch_hole", *arguments)
 
     def ioctl_errno(self, request: int, argument: Any) -> int:
-        assert request == gmem.KVM_SET_MEMORY_ATTRIBUTES2
+        if request != gmem.KVM_SET_MEMORY_ATTRIBUTES2:
+            return self.kernel.other_ioctls.get(request, errno.ENOTTY)
         if number := self.kernel.in_place[argument.flags == 0]:
             return number
+        argument.reserved[2] = self.kernel.reserved
         fields = (argument.offset, argument.size, argument.attributes, argument.flags)
         self.kernel.call("attributes2", *fields)
         return 0
@@ -467,8 +473,13 @@ def test_no_direct_map(probed: Any) -> None:
     [
         ((errno.ENOTTY, 0), FAIL, "ENOTTY"),
         ((errno.EINVAL, errno.EINVAL), FAIL, "EINVAL"),
-        ((errno.EINVAL, 0), PASS, "to private and to shared"),
-        ((0, 0), FAIL, "accepted a flag that does not exist"),
+        ((errno.EINVAL, 0), PASS, "to shared and to private"),
+        (
+            (0, 0),
+            FAIL,
+            "accepted a flag that does not exist: the kernel is newer than this kvmpriv",
+        ),
+        ((errno.EINVAL, errno.EAGAIN), FAIL, "EAGAIN"),
         ((errno.ENOMEM, 0), SKIP, "ENOMEM, undecided"),
         ((errno.EINVAL, errno.ENOMEM), SKIP, "ENOMEM, undecided"),
     ],
@@ -479,9 +490,64 @@ def test_in_place(probed: Any, in_place: tuple[int, int], status: str, result: s
     assert (check.status, check.result) == (status, result)
     converted = [call[1:] for call in kernel.calls if call[0] == "attributes2"]
     if status == PASS:
-        assert converted == [(4096, 4096, 8, 0), (4096, 4096, 0, 0)]
+        assert converted == [(4096, 4096, 0, 0), (4096, 4096, 8, 0)]
     if in_place == (errno.EINVAL, errno.EINVAL):
         assert "no private memory" in check.hint
+    if in_place == (errno.EINVAL, errno.EAGAIN):
+        assert "probe again" in check.hint
+
+
+def test_in_place_where_vms_are_not_converted(probed: Any) -> None:
+    """The verdict of its own; the number of its capability is shown, and decides none."""
+    refused = {"attributes": errno.ENOTTY}
+    types = {gmem.KVM_CAP_VM_TYPES: 3}
+    found = probed(Kernel(errno.EBADF, types, refused, in_place=(errno.EINVAL, 0)))
+    assert (found.verdict, found.exit_status) == ("guest_memfd in place", 0)
+    assert check_of(found, "guest_memfd/sw_protected/in_place").asked == ()
+    for answer, verdict in ((errno.EINVAL, "in place"), (errno.ENOTTY, "shared only")):
+        kernel = Kernel(errno.EBADF, types | {252: 8}, refused, in_place=(answer, 0))
+        found = probed(kernel)
+        assert found.verdict == f"guest_memfd {verdict}"
+        check = check_of(found, "guest_memfd/sw_protected/in_place")
+        assert check.asked == (("capability 252", 8, 8),)
+        assert ("something else" in check.hint) == (answer == errno.ENOTTY)
+    found = probed(Kernel(errno.EBADF, types, in_place=(errno.EINVAL, 0)))
+    assert found.verdict == "guest_memfd private", "a kernel that converts both has the older one"
+
+
+def test_in_place_by_what_is_newer_or_older(probed: Any) -> None:
+    """A kernel that uses reserved words, and the first posting, whose ioctl has another number."""
+    kernel = Kernel(errno.EBADF, in_place=(errno.EINVAL, 0), reserved=7)
+    check = check_of(probed(kernel), "guest_memfd/default/in_place")
+    assert check.status == PASS
+    assert check.result.endswith("reserved words: the kernel is newer than this kvmpriv")
+    kernel = Kernel(errno.EBADF, other_ioctls={0xC080AED6: errno.EINVAL})
+    check = check_of(probed(kernel), "guest_memfd/default/in_place")
+    assert (check.status, check.result) == (FAIL, "ENOTTY")
+    assert "first posting" in check.hint
+
+
+@pytest.mark.parametrize(
+    ("parameter", "words"),
+    [
+        (None, "no release up to Linux 7.3 has"),
+        ("N", "is N: boot with kvm.gmem_in_place_conversion=1"),
+        ("Y", "is Y: boot with"),
+    ],
+)
+def test_the_parameter_of_in_place(
+    probed: Any, monkeypatch: pytest.MonkeyPatch, parameter: str | None, words: str
+) -> None:
+    """The hint follows from the parameter, and where it is off a note says so; no verdict does."""
+    if parameter:
+        name = "kvm.gmem_in_place_conversion"
+        monkeypatch.setitem(FACTS, "parameters", {name: parameter})
+    found = probed(Kernel(errno.EBADF, refusals={"attributes": errno.ENOTTY}))
+    assert found.verdict == "guest_memfd shared only"
+    assert words in check_of(found, "guest_memfd/default/in_place").hint
+    assert any("switched off" in note for note in found.notes) == (parameter == "N")
+    hint = check_of(found, "guest_memfd/default/conversion").hint
+    assert ("not the VM is converted but the file" in hint) == (parameter == "Y")
 
 
 def test_hole_and_hypercall(probed: Any) -> None:

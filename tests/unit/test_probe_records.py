@@ -31,6 +31,9 @@ SHARED = {
     "guest_memfd/default/mmap": PASS,
 }
 
+#: The verdicts with exit status 0.
+USABLE = ("v9 usable", "guest_memfd private", "guest_memfd in place")
+
 RECORDED: list[tuple[str, str, int, dict[str, str]]] = [
     (
         "a v9 kernel whose hook says yes",
@@ -106,6 +109,22 @@ RECORDED: list[tuple[str, str, int, dict[str, str]]] = [
             "guest_memfd/sw_protected/file": PASS,
             "guest_memfd/sw_protected/slot": PASS,
             "guest_memfd/sw_protected/conversion": PASS,
+        },
+    ),
+    (
+        "conversion in place: the VM has no attributes, the file has",
+        "guest_memfd in place",
+        0,
+        VM_MADE
+        | NOT_V9
+        | NOT_V10
+        | SHARED
+        | {"vm/sw_protected": PASS, "guest_memfd/default/in_place": FAIL}
+        | {
+            "guest_memfd/sw_protected/file": PASS,
+            "guest_memfd/sw_protected/slot": PASS,
+            "guest_memfd/sw_protected/conversion": FAIL,
+            "guest_memfd/sw_protected/in_place": PASS,
         },
     ),
     (
@@ -204,9 +223,9 @@ def test_a_shortage_anywhere(case: tuple[str, str, int, dict[str, str]]) -> None
         found = Report(tuple(checks), facts("/nonexistent"))
         needed = short.startswith(("v9/", "guest_memfd/")) and status[short] == PASS
         needed = needed and short != "v9/syscall"  # which the file has shown
-        if verdict in ("v9 usable", "guest_memfd private") and not needed:
+        if verdict in USABLE and not needed:
             assert (found.verdict, found.exit_status) == (verdict, 0), short
-        elif found.verdict != "guest_memfd private":  # the other file may be usable as well
+        elif found.verdict not in USABLE:  # the other file may be usable as well
             assert (found.verdict, found.exit_status) == ("could not probe", 3), short
             assert found.meaning == "it: so (raise it)"
 
@@ -214,11 +233,11 @@ def test_a_shortage_anywhere(case: tuple[str, str, int, dict[str, str]]) -> None
 def test_first_line_and_exit_status_agree() -> None:
     """The verdict decides the exit status, in every combination of what was found and ran out."""
     names = [f"v9/{step}" for step in ("capability", "file", "default/slot", "default/conversion")]
-    names += [f"guest_memfd/default/{step}" for step in ("slot", "conversion")]
+    names += [f"guest_memfd/default/{step}" for step in ("slot", "conversion", "in_place")]
     names += ["vm/default"]
     outcomes = ((PASS, ""), (FAIL, ""), (SKIP, "ENOMEM"))
     expected = dict.fromkeys(VERDICTS, 1)
-    expected |= {"v9 usable": 0, "guest_memfd private": 0, "could not probe": 3}
+    expected |= {**dict.fromkeys(USABLE, 0), "could not probe": 3}
     host = facts("/nonexistent")
     seen = set()
     for outcome in itertools.product(outcomes, repeat=len(names)):
@@ -230,7 +249,7 @@ def test_first_line_and_exit_status_agree() -> None:
         verdict = found.verdict
         assert found.exit_status == expected[verdict]
         if any(shortage for _, shortage in outcome):
-            assert verdict in ("v9 usable", "guest_memfd private", "could not probe")
+            assert verdict in (*USABLE, "could not probe")
         seen.add(verdict)
     assert len(seen) > 4
 
