@@ -27,6 +27,8 @@ HEADER_SIZE = 12
 _NAME = "kvmpriv-{pid}-{started}"
 _NAMESPACES = Path("/run/netns")
 _TUN = "/dev/net/tun"
+#: Waits for the end of the process that has made a namespace, and removes it.
+_GUARD = 'read -r line; umount -l "$1"; rm -f "$1"'
 # <linux/if_tun.h>
 _TUNSETIFF, _TUNSETVNETHDRSZ = 0x400454CA, 0x400454D8
 _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
@@ -95,9 +97,10 @@ class Tap:
     """A tap device.  It exists until it is closed or this process ends.
 
     With `bridge`, the name of a bridge, it is a port of that bridge.  Without, it is in a new
-    network namespace, in which the host has HOST_ADDRESS.  The namespace is called `namespace`.  If
-    this process lacks CAP_NET_ADMIN or CAP_SYS_ADMIN, it is that of the process `holder`, which has
-    a user namespace of its own (``nsenter -t HOLDER -U -n`` enters it).
+    network namespace, in which the host has HOST_ADDRESS.  The namespace is called `namespace`; a
+    process of the tap removes it if this process is killed.  If this process lacks CAP_NET_ADMIN or
+    CAP_SYS_ADMIN, the namespace is that of the process `holder`, which has a user namespace of its
+    own (``nsenter -t HOLDER -U -n`` enters it).
 
     PermissionError says what this process lacks; OSError otherwise (ENODEV: no such bridge).
     """
@@ -111,6 +114,7 @@ class Tap:
         self.namespace: str | None = None
         self._fd = -1
         self._holder: subprocess.Popen[bytes] | None = None
+        self._guard: subprocess.Popen[bytes] | None = None
         self._channel: socket.socket | None = None
         self._failure: BaseException | None = None
         try:
@@ -157,6 +161,13 @@ class Tap:
             name
             for name in (f"{base}-{number}" for number in range(1 << 16))
             if not (_NAMESPACES / name).exists()
+        )
+        self._guard = subprocess.Popen(  # noqa: S603  # a fixed script
+            ["/bin/sh", "-c", _GUARD, "kvmpriv-tap", _NAMESPACES / name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C must not end it
         )
         netns.create(name)
         self.namespace = name
@@ -211,6 +222,10 @@ class Tap:
         holder, self._holder = self._holder, None
         if holder is not None:
             holder.wait()
+        guard, self._guard = self._guard, None
+        if guard is not None:  # first, as it removes whatever has the name
+            guard.kill()
+            guard.communicate()
         name, self.namespace = self.namespace, None
         if name is not None:
             from pyroute2 import netns
