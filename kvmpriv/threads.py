@@ -47,12 +47,16 @@ class VcpuThread(threading.Thread, Generic[_T]):
             while not self._stopping:
                 reason = self._vcpu.run()
                 if reason == KVM_EXIT_INTR:
+                    self._interrupted()
                     continue
                 self._result = self._handler(self._vcpu, reason)
                 if self._result is not None:
                     return
         except BaseException as error:  # noqa: BLE001  # result() and __exit__ raise it
             self._error = error
+
+    def _interrupted(self) -> None:
+        """A kick or a signal has ended the vCPU's run; a subclass may wait here."""
 
     def stop(self) -> None:
         """Kick the vCPU and wait for the thread.  :meth:`result` raises what the thread raised."""

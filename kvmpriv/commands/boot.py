@@ -529,7 +529,7 @@ class _Watch:
         self._machine = machine
         self._say = say
         self._started = self._last_at = time.monotonic()
-        self._last = Cost(0, 0, (), 0.0, ())
+        self._last: Cost | None = None
 
     def __call__(self) -> None:
         now = time.monotonic()
@@ -537,17 +537,16 @@ class _Watch:
         if passed < 0.1:  # the first call, and the last one soon after another
             return
         cost = self._machine.cost()
-        before = self._last.cpu or (0.0,) * len(cost.cpu)
+        before = self._last.cpu if self._last else (0.0,) * len(cost.cpu)
         busy = " ".join(
             f"{100 * (after - then) / passed:.0f} %"
             for then, after in zip(before, cost.cpu, strict=True)
         )
-        exits = (sum(cost.exits) - sum(self._last.exits)) / passed
-        private = sum(use.private for use in _usage(self._machine))
+        exits = (sum(cost.exits) - (sum(self._last.exits) if self._last else 0)) / passed
         self._say(
             f"{now - self._started:.0f} s: vCPUs {busy}, {exits:.0f} exits/s,"
             f" {cost.rss // _MIB} MiB resident ({cost.shared // _MIB} MiB shared with others)"
-            + (f", at least {private // _MIB} MiB private" if private else "")
+            + (f", at least {cost.private // _MIB} MiB private" if cost.private else "")
         )
         self._last, self._last_at = cost, now
 
@@ -575,9 +574,10 @@ def _usage(machine: LinuxMachine) -> list[RangeUse]:
 def _report(machine: LinuxMachine, outcome: Outcome, seconds: float) -> dict[str, object]:
     """The document that --json prints.  Fields may be added; the others stay as they are."""
     image, abi = machine.image, machine.abi
-    usage = _usage(machine) or [RangeUse(part, -1, -1) for part in machine.ranges]
+    found = _usage(machine)
+    usage = found or [RangeUse(part, -1, -1) for part in machine.ranges]
     everything = sum(part.size for part in machine.ranges)
-    cost = machine.cost()
+    cost = machine.cost(found or None)
     memory = [
         {
             **use.range._asdict(),

@@ -26,6 +26,7 @@ from kvmpriv.guest.linux.io import IoThread
 from kvmpriv.guest.linux.kernel import LinuxImage
 from kvmpriv.guest.linux.net import Net
 from kvmpriv.guest.linux.outcome import Ending
+from kvmpriv.guest.linux.pause import Gate
 from kvmpriv.guest.linux.port import Port
 from kvmpriv.guest.linux.protocol import Channel
 from kvmpriv.guest.linux.recording import RunRecorder
@@ -119,7 +120,7 @@ def _net(_: Place) -> Iterator[object]:
 
 @contextmanager
 def _io_thread(_: Place) -> Iterator[object]:
-    thread = IoThread(lambda error: None)
+    thread = IoThread(lambda error: None, Gate())
     thread.start()
     yield thread
     thread.stop()
@@ -147,7 +148,9 @@ OWNERS: dict[type, Callable[[Place], AbstractContextManager[object]]] = {
     Net: _net,
     Tap: _tap,
     IoThread: _io_thread,
-    GuestThread: lambda place: GuestThread(place.vcpu(), lambda *_: None, lambda: None, None),
+    GuestThread: lambda place: GuestThread(
+        place.vcpu(), lambda *_: None, lambda: None, None, Gate()
+    ),
     Ending: lambda _: closing(Ending()),
     Recorder: lambda place: closing(Recorder(place.path.open("w"), {})),
     RunRecorder: lambda place: closing(

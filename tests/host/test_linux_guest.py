@@ -5,14 +5,17 @@ The kernels are a few bytes; tests/vm has Linux.
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -21,7 +24,10 @@ from host.test_boot import SPIN, UP, boot, kernel
 from kvmpriv import ArgumentError, ClosedError
 from kvmpriv.guest.image import ImageError
 from kvmpriv.guest.linux import GuestDied, LinuxGuest, Outcome, load_linux
-from kvmpriv.guest.linux.disk import Entropy
+from kvmpriv.guest.linux.disk import Block, Entropy
+from kvmpriv.guest.linux.net import Net
+from kvmpriv.guest.linux.tap import Tap
+from private.support.requirements import missing
 
 TRIPLE_FAULT = bytes.fromhex("0f0b")
 EXIT_7 = bytes.fromhex("b007 e6f4")
@@ -43,6 +49,8 @@ def in_use() -> tuple[int, list[str]]:
 def _leaves_nothing() -> object:
     before = in_use()
     yield
+    if in_use() != before:
+        gc.collect()  # a traceback has a device's frame, and that the vCPU
     assert in_use() == before
 
 
@@ -278,3 +286,246 @@ def test_run_is_interrupted(spinning: Path) -> None:
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130
     assert "Traceback" not in errors
+
+
+# -- life cycle ------------------------------------------------------------------------------------
+
+#: Prints (or this host's KVM may be found to make no progress) and counts in the word at COUNTER,
+#: for ever; and prints for ever.
+COUNTER = 0x8000
+COUNT = bytes.fromhex("66baf803 b063 ee ff042500800000 ebf7")
+FLOOD = bytes.fromhex("66baf803 b03e ee ebfd")
+
+
+def counted(made: LinuxGuest) -> int:
+    return int.from_bytes(made.machine.memory.read(COUNTER, 4), "little")
+
+
+def starting(made: LinuxGuest, ready: Callable[[], object]) -> threading.Thread:
+    """A thread that waits for the guest; returns when `ready()`."""
+
+    def start() -> None:
+        with suppress(GuestDied):
+            made.start()
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    while not ready():
+        time.sleep(0.01)
+    return thread
+
+
+def test_a_paused_guest_does_nothing() -> None:
+    made = guest(COUNT, cpus=2)
+    thread = starting(made, lambda: counted(made) > 10)
+    for _ in range(5):
+        made.pause()
+        made.pause()
+        assert made.paused
+        before = counted(made)
+        time.sleep(0.1)
+        assert counted(made) == before
+        assert made.machine.vcpus[0].get_regs().rip, "no thread runs it"
+        made.resume()
+        made.resume()
+        assert not made.paused
+        while counted(made) == before:
+            time.sleep(0.01)
+    made.pause()
+    before = counted(made)
+    assert made.outcome is None
+    made.close()
+    thread.join(10)
+    for use in (made.pause, made.resume):
+        with pytest.raises(ClosedError):
+            use()
+
+
+def test_a_guest_that_starts_paused() -> None:
+    made = guest(COUNT, timeout=30)
+    made.machine.pause()
+    thread = starting(made, lambda: made.machine._threads)
+    time.sleep(0.1)
+    assert counted(made) == 0
+    made.resume()
+    while not counted(made):
+        time.sleep(0.01)
+    made.close()
+    thread.join(10)
+
+
+def test_a_pause_while_the_console_is_full() -> None:
+    """The thread that takes the console's output pauses the guest, which floods it."""
+    made: LinuxGuest
+    paused = threading.Event()
+
+    def output(data: bytes) -> None:
+        if not paused.is_set():
+            time.sleep(0.3)  # until the vCPU waits
+            made.machine.pause()
+            paused.set()
+
+    made = guest(FLOOD, output=output)
+    thread = starting(made, paused.is_set)
+    made.resume()
+    made.close()
+    thread.join(10)
+
+
+def test_a_device_can_not_pause_its_guest() -> None:
+    made = guest(bytes.fromhex("66ba0005 ee f4"))  # out to port 0x500
+
+    class Pauses:
+        def read(self, offset: int, size: int) -> int:
+            return 0
+
+        def write(self, offset: int, size: int, value: int) -> None:
+            made.machine.pause()
+
+    made.machine.ports.add(Pauses(), 0x500, 1)
+    with pytest.raises(GuestDied, match="can't pause it, as it would wait for itself"):
+        made.start()
+    assert not made.paused
+    with pytest.raises(GuestDied):
+        made.pause()
+    made.close()
+
+
+def test_a_pause_that_is_interrupted() -> None:
+    """The guest goes on as if the pause had not begun."""
+    made = guest(COUNT)
+    thread = starting(made, lambda: counted(made) > 10)
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    gate, (vcpu,) = made.machine._gate, made.machine._threads
+    with pytest.raises(KeyboardInterrupt):
+        gate.shut([vcpu], interrupt)
+    assert not made.paused
+    before = counted(made)
+    while counted(made) == before:
+        time.sleep(0.01)
+    made.close()
+    thread.join(10)
+
+
+def test_what_a_guest_costs() -> None:
+    made = guest(UP, cpus=2)
+    nothing = made.cost()
+    assert (nothing.wall, nothing.kinds, nothing.exits) == (0.0, {}, (0, 0))
+    thread = waiting(made)
+    time.sleep(0.2)
+    cost = made.cost()
+    assert cost.kinds == {"KVM_EXIT_IO": 3}
+    assert cost.exits == (3, 0)
+    assert 0.2 < cost.wall < 60
+    assert 4096 < cost.memory <= 64 << 20
+    assert cost.private == 0
+    assert cost.rss > cost.shared > 0
+    assert len(cost.cpu) == 2
+    assert cost.others >= cost.devices >= 0
+    made.close()
+    thread.join(10)
+    after = made.cost()
+    assert after.wall >= cost.wall
+    assert after.memory == cost.memory
+    assert after.kinds["KVM_EXIT_IO"] == 3
+    time.sleep(0.1)
+    assert made.cost().wall == after.wall
+    never = guest(UP)
+    never.close()
+    assert never.cost()[4:] == ((0,), {}, 0.0, 0.0, 0, 0)
+
+
+def test_eight_guests_in_one_process() -> None:
+    """Each has its network card, with an address of its own, and figures of its own."""
+    cables = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(8)]
+    cards = [Net(ours.fileno()) for ours, _ in cables]
+    texts = [b"guest %d\n" % number for number in range(8)]
+    made, threads = [], []
+    for card, text in zip(cards, texts, strict=True):
+        code = bytes.fromhex("66baf803") + b"".join(b"\xb0%c\xee" % byte for byte in text)
+        made.append(guest(code + bytes.fromhex("f4ebfd"), devices=[card]))
+        threads.append(waiting(made[-1]))
+    assert len({card.mac for card in cards}) == 8
+    for one, text in zip(made, texts, strict=True):
+        while one.console != text:
+            time.sleep(0.01)
+    made[3].pause()
+    assert [one.paused for one in made] == [number == 3 for number in range(8)]
+    assert [one.cost().kinds for one in made] == [{"KVM_EXIT_IO": len(text)} for text in texts]
+    for one, thread in zip(made, threads, strict=True):
+        one.close()
+        thread.join(10)
+    for pair in cables:
+        for end in pair:
+            end.close()
+
+
+SCRIPT = f"""
+import os, sys, tempfile
+from pathlib import Path
+from kvmpriv.guest.linux import LinuxGuest, load_linux
+from kvmpriv.guest.linux.disk import Block
+from kvmpriv.guest.linux.net import Net
+from kvmpriv.guest.linux.tap import Tap
+folder = Path(sys.argv[1])
+devices = [Block(folder / "disk"), Net(Tap())]
+image = load_linux((folder / "kernel").read_bytes())
+guest = LinuxGuest(image, initrd={INITRD!r}, memory=64 << 20, devices=devices)
+import threading
+threading.Thread(target=guest.start, daemon=True).start()
+while not guest.console:
+    pass
+print("up", flush=True)
+sys.stdin.read()
+raise SystemExit("the script died")
+"""
+
+
+def belongings(mark: str, folder: Path) -> dict[str, list[str]]:
+    """What there is of a script: processes with `mark` in their environment, networks, files."""
+    found: dict[str, list[str]] = {"processes": [], "namespaces": [], "files": []}
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if mark.encode() in (process / "environ").read_bytes():
+                found["processes"].append(process.name)
+    found["namespaces"] = sorted(path.name for path in Path("/run/netns").glob("kvmpriv-*"))
+    found["files"] = sorted(map(str, folder.rglob("*")))
+    return found
+
+
+@pytest.mark.parametrize("how", ["killed", "raises"])
+def test_nothing_is_left_of_a_script_that_dies(tmp_path: Path, how: str) -> None:
+    """Its processes, its network and its files are counted, and its disk is free again."""
+    try:
+        Tap().close()
+    except OSError as error:
+        missing("network", f"no tap can be made: {error}")
+    (tmp_path / "kernel").write_bytes(kernel(UP))
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(4096))
+    mark = f"KVMPRIV_MARK={tmp_path}"
+    before = belongings(mark, tmp_path)
+    with subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, tmp_path],
+        env={**os.environ, "KVMPRIV_MARK": str(tmp_path), "TMPDIR": str(tmp_path)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    ) as script:
+        assert script.stdout is not None
+        assert script.stdout.readline() == b"up\n"
+        running = belongings(mark, tmp_path)
+        assert len(running["processes"]) == 2, "the script, and what removes its network"
+        assert len(running["namespaces"]) == len(before["namespaces"]) + 1
+        with pytest.raises(BlockingIOError, match="in use"):
+            Block(disk)
+        if how == "killed":
+            script.kill()
+    deadline = time.monotonic() + 10
+    while (left := belongings(mark, tmp_path)) != before and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert left == before
+    Block(disk).close()

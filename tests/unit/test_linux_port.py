@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from kvmpriv.guest.linux.io import IoThread
+from kvmpriv.guest.linux.pause import Gate
 from kvmpriv.guest.linux.port import Port
 from unit.test_linux_virtio import BASE, NEXT, VERSION_1, WRITE, Driver
 
@@ -167,13 +168,25 @@ def test_the_thread_of_the_devices(guest: Guest) -> None:
     place = guest.room(RECEIVE, 0)
     notify = os.eventfd(0, os.EFD_NONBLOCK)
     failed: list[BaseException] = []
-    thread = IoThread(failed.append)
+    gate = Gate()
+    thread = IoThread(failed.append, gate)
     thread.add(notify, guest.driver.transport, RECEIVE)
     thread.start()
     guest.port.send(b"hello")
     assert arrived.wait(10)
     assert guest.driver.memory.read(place, 5) == b"hello"
+    arrived.clear()
+    second = guest.room(RECEIVE, 1)
+    gate.shut([thread], thread.kick)
+    guest.port.send(b"later")
+    assert not arrived.wait(0.2), "the guest is paused"
+    gate.open()
+    assert arrived.wait(10)
+    assert guest.driver.memory.read(second, 5) == b"later"
+    gate.shut([thread], thread.kick)
+    threading.Timer(0.1, gate.open).start()
     thread.stop()
+    assert thread.seconds > 0
     thread.close()
     os.close(notify)
     guest.port.close()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol
 
 from ...cdefs import kvm as kvm_h
+from ...errors import ClosedError
 from ...exits import Exit, HypercallExit, MemoryFaultExit, exit_name
 from ...memory import PAGE_SIZE
 from ...private import PrivateVm, serve_conversion
@@ -16,6 +18,7 @@ from ...threads import VcpuThread
 from .. import crash
 from .bus import Bus
 from .outcome import Ending, Outcome, crashed
+from .pause import Gate
 
 if TYPE_CHECKING:
     from ...memory import HostMemory
@@ -43,7 +46,7 @@ class Record(Protocol):
 class GuestThread(VcpuThread[Outcome]):
     """A vCPU's thread, which calls `ended` as its last action.
 
-    With `cpu` it runs on that CPU of the host only.
+    With `cpu` it runs on that CPU of the host only.  While `gate` is closed, a kick makes it wait.
     """
 
     def __init__(
@@ -52,8 +55,10 @@ class GuestThread(VcpuThread[Outcome]):
         handler: Callable[[Vcpu, int], Outcome | None],
         ended: Callable[[], object],
         cpu: int | None,
+        gate: Gate,
     ) -> None:
         super().__init__(vcpu, handler)
+        self._gate = gate
         self._ended = ended
         self._cpu = cpu
         #: CPU time that the thread has used in all, in seconds; 0 until it has ended.
@@ -63,6 +68,7 @@ class GuestThread(VcpuThread[Outcome]):
         try:
             if self._cpu is not None:
                 os.sched_setaffinity(0, {self._cpu})  # 0: this thread
+            self._gate.enter()
         except OSError as error:  # a cpuset took the CPU away; result() raises it
             self._error = error
         else:
@@ -70,6 +76,18 @@ class GuestThread(VcpuThread[Outcome]):
         del self._handler  # it has a view of kvm_run, which keeps the vCPU's descriptor open
         self.seconds = time.thread_time()
         self._ended()
+
+    def _interrupted(self) -> None:
+        self._gate.enter()
+
+    def kick(self) -> None:
+        """Let the thread see that the gate is closed."""
+        with suppress(ClosedError):
+            self._vcpu.kick()
+
+    def stop_soon(self) -> None:
+        """Let the thread end when its vCPU stops next: a gate that opens does not let it run."""
+        self._stopping = True
 
 
 class Dispatcher:
@@ -98,11 +116,16 @@ class Dispatcher:
         self._reset = reset
 
     def handler(
-        self, vcpu: Vcpu, kvm_run_size: int, exits: list[int], record: Record | None
+        self,
+        vcpu: Vcpu,
+        kvm_run_size: int,
+        exits: MutableMapping[int, int],
+        record: Record | None,
     ) -> Callable[[Vcpu, int], Outcome | None]:
         """The handler for the thread of `vcpu`: it returns the outcome once there is one.
 
-        It counts in `exits`, at the index `vcpu_id`, and reports exits and conversions to `record`.
+        It counts in `exits`, by reason, which begins with 0 for each, and reports exits and
+        conversions to `record`.
         """
         number = vcpu.vcpu_id
         raw = memoryview(kvm_h.ffi.buffer(vcpu.kvm_run, kvm_run_size)).cast("B")
@@ -112,7 +135,7 @@ class Dispatcher:
         ending = self._ending
 
         def serve(vcpu: Vcpu, reason: int) -> Outcome | None:
-            exits[number] += 1
+            exits[reason] += 1
             if reason == kvm_h.KVM_EXIT_IO:
                 direction, size, port, count, at = io_of(raw, _UNION)
                 if direction and size == count == 1:  # most exits: a byte written to the console

@@ -33,6 +33,7 @@ from .machine import LinuxMachine
 from .outcome import EXIT_STATUSES, Outcome
 from .port import Port
 from .protocol import Link
+from .usage import Cost
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -243,6 +244,36 @@ class LinuxGuest(Agent):
             self._join()
             raise GuestDied(outcome, self._last_lines())
 
+    @property
+    def paused(self) -> bool:
+        """Whether the guest is paused."""
+        return self.machine.paused
+
+    def pause(self) -> None:
+        """Stop the guest where it is, until `resume`; see `LinuxMachine.pause`.
+
+        A command that runs in it waits; `run` and all others wait for it, or for their timeout.
+        GuestDied if the guest has ended.
+        """
+        self._check_started()
+        self.machine.pause()
+        if self._outcome is not None:
+            raise self._died()
+
+    def resume(self) -> None:
+        """Let a paused guest go on; without effect if it is not paused."""
+        self._check_started()
+        self.machine.resume()
+
+    def cost(self) -> Cost:
+        """What the guest has cost so far, and after its end what it has cost in all.
+
+        Exits by reason, CPU time in seconds, memory in bytes, seconds of wall clock: see `Cost`.
+        """
+        self._link.check_ours()
+        with self._closing:  # its memory must not be freed meanwhile
+            return self.machine.cost()
+
     def wait(self, timeout: float | None = None) -> Outcome | None:
         """Wait until the guest has ended; how it did, or None after `timeout` seconds."""
         self._thread.join(timeout)
@@ -251,10 +282,12 @@ class LinuxGuest(Agent):
     def shutdown(self, timeout: float = 10.0) -> Outcome:
         """Let the guest's kernel write its disks and turn the machine off; then `close`.
 
-        A guest that is still on after `timeout` seconds is closed like that.  Returns how it ended.
+        A guest that is still on after `timeout` seconds is closed like that; one that is paused is
+        resumed.  Returns how it ended.
         """
         self._check_started()
         try:
+            self.machine.resume()
             self._link.power_off()
             if not self._link.failed:
                 self._thread.join(timeout)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import select
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
+from .pause import Gate
 from .virtio import Transport
 
 __all__ = ["IoThread"]
@@ -16,14 +18,19 @@ __all__ = ["IoThread"]
 class IoThread(threading.Thread):
     """Serves a queue when its eventfd is written to or its device's descriptor is readable.
 
-    `failed` is called with the exception if one ends the thread.
+    `failed` is called with the exception if one ends the thread.  While `gate` is closed, a kick
+    makes it wait.
     """
 
-    def __init__(self, failed: Callable[[BaseException], object]) -> None:
+    def __init__(self, failed: Callable[[BaseException], object], gate: Gate) -> None:
         super().__init__(name="virtio", daemon=True)
         self._failed = failed
+        self._gate = gate
         self._queues: dict[int, tuple[Transport, int]] = {}
-        self._stopping = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._stopping = False
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        #: CPU time that the thread has used in all, in seconds; 0 until it has ended.
+        self.seconds: float = 0.0
 
     def add(self, fd: int, transport: Transport, number: int) -> None:
         """Serve queue `number` when the eventfd `fd` is written to.  Call it before `start`."""
@@ -35,15 +42,19 @@ class IoThread(threading.Thread):
             self._serve()
         except BaseException as error:  # noqa: BLE001  # the caller of LinuxMachine.run gets it
             self._failed(error)
+        self.seconds = time.thread_time()
 
     def _serve(self) -> None:
         poll = select.poll()
-        poll.register(self._stopping, select.POLLIN)
+        poll.register(self._wake, select.POLLIN)
         for fd in self._queues:
             poll.register(fd, select.POLLIN)
         transports = {transport for transport, _ in self._queues.values()}
         listening: dict[int, Transport] = {}
         while True:
+            self._gate.enter()
+            if self._stopping:
+                return
             wanted = {fd: transport for transport in transports if (fd := transport.host_fd()) >= 0}
             for fd in listening.keys() - wanted.keys():
                 poll.unregister(fd)
@@ -51,9 +62,11 @@ class IoThread(threading.Thread):
                 poll.register(fd, select.POLLIN)
             listening = wanted
             for fd, _ in poll.poll():
-                if fd == self._stopping:
-                    return
-                if fd in self._queues:
+                if fd == self._wake:
+                    os.eventfd_read(fd)
+                elif self._stopping or self._gate.closed:
+                    break  # what is ready is so when the gate is open
+                elif fd in self._queues:
                     with suppress(BlockingIOError):
                         os.eventfd_read(fd)
                     transport, number = self._queues[fd]
@@ -62,12 +75,17 @@ class IoThread(threading.Thread):
                     for number in listening[fd].device.host_queues:
                         listening[fd].serve(number)
 
+    def kick(self) -> None:
+        """Let the thread see that the gate is closed, or that it is to end."""
+        os.eventfd_write(self._wake, 1)
+
     def stop(self) -> None:
         """End the thread and wait for it; without effect if it never started."""
-        os.eventfd_write(self._stopping, 1)
+        self._stopping = True
+        self.kick()
         if self.ident is not None:
             self.join()
 
     def close(self) -> None:
         """Close the thread's own descriptor."""
-        os.close(self._stopping)
+        os.close(self._wake)

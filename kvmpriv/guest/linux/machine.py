@@ -16,8 +16,10 @@ two serial ports and a few ports for power:
 from __future__ import annotations
 
 import os
+import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -33,6 +35,7 @@ from .dispatch import Dispatcher, GuestThread
 from .io import IoThread
 from .layout import MMIO, GuestMemory, Range, private_cmdline, resident
 from .outcome import Ending, Interrupted, Outcome, crashed
+from .pause import Gate
 from .power import add_power
 from .said import Said
 from .serial import SIZE as SERIAL_SIZE
@@ -148,7 +151,10 @@ class LinuxMachine:
                     f"a guest can have up to {_VIRTIO_MAX} virtio devices, not {len(devices)}"
                 )
             self._pin: list[int | None] = [*pin] or [None] * cpus
-            self._exits = [0] * cpus
+            self._exits: list[defaultdict[int, int]] = [defaultdict(int) for _ in range(cpus)]
+            self._gate = Gate()
+            self._began = self._ended = 0.0
+            self._used: list[RangeUse] = []  # at the end
             self._threads: list[GuestThread] = []
             self._io_error: BaseException | None = None
             self._complain = complain
@@ -238,7 +244,7 @@ class LinuxMachine:
             stack.callback(made.close)
             return made.fileno()
 
-        self._io = IoThread(self._io_failed)
+        self._io = IoThread(self._io_failed, self._gate)
         stack.callback(self._io.close)
         found = []
         for number, device in enumerate(devices):
@@ -322,6 +328,44 @@ class LinuxMachine:
         """
         self._ending.end(outcome)
 
+    @property
+    def paused(self) -> bool:
+        """Whether the guest is paused."""
+        return self._gate.closed
+
+    def pause(self) -> None:
+        """Stop all vCPUs and devices where they are, until `resume`.
+
+        Returns when each vCPU has left the guest: memory and registers don't change any more.
+        Timers of the guest, its clocks and the time limit of `run` go on.  Without effect if the
+        guest is paused or has ended; before `run`, the guest starts paused.  RuntimeError in a
+        thread of the guest (a device, an exit's handler), which would wait for itself.
+        """
+        self._supervisor.unlimited = True  # or a vCPU might wait for room for its output
+        try:
+            started = [each for each in (self._io, *self._threads) if each.ident is not None]
+            self._gate.shut(started, self._kick)
+        finally:
+            self._supervisor.unlimited = False
+
+    def _kick(self) -> None:
+        self._io.kick()
+        for thread in self._threads:
+            thread.kick()
+
+    def resume(self) -> None:
+        """Let the vCPUs and devices of a paused guest go on; without effect if it is not paused.
+
+        A guest with a paravirtual clock is told that it was stopped, so that its watchdogs do not
+        complain.
+        """
+        if not self.paused:
+            return
+        for vcpu in self.vcpus:
+            with suppress(OSError, ValueError):  # without such a clock, or closed
+                vcpu.kvmclock_ctrl()
+        self._gate.open()
+
     def run(
         self,
         timeout: float | None = None,
@@ -373,12 +417,14 @@ class LinuxMachine:
         threads = self._threads = [
             GuestThread(
                 vcpu,
-                self._dispatcher.handler(vcpu, self._kvm_run_size, self._exits, record),
+                self._dispatcher.handler(vcpu, self._kvm_run_size, self._exits[number], record),
                 self._ending.alert,
                 self._pin[number],
+                self._gate,
             )
             for number, vcpu in enumerate(self.vcpus)
         ]
+        self._began = time.monotonic()
         try:
             self._io.start()
             for thread in threads:
@@ -392,9 +438,14 @@ class LinuxMachine:
                 for thread in threads:
                     if thread.ident is not None:
                         stops.callback(thread.stop)
+                # Of a guest that is paused no vCPU runs on before it is stopped.
+                stops.callback(self._gate.open)
+                for thread in threads:
+                    stops.callback(thread.stop_soon)
                 # A vCPU that waits for room for its output must see that the guest has ended.
                 stops.callback(self._supervisor.release)
                 stops.callback(self.end, crashed("ended by the caller"))
+        self._ended = time.monotonic()
         for periodic in calls:
             periodic.call()
         for thread in threads:
@@ -411,9 +462,22 @@ class LinuxMachine:
         mapped = mapped_bytes(self.vm.stats())
         return range_use(self.ranges, [resident(memory) for memory in self._backing], mapped)
 
-    def cost(self) -> Cost:
-        """What this process has spent so far."""
-        return measure_cost(self._threads, self._exits)
+    def _measure_use(self) -> list[RangeUse]:
+        try:
+            return self.usage()
+        except OSError:
+            return range_use(self.ranges, [resident(memory) for memory in self._backing], 0)
+
+    def cost(self, usage: Sequence[RangeUse] | None = None) -> Cost:
+        """What this process has spent so far; after `close` it is what it has spent in all.
+
+        `usage`: what `usage` has just returned, for a caller that needs both.
+        """
+        if usage is None:
+            usage = self._used or self._measure_use()
+        until = self._ended or time.monotonic()
+        wall = until - self._began if self._began else 0.0
+        return measure_cost(self._threads, self._exits, self._io, wall, usage)
 
     def search(self, needle: bytes) -> list[int]:
         """The guest physical addresses at which this process can read `needle`, in all RAM.
@@ -430,6 +494,10 @@ class LinuxMachine:
 
     def close(self) -> None:
         """Free the guest's memory and close its devices.  Not while `run` is under way."""
+        if not self._used:
+            self._used = [RangeUse(part, 0, 0) for part in self.ranges]
+            with suppress(OSError):  # out of descriptors; `cost` then reports no memory
+                self._used = self._measure_use() if self._began else self._used
         self._stack.close()
 
     def __enter__(self) -> LinuxMachine:

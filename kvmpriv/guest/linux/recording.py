@@ -71,7 +71,7 @@ class RunRecorder:
             usage = self._machine.usage()
         except OSError:
             return
-        cost = self._machine.cost()
+        cost = self._machine.cost(usage)
         self.event(
             memory=[{"resident": use.resident, "private": use.private} for use in usage],
             rss=cost.rss,

@@ -62,6 +62,8 @@ class Supervisor:
         self._stuck = stuck
         #: Called before `output`, with the same bytes.
         self.observe: Callable[[bytes], object] = lambda data: None
+        #: Whether `put` returns at once, however much waits for `output`.
+        self.unlimited: bool = False
         self._pending = bytearray()
         self._alerted = False
         self._output_failed = False
@@ -78,7 +80,11 @@ class Supervisor:
         if not self._alerted:
             self._alerted = True
             self._ending.alert()
-        while len(self._pending) >= _OUTPUT_MAX and self._ending.outcome is None:
+        while (
+            len(self._pending) >= _OUTPUT_MAX
+            and self._ending.outcome is None
+            and not self.unlimited
+        ):
             self._drained.clear()
             self._drained.wait(0.05)
 
@@ -135,9 +141,11 @@ class Supervisor:
                 else:
                     console.receive(data)
             self._flush_or_rest()
+            if self._last_line:
+                check_at = _NEVER
             self._check(time.monotonic(), deadline, check_at)
             if time.monotonic() >= check_at:
-                check_at = _NEVER if self._last_line else check_at + _PROGRESS_EVERY
+                check_at += _PROGRESS_EVERY
 
     def release(self) -> None:
         """Let a vCPU that waits for room for its output go on."""

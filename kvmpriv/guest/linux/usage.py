@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from ...exits import exit_name
 from ...memory import PAGE_SIZE
 from .layout import Range
 
 if TYPE_CHECKING:
     from .dispatch import GuestThread
+    from .io import IoThread
 
 __all__ = ["Cost", "RangeUse", "emulation", "mapped_bytes", "measure_cost", "range_use"]
 
@@ -32,18 +34,34 @@ class RangeUse(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What this process has spent on a guest so far."""
+    """What this process has spent on a guest so far.
+
+    `rss`, `shared` and `others` are those of the process: if it has several guests, of all of them.
+    Everything else is the guest's own.
+    """
 
     #: Resident memory of the process, in bytes.
     rss: int
     #: The part of `rss` that is shared with a file or another process, in bytes.
     shared: int
-    #: CPU time of each vCPU's thread, in seconds.
+    #: CPU time of each vCPU's thread, in seconds, user and system: the guest's code is part of it.
     cpu: tuple[float, ...]
-    #: CPU time of all other threads, in seconds.
+    #: CPU time of all other threads of the process, in seconds.
     others: float
     #: Exits to user space of each vCPU.
     exits: tuple[int, ...]
+    #: Exits to user space of all vCPUs by their reason, such as ``KVM_EXIT_IO``.
+    kinds: dict[str, int]
+    #: CPU time of the thread that serves the queues of virtio devices, in seconds; also in
+    #: `others`.
+    devices: float
+    #: Seconds from the start of the guest until its end, or until now.
+    wall: float
+    #: Shared memory of the guest that is populated, in bytes.
+    memory: int
+    #: Private memory that KVM has mapped into the guest, in bytes: a lower limit, as in `RangeUse`;
+    #: 0 where KVM has no statistics.
+    private: int
 
 
 def mapped_bytes(stats: Mapping[str, int]) -> int:
@@ -67,15 +85,41 @@ def range_use(ranges: Sequence[Range], resident: Sequence[int], mapped: int) -> 
     return found
 
 
-def measure_cost(threads: Sequence[GuestThread], exits: Sequence[int]) -> Cost:
-    """What this process has spent so far; `threads` are those of the vCPUs."""
+def measure_cost(
+    threads: Sequence[GuestThread],
+    exits: Sequence[Mapping[int, int]],
+    io: IoThread,
+    wall: float,
+    usage: Sequence[RangeUse],
+) -> Cost:
+    """What this process has spent so far.
+
+    `threads` are those of the vCPUs, and `exits` the numbers of their exits by reason; `io` serves
+    the queues.
+    """
     import psutil
 
     process = psutil.Process()
-    memory = process.memory_info()
+    info = process.memory_info()
     used = {thread.id: thread.user_time + thread.system_time for thread in process.threads()}
     cpu = tuple(thread.seconds or used.pop(thread.native_id or 0, 0.0) for thread in threads)
-    return Cost(memory.rss, memory.shared, cpu, sum(used.values()), tuple(exits))
+    counts = [dict(each) for each in exits]  # one step each: the vCPUs' threads go on counting
+    kinds: dict[str, int] = {}
+    for reason, count in (item for each in counts for item in each.items()):
+        name = exit_name(reason)
+        kinds[name] = kinds.get(name, 0) + count
+    return Cost(
+        rss=info.rss,
+        shared=info.shared,
+        cpu=cpu,
+        others=sum(used.values()),
+        exits=tuple(sum(each.values()) for each in counts),
+        kinds=kinds,
+        devices=io.seconds or used.get(io.native_id or 0, 0.0),
+        wall=wall,
+        memory=sum(use.resident for use in usage),
+        private=sum(use.private for use in usage),
+    )
 
 
 def emulation(stats: Mapping[str, int]) -> str:
