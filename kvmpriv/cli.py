@@ -178,12 +178,15 @@ def make_parser(*, complete: bool = False) -> argparse.ArgumentParser:
     return parser
 
 
-def _run(arguments: list[str]) -> int:
+def _run(arguments: list[str], own_process: bool) -> int:
     """Parse the command line and run the command; SystemExit for usage and help."""
     name = arguments[0] if arguments else ""
     if name not in COMMANDS:
         return _run_without_command(name, arguments)
     options = command_parser(name).parse_args(arguments[1:])
+    if own_process:
+        gc.freeze()
+        gc.enable()
     if sys.stdout is None:
         return fail("", "standard output is closed", ExitStatus.UNABLE)
     status: int = command_module(name).main(options)
@@ -209,6 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sys.stderr is None:  # closed: what is printed there must not go to another file
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
     is_fact = False
+    own_process = argv is None
     if argv is None:  # this process is the command, so the standard streams may be changed
         _prepare_output()
         argv = sys.argv[1:]
@@ -218,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = arguments[0] if arguments and arguments[0] in COMMANDS else ""
     try:
         try:
-            status = _run(arguments)
+            status = _run(arguments, own_process)
             if is_fact and sys.stdout is not None:
                 status = ExitStatus.OK
         except SystemExit as ended:  # from argparse: the help was printed, or an error
@@ -285,6 +289,7 @@ def _discard(stream: TextIO) -> None:
 
 def run() -> NoReturn:
     """Run the command line of this process and exit."""
+    gc.disable()  # until the command's modules are imported, since no import makes garbage
     status = main()
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:

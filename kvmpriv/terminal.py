@@ -37,11 +37,15 @@ def plain(text: str) -> str:
     Names that come from elsewhere may hold control characters, or characters that the terminal's
     encoding lacks.
     """
+    if text.isascii() and text.isprintable():
+        return text
     return "".join(char if " " <= char <= "~" else ascii(char)[1:-1] for char in text)
 
 
 def printable(text: str) -> str:
     """Escape control characters and undecodable bytes, so that a name can't move the cursor."""
+    if text.isprintable():
+        return text
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 

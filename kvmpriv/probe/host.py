@@ -56,10 +56,9 @@ def facts(root: str = "") -> HostFacts:
         for module, names in _PARAMETERS.items()
         for name in names
     }
-    # One read of some kilobytes has the first CPU; the whole file takes a big host long.
-    flags = procfs.fields((procfs.read(f"{proc}/cpuinfo", 8192) or "").split("\n\n")[0]).get(
-        "flags", ""
-    )
+    # One read of some kilobytes has the first CPU; a big host takes long to print the whole file.
+    first_cpu = (procfs.read(f"{proc}/cpuinfo", 8192) or "").split("\n\n")[0]
+    flags = set(procfs.fields(first_cpu).get("flags", "").split())
     sev = f"{root}/dev/sev"
     return {
         "kernel": f"{uname.release} {uname.machine}",
@@ -71,7 +70,7 @@ def facts(root: str = "") -> HostFacts:
             if name.startswith("kvm_")
         },
         "parameters": {name: value for name, value in parameters.items() if value is not None},
-        "cpu_flags": [flag for flag in _CPU_FLAGS if flag in flags.split()],
+        "cpu_flags": [flag for flag in _CPU_FLAGS if flag in flags],
         "dev_sev": os.access(sev, os.R_OK | os.W_OK) if os.access(sev, os.F_OK) else None,
         "seccomp": procfs.number(procfs.fields(procfs.read(f"{proc}/self/status")).get("Seccomp")),
         "selinux": {"1": "enforcing", "0": "permissive"}.get(enforce or ""),

@@ -203,6 +203,25 @@ def test_importing_the_entry_point_changes_nothing() -> None:
     assert done.stdout == "True 0\n"
 
 
+@pytest.mark.parametrize(
+    ("call", "printed"),
+    [
+        ("sys.argv = ['kvmpriv', 'probe']; cli.run()", "True True"),
+        ("gc.disable(); sys.exit(cli.main(['probe']))", "False False"),
+        ("sys.exit(cli.main(['probe']))", "True False"),
+    ],
+    ids=["own-process", "caller-disabled-it", "caller"],
+)
+def test_a_command_runs_with_garbage_collection(call: str, printed: str) -> None:
+    """The command's own process has it on; a caller of main() finds it as it was."""
+    program = (
+        "import gc, sys; from kvmpriv import cli; from kvmpriv.commands import probe\n"
+        "probe.main = lambda _: print(gc.isenabled(), bool(gc.get_freeze_count())) or 7\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program + call], capture_output=True, text=True)
+    assert (done.stdout, done.stderr, done.returncode) == (f"{printed}\n", "", 7)
+
+
 def test_atexit_and_profilers(tmp_path: Path) -> None:
     """The process ends as any Python process does: exit handlers run, profiles are printed."""
     profile = [sys.executable, "-m", "cProfile", "-o", str(tmp_path / "profile")]
