@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno as _errno
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from .cdefs import kvm as kvm_h
 from .errors import ArgumentError, ClosedError
@@ -164,11 +164,14 @@ def _first_misfit(item: CType, values: Sequence[object]) -> object:
     return values
 
 
-class Struct(NamedTuple):
+class Struct:
     """A struct for an ioctl, and its address."""
 
-    fields: Cdata
-    address: int
+    __slots__ = ("address", "fields")
+
+    def __init__(self, fields: Cdata, address: int) -> None:
+        self.fields = fields
+        self.address = address
 
 
 class Structs:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import signal
 from collections.abc import Callable
 from ctypes import c_int, c_long, c_ulong, c_void_p
 
@@ -26,6 +25,7 @@ __all__ = [
     "RLIMIT_DATA",
     "RLIMIT_NOFILE",
     "RLIMIT_NPROC",
+    "SIGRTMIN",
     "block_signals",
     "copy_in",
     "copy_out",
@@ -223,6 +223,9 @@ def signal_ignored_in_c(signum: int) -> None:
         raise os_error(-error, f"sigaction({signum})")
 
 
+#: The first real-time signal that the C library leaves to programs: 34 with glibc, 35 with musl.
+SIGRTMIN: int = _libc["__libc_current_sigrtmin"]()
+
 # signal.pthread_sigmask makes a set of enum members each time, which takes longer than making a VM.
 # PyDLL keeps the GIL, so that the caller does not wait for another thread to give it back.
 _SignalMask = c_ulong * 16  # sigset_t of glibc and musl on x86-64
@@ -230,6 +233,7 @@ _held = ctypes.PyDLL(None)
 _pthread_sigmask = _held.pthread_sigmask
 _pthread_sigmask.argtypes = (c_int, c_void_p, c_void_p)
 _pthread_sigmask.restype = c_int
+_SIG_BLOCK, _SIG_SETMASK = 0, 2  # of the kernel on x86, signal.h
 _ALL_SIGNALS = _SignalMask()
 _held.sigfillset(ctypes.byref(_ALL_SIGNALS))  # except those that the C library keeps for itself
 
@@ -241,20 +245,22 @@ ctypes.pythonapi.PyErr_CheckSignals.argtypes = ()
 def signal_mask() -> ctypes.Array[c_ulong]:
     """The signals that the calling thread has blocked."""
     mask = _SignalMask()
-    _pthread_sigmask(signal.SIG_BLOCK, None, mask)
+    _pthread_sigmask(_SIG_BLOCK, None, mask)
     return mask
 
 
 def block_signals() -> None:
     """Block all signals in the calling thread."""
-    _pthread_sigmask(signal.SIG_BLOCK, _ALL_SIGNALS, None)
+    _pthread_sigmask(_SIG_BLOCK, _ALL_SIGNALS, None)
 
 
 def set_signal_mask(mask: ctypes.Array[c_ulong]) -> None:
     """Block these signals in the calling thread, and no others."""
-    _pthread_sigmask(signal.SIG_SETMASK, mask, None)
+    _pthread_sigmask(_SIG_SETMASK, mask, None)
 
 
 def pthread_sigmask_unblock(signum: int) -> None:
     """Unblock a signal in the calling thread."""
+    import signal  # a probe needs none of its enums
+
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signum,))

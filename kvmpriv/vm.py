@@ -13,7 +13,6 @@ from .fd import Structs, check_range, new_struct
 from .libc import ioctl as _ioctl
 from .memory import PAGE_SIZE, HostMemory
 from .slots import Lifeline, Slot, without
-from .vcpu import Vcpu
 from .wakeup import SignalsBlocked
 
 if TYPE_CHECKING:
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from .faults import FaultLayout
     from .routing import IrqchipRoute, MsiRoute
     from .slots import Held
+    from .vcpu import Vcpu
 
 __all__ = ["Vm"]
 
@@ -91,6 +91,8 @@ class Vm(KvmFd):
 
         OSError: EEXIST for an id in use, EINVAL for one from KVM_CAP_MAX_VCPU_ID on.
         """
+        from .vcpu import Vcpu  # a probe without vCPUs needs none of its imports
+
         check_range("vcpu_id", vcpu_id, 1 << 32)  # kernels before 6.12 take its low 32 bits
         with SignalsBlocked():
             fd = self.ioctl(kvm_h.KVM_CREATE_VCPU, vcpu_id)

@@ -25,7 +25,6 @@ that catches KeyboardInterrupt, kicks the vCPUs it wants back (`VcpuThread` does
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import threading
 import weakref
@@ -38,8 +37,7 @@ from .fd import Fd
 __all__ = ["KICK_SIGNAL", "SignalsBlocked", "prepare_thread", "unwatch", "watch"]
 
 #: Interrupts KVM_RUN; 34 on x86-64 with glibc.
-KICK_SIGNAL: int = signal.SIGRTMIN
-
+KICK_SIGNAL = libc.SIGRTMIN
 
 #: Seconds for which the watching thread waits for a kick, before it looks whether it is to end.
 _TRY = 0.01
@@ -129,12 +127,15 @@ class _SignalWatch:
     """A pipe whose write end is the wake-up fd, and the thread that reads it."""
 
     def __init__(self) -> None:
+        from signal import set_wakeup_fd  # a process without a running vCPU needs no enum of it
+
+        self._set_wakeup_fd = set_wakeup_fd
         read, self._write = os.pipe2(os.O_CLOEXEC)
         # Closed with its last reference, the thread's or ours: when a signal interrupts start(),
         # the thread may have begun.
         self._read = Fd(read)
         os.set_blocking(self._write, False)
-        self._previous = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._previous = self._set_wakeup_fd(self._write, warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._serve, name="kvmpriv-signals", daemon=True)
         try:
             self._thread.start()
@@ -154,9 +155,9 @@ class _SignalWatch:
                 _kick_all()
 
     def _restore(self) -> None:
-        current = signal.set_wakeup_fd(self._previous, warn_on_full_buffer=False)
+        current = self._set_wakeup_fd(self._previous, warn_on_full_buffer=False)
         if current != self._write:  # another one has been set since: it stays
-            signal.set_wakeup_fd(current, warn_on_full_buffer=False)
+            self._set_wakeup_fd(current, warn_on_full_buffer=False)
         os.close(self._write)
 
     def close(self) -> None:
@@ -167,7 +168,7 @@ class _SignalWatch:
     def forget(self) -> None:
         """For a child made by fork, which has the pipe but neither the thread nor our vCPUs."""
         with suppress(ValueError):  # not in the main thread, which alone may set the wake-up fd
-            if signal.set_wakeup_fd(-1) != self._write:
+            if self._set_wakeup_fd(-1) != self._write:
                 return
         self._read.close()
         os.close(self._write)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno as _errno
 import os
-import signal
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
@@ -281,7 +280,9 @@ def _check_syscall(out: _Recorder) -> None:
     elif errno == _errno.EBADF:
         out.add(step, FAIL, "EBADF, so 451 is cachestat(2)", tried=tried, hint=_V9_KERNEL)
     elif filtered or errno in (_errno.EPERM, _errno.EACCES):
-        answer = f"killed by {signal.Signals(-errno).name}" if errno < 0 else _name(errno)
+        from signal import Signals
+
+        answer = f"killed by {Signals(-errno).name}" if errno < 0 else _name(errno)
         hint = _host.refusal_hint(_errno.EPERM, out.host, "system call 451")
         out.add(step, SKIP, f"{answer}, undecided", tried=tried, hint=hint)
     else:
