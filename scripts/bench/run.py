@@ -50,6 +50,8 @@ MS = 1e6  # nanoseconds
 #: hardware, a ratio says nothing of kvmpriv and its overhead is held to the same time instead.
 DEAR_EXIT = 7000
 EXIT_RATIO = 1.15
+#: The kernels in which conversions and Linux are measured.
+KERNELS = ("restrictedmem", "guest_memfd")
 
 
 class Skipped(Exception):  # noqa: N818  # no error
@@ -334,7 +336,7 @@ class Bench:
 
     def conversions(self) -> Iterator[Result]:
         """In each built kernel that has private memory, run under scripts/vm."""
-        for name in private.ABIS:
+        for name in KERNELS:
             built(name)
             found = self._in_kernel(name, "bench.conversions", self._library)
             pairs = [(ours, theirs) for ours, theirs in found["convert_1gib"]["pairs"]]
@@ -353,7 +355,7 @@ class Bench:
 
     def linux(self) -> Iterator[Result]:
         """A stock kernel brought up beside QEMU's microvm, in each built kernel."""
-        for name in private.ABIS:
+        for name in KERNELS:
             found = self._in_kernel(name, "bench.linux", built(name))
             ours, theirs = (
                 [dict(zip(("start", "init", "serial", "memory"), one, strict=True)) for one in side]
