@@ -169,6 +169,9 @@ class Struct:
 
     __slots__ = ("address", "fields")
 
+    fields: Cdata
+    address: int
+
     def __init__(self, fields: Cdata, address: int) -> None:
         self.fields = fields
         self.address = address
