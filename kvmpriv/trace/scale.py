@@ -44,13 +44,17 @@ class Axis(NamedTuple):
         return min(1.0, max(0.0, value / self.end))
 
 
+#: Values below this are drawn as 0: nothing is recorded in smaller parts than nanoseconds.
+_LEAST = 1e-12
+
+
 def axis(most: float, units: Sequence[Unit], steps: int, *, round_up: bool = True) -> Axis:
     """A scale for values from 0 to `most`, with at most `steps` steps of 1, 2 or 5 times 10^n.
 
     The scale ends with a tick; without `round_up` it ends with `most`.
     """
     unit = [each for each in units if most >= each.least or each is units[0]][-1]
-    if most <= 0:
+    if most < _LEAST:
         return Axis(unit.size, [(0.0, "0")])
     step = _step(most / unit.size / steps)
     if unit.name == "B":

@@ -18,7 +18,7 @@ from xml.etree import ElementTree
 
 import jsonschema
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kvmpriv import trace
@@ -576,6 +576,7 @@ def test_a_full_disk_ends_the_recording_and_no_more() -> None:
     assert recorder.error.strerror == "No space left on device"
 
 
+@example([{"t": 0.1, "cpu": 0, "exit": "KVM_EXIT_IO", "port": 0x3F8}], [2e-311] + [0.0] * 19)
 @given(
     st.lists(st.sampled_from([*EVENTS, {"t": 0, "mark": "m"}])),
     st.lists(st.floats(0, 1e6), min_size=20),
