@@ -11,7 +11,7 @@ from itertools import pairwise
 from .chart import WIDTH, End, Mark, Times, Track, area, bars, chart, line, thin
 from .devices import Devices
 from .record import ConversionEvent, RangeAbout, Recording, SampleEvent, UseAbout
-from .scale import BYTES, CPUS, PER_SECOND, axis, format_bytes, format_seconds
+from .scale import BYTES, CPUS, LEAST, PER_SECOND, axis, format_bytes, format_seconds
 from .summary import Summary, counted, headline, summarize, text
 
 __all__ = ["page"]
@@ -264,7 +264,7 @@ def _exits(recording: Recording, found: Summary, times: Times) -> Iterator[str]:
         names.append(other)
         slices[other] = [sum(some) for some in zip(*(slices[name] for name in rest), strict=True)]
         totals[other] = sum(totals[name] for name in rest)
-    each = found.seconds / _BARS or 1.0
+    each = found.seconds / _BARS if found.seconds >= LEAST else 1.0
     scale = axis(max(max(slices[name]) for name in names) / each, PER_SECOND, 1)
     tracks = []
     for name in names:

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-__all__ = ["BYTES", "CPUS", "PER_SECOND", "SECONDS", "Axis", "Unit", "axis", "format_bytes"]
-__all__ += ["format_seconds"]
+__all__ = ["BYTES", "CPUS", "LEAST", "PER_SECOND", "SECONDS", "Axis", "Unit", "axis"]
+__all__ += ["format_bytes", "format_seconds"]
 
 
 class Unit(NamedTuple):
@@ -45,7 +45,7 @@ class Axis(NamedTuple):
 
 
 #: Values below this are drawn as 0: nothing is recorded in smaller parts than nanoseconds.
-_LEAST = 1e-12
+LEAST = 1e-12
 
 
 def axis(most: float, units: Sequence[Unit], steps: int, *, round_up: bool = True) -> Axis:
@@ -54,7 +54,7 @@ def axis(most: float, units: Sequence[Unit], steps: int, *, round_up: bool = Tru
     The scale ends with a tick; without `round_up` it ends with `most`.
     """
     unit = [each for each in units if most >= each.least or each is units[0]][-1]
-    if most < _LEAST:
+    if most < LEAST:
         return Axis(unit.size, [(0.0, "0")])
     step = _step(most / unit.size / steps)
     if unit.name == "B":
