@@ -6,7 +6,7 @@ them: each counts its slots (:class:`Held`), and ends when it is closed and no s
 
 from __future__ import annotations
 
-import threading
+from _thread import RLock  # threading's own; to import threading is a fiftieth of a probe
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
@@ -90,7 +90,7 @@ class Lifeline:
         #: How this VM's exits report a memory fault; None if no ABI of private memory made it.
         self.fault_layout = fault_layout
         #: Re-entrant: a signal handler may interrupt the holder and use the VM itself.
-        self.lock: threading.RLock = threading.RLock()
+        self.lock: RLock = RLock()
         #: slot number -> the slot, which holds what it uses
         self.slots: dict[int, Slot] = {}
         self._users = 1

@@ -16,7 +16,7 @@ from .slots import Lifeline, Slot, without
 from .wakeup import SignalsBlocked
 
 if TYPE_CHECKING:
-    from threading import RLock
+    from _thread import RLock
 
     from .cdefs.cffi_types import Cdata
     from .cdefs.kvm_structs import kvm_clock_data

@@ -26,8 +26,8 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 import weakref
+from _thread import RLock  # threading's own, as in slots.py
 from contextlib import suppress
 from typing import Protocol
 
@@ -77,13 +77,15 @@ class SignalsBlocked:
 
 
 # Re-entrant: a signal handler may interrupt the holder and run, kick or close a vCPU itself.
-_lock = threading.RLock()
+_lock = RLock()
 _watched: weakref.WeakSet[Kickable] = weakref.WeakSet()
 _watch: _SignalWatch | None = None
 
 
 def in_main_thread() -> bool:
     """Whether the calling thread is the one that runs Python's signal handlers."""
+    import threading
+
     return threading.current_thread() is threading.main_thread()
 
 
@@ -127,6 +129,7 @@ class _SignalWatch:
     """A pipe whose write end is the wake-up fd, and the thread that reads it."""
 
     def __init__(self) -> None:
+        import threading
         from signal import set_wakeup_fd  # a process without a running vCPU needs no enum of it
 
         self._set_wakeup_fd = set_wakeup_fd
@@ -176,7 +179,7 @@ class _SignalWatch:
 
 def _after_fork() -> None:
     global _lock, _watched, _watch
-    _lock, _watched = threading.RLock(), weakref.WeakSet()
+    _lock, _watched = RLock(), weakref.WeakSet()
     if _watch is not None:
         _watch.forget()
         _watch = None

@@ -79,54 +79,42 @@ class Asked(NamedTuple):
     device: int | None = None
 
 
-class _Titled(Enum):
-    """Members with a value for names and documents, and a title for people."""
-
-    title: str
-
-    def __new__(cls, value: str, title: str = "") -> _Titled:
-        member = object.__new__(cls)
-        member._value_ = value
-        member.title = title or value
-        return member
-
-
-class Group(_Titled):
+class Group(Enum):
     """What a check is about; a report has the groups in this order."""
 
-    KVM = "kvm", "KVM"
-    VM = "vm", "VM types"
-    V9 = "v9", "v9: memfd_restricted, KVM_MEM_PRIVATE"
-    V10 = "v10", "v10: memory attributes on memfd_restricted"
-    GUEST_MEMFD = "guest_memfd", "guest_memfd: mainline"
-    TREE = "tree", "Kernel tree: PASS is what mainline has, FAIL a patched kernel"
+    KVM = "kvm"
+    VM = "vm"
+    V9 = "v9"
+    V10 = "v10"
+    GUEST_MEMFD = "guest_memfd"
+    TREE = "tree"
 
 
-class Step(_Titled):
+class Step(Enum):
     """What a check asks or tries."""
 
     DEVICE = "device"
     IOCTL = "ioctl"
-    VM_TYPES = "vm_types", "VM types"
-    ENCRYPTION = "encryption", "SEV switched on"
+    VM_TYPES = "vm_types"
+    ENCRYPTION = "encryption"
     #: KVM_CREATE_VM, which is all that the group VM tries.
     CREATE = ""
-    SYSCALL = "syscall", "system call 451"
+    SYSCALL = "syscall"
     CAPABILITY = "capability"
     ATTRIBUTES = "attributes"
     FILE = "file"
     SLOT = "slot"
     CONVERSION = "conversion"
     MMAP = "mmap"
-    INIT_SHARED = "init_shared", "shared file"
-    NO_DIRECT_MAP = "no_direct_map", "no direct map"
-    PUNCH_HOLE = "punch_hole", "hole"
-    IN_PLACE = "in_place", "in place"
+    INIT_SHARED = "init_shared"
+    NO_DIRECT_MAP = "no_direct_map"
+    PUNCH_HOLE = "punch_hole"
+    IN_PLACE = "in_place"
     USERFAULT = "userfault"
     HYPERCALL = "hypercall"
-    PRE_FAULT = "pre_fault", "pre-fault"
+    PRE_FAULT = "pre_fault"
     INODE = "inode"
-    CREATE_FLAGS = "create_flags", "create flags"
+    CREATE_FLAGS = "create_flags"
     CAPABILITIES = "capabilities"
 
 

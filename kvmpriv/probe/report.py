@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..terminal import BOLD, DIM, GREEN, RED, YELLOW, format_size, painter, plain
-from .records import FAIL, PASS, SKIP, Group
+from .records import FAIL, PASS, SKIP, Group, Step
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,6 +23,26 @@ _VM_TITLES = {
     "tdx": "TDX",
     "sw_protected": "sw-protected",
 }
+_GROUP_TITLES = {
+    Group.KVM: "KVM",
+    Group.VM: "VM types",
+    Group.V9: "v9: memfd_restricted, KVM_MEM_PRIVATE",
+    Group.V10: "v10: memory attributes on memfd_restricted",
+    Group.GUEST_MEMFD: "guest_memfd: mainline",
+    Group.TREE: "Kernel tree: PASS is what mainline has, FAIL a patched kernel",
+}
+#: Steps that are not written as their names.
+_STEP_TITLES = {
+    Step.VM_TYPES: "VM types",
+    Step.ENCRYPTION: "SEV switched on",
+    Step.SYSCALL: "system call 451",
+    Step.INIT_SHARED: "shared file",
+    Step.NO_DIRECT_MAP: "no direct map",
+    Step.PUNCH_HOLE: "hole",
+    Step.IN_PLACE: "in place",
+    Step.PRE_FAULT: "pre-fault",
+    Step.CREATE_FLAGS: "create flags",
+}
 _COLOURS = {PASS: GREEN, FAIL: RED, SKIP: YELLOW}
 _HOLDER = "{name} ({pid}, {user}): descriptors of {devices} devices, {vms} VMs, {vcpus} vCPUs"
 _STEP = 17  # the longest title's width
@@ -38,8 +58,8 @@ def text(report: Report, *, colour: bool = False) -> str:
     for check in report.checks:
         if check.group is not group:
             group, vm_type = check.group, ""
-            lines += ["", paint(BOLD, group.title)]
-        indent, title = "  ", check.step.title
+            lines += ["", paint(BOLD, _GROUP_TITLES[group])]
+        indent, title = "  ", _STEP_TITLES.get(check.step, check.step.value)
         shown = _VM_TITLES.get(check.vm_type, check.vm_type)
         if group is Group.VM:
             title = shown
