@@ -7,6 +7,7 @@ the system.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -113,8 +114,17 @@ def find(kernel: Kernel, look: bool = False) -> Path:
                 f"{kernel.suite} has {newest.package} {newest.version} now, instead of "
                 f"{have.package} {have.version}: {kernel.name} is built from it"
             )
-            shutil.rmtree(have.tarball.parent, ignore_errors=True)
+            _remove_unused(have)
         return newest.tarball
+
+
+def _remove_unused(source: Chosen) -> None:
+    """Remove a source from the cache, unless another kernel is built from it."""
+    for record in _folder().glob("*.json"):
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            if Chosen(**json.loads(record.read_text())).tarball == source.tarball:
+                return
+    shutil.rmtree(source.tarball.parent, ignore_errors=True)
 
 
 class Apt:

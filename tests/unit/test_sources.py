@@ -192,6 +192,18 @@ def test_a_newer_release_is_taken_by_build_alone(
     assert not old.exists()
 
 
+def test_a_source_of_two_kernels(apt: Fake) -> None:
+    """The old source stays as long as another kernel is built from it."""
+    other = Kernel("other", "guest_memfd", "7.10", suite="some-backports")
+    old = sources.find(NEWEST)
+    assert sources.find(other) == old
+    age()
+    apt.set(names="linux-source-8.0\n")
+    assert sources.find(NEWEST, look=True) != old
+    assert sources.find(other) == old
+    assert old.exists()
+
+
 def test_a_new_version_of_the_same_release(apt: Fake) -> None:
     """It is another source, so the kernel is built again."""
     old = sources.find(NEWEST)
