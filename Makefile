@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 SETUP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-older test-debug test-literal test-all soak calibrate mutate check check-static \
+.PHONY: help demo test test-older test-in-place test-debug test-literal test-all soak calibrate mutate check check-static \
 	check-unit kernels browser cdefs manual docs bench clean packages
 
 help:  ## list the targets
@@ -26,20 +26,26 @@ test: kernels browser  ## unit and host tests, the suite in v9's and in the newe
 test-older: $(SETUP)  ## the suite in Linux 6.12
 	scripts/suite guest_memfd-6.12
 
+test-in-place: $(SETUP)  ## the suite in our kernel of conversion in place, switched on and off
+	scripts/suite guest_memfd-in-place --append kvm.gmem_in_place_conversion=1
+	scripts/suite guest_memfd-in-place
+
 test-debug: $(SETUP)  ## the suite in the debug kernels, whose log must stay clean (hours)
 	scripts/suite restrictedmem --debug
 	scripts/suite restrictedmem --debug --append kvm.tdp_mmu=0
 	scripts/suite guest_memfd --debug
 	scripts/suite guest_memfd-6.12 --debug
+	scripts/suite guest_memfd-in-place --debug --append kvm.gmem_in_place_conversion=1
 
 test-literal: $(SETUP)  ## the suite on v9 as posted: it must find the known defects, and nothing else
 	scripts/literal
 
-test-all: test test-older test-debug test-literal calibrate mutate  ## all of these, one after the other (many hours)
+test-all: test test-older test-in-place test-debug test-literal calibrate mutate  ## all of these, one after the other (many hours)
 
 soak: kernels  ## the model of private memory against each kernel, an hour each (HOURS=, STEPS=, SEED=, ARTIFACTS=)
 	scripts/soak restrictedmem
 	scripts/soak guest_memfd
+	scripts/soak guest_memfd-in-place --append kvm.gmem_in_place_conversion=1
 
 calibrate: kernels  ## our suite beside the kernel's own C selftests, case by case
 	scripts/kernel/calibrate

@@ -2,10 +2,11 @@
 
 NAME is `restrictedmem` (Debian's Linux 6.1 with the patches of scripts/kernel/restrictedmem: the
 v9 memfd_restricted ABI), `guest_memfd` (Debian's newest Linux, from its backports, unpatched, with
-software-protected VMs) or `guest_memfd-6.12` (the same of Linux 6.12).  The last line of stdout is
-the path of the image.  Its folder also contains config, vmlinux, System.map, the installed uapi
-headers (headers/include) and build.log.  As root on Debian, missing packages are installed with
-apt-get; elsewhere they are listed.  Sources are downloaded into the cache; a newer Linux is looked
+software-protected VMs), `guest_memfd-6.12` (the same of Linux 6.12) or `guest_memfd-in-place`
+(Linux 7.3 with the patches of scripts/kernel/in_place/abi).  The last line of stdout is the path of
+the image.  Its folder also contains config, vmlinux, System.map, the installed uapi headers
+(headers/include) and build.log.  As root on Debian, missing packages are installed with apt-get;
+elsewhere they are listed.  Sources are downloaded into the cache; a newer Linux is looked
 for once a day.
 
 The cache is ~/.cache/kvmpriv/kernels; $XDG_CACHE_HOME and $KVMPRIV_CACHE change it.  A kernel is

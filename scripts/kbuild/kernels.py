@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 class Kernel(NamedTuple):
@@ -20,6 +23,8 @@ class Kernel(NamedTuple):
     #: The patches of the ABI as it was posted, and those that fix its known defects.
     posted: str = ""
     fixes: str = ""
+    #: Whether IN_PLACE on the kernel's command line replaces the ABI by guest_memfd_in_place.
+    in_place: bool = False
 
 
 KERNELS = {
@@ -34,8 +39,18 @@ KERNELS = {
         ),
         Kernel("guest_memfd", "guest_memfd", suite="trixie-backports"),
         Kernel("guest_memfd-6.12", "guest_memfd", "6.12"),
+        Kernel(
+            "guest_memfd-in-place",
+            "guest_memfd",
+            "7.3",
+            suite="trixie-backports",
+            posted="in_place/abi",
+            in_place=True,
+        ),
     )
 }
+#: The word that switches conversion in place on.
+IN_PLACE = "kvm.gmem_in_place_conversion=1"
 #: The releases with which the configs of an ABI were tried.
 TRIED = {"restrictedmem": ("6.1",), "guest_memfd": ("6.12", "7.3")}
 #: The kernel whose config is used for the caller's own tree if no name is given.
@@ -51,6 +66,13 @@ def with_name(arguments: list[str]) -> list[str]:
     """The words of a command line that begins with NAME, which `--source` makes optional."""
     unnamed = has_source(arguments) and arguments[0].startswith("-")
     return [NEWEST, *arguments] if unnamed else arguments
+
+
+def abi_of(name: str, words: Iterable[str], own_tree: bool) -> str:
+    """The ABI of a kernel that is booted with these words; a tree of one's own may have any."""
+    kernel = KERNELS[name]
+    can_switch = kernel.in_place or (own_tree and kernel.abi == "guest_memfd")
+    return "guest_memfd_in_place" if can_switch and IN_PLACE in words else kernel.abi
 
 
 def is_image(name: str) -> bool:

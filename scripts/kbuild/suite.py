@@ -81,7 +81,10 @@ class Run(NamedTuple):
     @property
     def abi(self) -> str:
         """The ABI that the kernel must have; "" for an image, of which nothing is known."""
-        return "" if kernels.is_image(self.name) else kernels.KERNELS[self.name].abi
+        if kernels.is_image(self.name):
+            return ""
+        words = " ".join(self.options).replace("--append=", "").split()
+        return kernels.abi_of(self.name, words, self.source is not None)
 
 
 def parse(prog: str, description: str | None, arguments: list[str]) -> Run:

@@ -215,6 +215,29 @@ def test_a_tree(
 
 
 @pytest.mark.parametrize(
+    ("append", "required"),
+    [
+        ([], "guest_memfd"),
+        (["--append", "nosmp kvm.gmem_in_place_conversion=1"], "guest_memfd_in_place"),
+        (["--append=kvm.gmem_in_place_conversion=1"], "guest_memfd_in_place"),
+        (["--append", "kvm.gmem_in_place_conversion=0"], "guest_memfd"),
+    ],
+)
+def test_a_parameter_that_replaces_the_abi(
+    asked: list[str], built: list[Plan], tmp_path: Path, append: list[str], required: str
+) -> None:
+    """The suite requires the ABI that the kernel has with its command line."""
+    suite.main(["guest_memfd-in-place", *append])
+    assert f"KVMPRIV_REQUIRE=host,{required}" in asked
+    asked.clear()
+    suite.main(["--source", str(tmp_path), *append])
+    assert f"KVMPRIV_REQUIRE=host,{required}" in asked
+    asked.clear()
+    suite.main(["guest_memfd", *append])
+    assert "KVMPRIV_REQUIRE=host,guest_memfd" in asked
+
+
+@pytest.mark.parametrize(
     ("status", "verdict"),
     [
         (0, 0),

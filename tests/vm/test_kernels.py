@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
+from kbuild import kernels
 from kbuild.paths import cache_root
 from kvmpriv.cdefs import restrictedmem
 from private.support.requirements import missing
@@ -51,6 +52,8 @@ def vm(
             1,
         ),
         ("guest_memfd", (), "guest_memfd private", 0),
+        ("guest_memfd-in-place", (), "guest_memfd private", 0),
+        ("guest_memfd-in-place", ("--append", kernels.IN_PLACE), "guest_memfd in place", 0),
     ],
 )
 def test_the_probes_verdict(name: str, options: tuple[str, ...], verdict: str, status: int) -> None:
@@ -96,6 +99,23 @@ def test_the_examples(name: str) -> None:
     assert ("ok     what the guest writes as shared, the host reads" in done.stdout) == (
         name == "restrictedmem"
     )
+
+
+@pytest.mark.parametrize(("value", "count"), [("1", 300), ("0", 30)])
+def test_a_witness_to_conversion_in_place(tmp_path: Path, value: str, count: int) -> None:
+    """A C program finds what the ABI promises, and what 7.3 has if the parameter is off."""
+    name = "guest_memfd-in-place"
+    headers = image(name).parent / "headers" / "include"
+    witness = tmp_path / "witness"
+    source = SCRIPTS / "kernel" / "in_place" / "witness.c"
+    subprocess.run(["cc", "-static", "-Wall", "-I", headers, "-o", witness, source], check=True)
+    options = ("--append", f"kvm.gmem_in_place_conversion={value}", "--output-dir", str(tmp_path))
+    done = vm(name, witness, options=options)
+    first, *lines, last = done.stdout.splitlines()
+    assert (done.returncode, last) == (0, "all is well"), done.stdout + done.stderr
+    assert first == f"parameter {'Y' if value == '1' else 'N'}"
+    assert len(lines) > count
+    assert all(line.startswith("ok ") for line in lines)
 
 
 def test_two_witnesses_see_the_same(tmp_path: Path) -> None:
