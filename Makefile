@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 SETUP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-older test-in-place test-debug test-literal test-all soak calibrate mutate check check-static \
+.PHONY: help demo test test-variants test-in-place test-debug test-literal test-all soak calibrate mutate check check-static \
 	check-unit kernels browser cdefs manual docs bench clean packages
 
 help:  ## list the targets
@@ -20,10 +20,10 @@ test: kernels browser  ## unit and host tests, the suite in v9's and in the newe
 	$(BIN)/python -m pytest tests/host tests/guest tests/private
 	KVMPRIV_REQUIRE=restrictedmem,guest_memfd $(BIN)/python -m pytest tests/vm
 	scripts/suite restrictedmem
-	scripts/suite restrictedmem --append kvm.tdp_mmu=0
 	scripts/suite guest_memfd
 
-test-older: $(SETUP)  ## the suite in Linux 6.12
+test-variants: $(SETUP)  ## the suite in v9's kernel with KVM's other MMU, and in Linux 6.12
+	scripts/suite restrictedmem --append kvm.tdp_mmu=0
 	scripts/suite guest_memfd-6.12
 
 test-in-place: $(SETUP)  ## the suite in our kernel of conversion in place, switched on and off
@@ -40,7 +40,7 @@ test-debug: $(SETUP)  ## the suite in the debug kernels, whose log must stay cle
 test-literal: $(SETUP)  ## the suite on v9 as posted: it must find the known defects, and nothing else
 	scripts/literal
 
-test-all: test test-older test-in-place test-debug test-literal calibrate mutate  ## all of these, one after the other (many hours)
+test-all: test test-variants test-in-place test-debug test-literal calibrate mutate  ## all of these, one after the other (many hours)
 
 soak: kernels  ## the model of private memory against each kernel, an hour each (HOURS=, STEPS=, SEED=, ARTIFACTS=)
 	scripts/soak restrictedmem
