@@ -25,6 +25,8 @@ class Kernel(NamedTuple):
     fixes: str = ""
     #: Whether IN_PLACE on the kernel's command line replaces the ABI by guest_memfd_in_place.
     in_place: bool = False
+    #: Words for its command line, before those of --append.
+    words: str = ""
 
 
 KERNELS = {
@@ -37,7 +39,13 @@ KERNELS = {
             posted="restrictedmem/abi",
             fixes="restrictedmem/fixes",
         ),
-        Kernel("guest_memfd", "guest_memfd", suite="trixie-backports"),
+        # Two nodes, so that the suite sees where pages are placed.
+        Kernel(
+            "guest_memfd",
+            "guest_memfd",
+            suite="trixie-backports",
+            words="numa=fake=2",
+        ),
         Kernel("guest_memfd-6.12", "guest_memfd", "6.12"),
         Kernel(
             "guest_memfd-in-place",
@@ -45,6 +53,7 @@ KERNELS = {
             "7.3",
             suite="trixie-backports",
             posted="in_place/abi",
+            words="numa=fake=2",
             in_place=True,
         ),
     )
@@ -96,6 +105,11 @@ def problem_with(name: str, literal: bool, source: Path | None) -> str:
     if source and not source.exists():
         return f"{source} does not exist"
     return problem(name, literal)
+
+
+def words(name: str) -> str:
+    """The words for the command line of a kernel; an image has none."""
+    return KERNELS[name].words if name in KERNELS else ""
 
 
 def names(conjunction: str = "and") -> str:

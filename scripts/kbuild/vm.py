@@ -195,7 +195,8 @@ class Machine:
             "console=ttyS0 panic=-1 root=root rootfstype=9p ro "
             "rootflags=trans=virtio,version=9p2000.L,cache=loose,msize=512000 "
             f"{'' if options.tolerate else 'oops=panic '}random.trust_cpu=on no_timer_check "
-            f"init={folder}/init vm_job={folder} vm_mount={mount_on} {options.append}"
+            f"init={folder}/init vm_job={folder} vm_mount={mount_on} "
+            f"{kernels.words(options.name)} {options.append}"
         )
         command = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none"]
         command += ["-machine", "q35", *accel, "-smp", str(cpus), "-m", options.memory]

@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kvmpriv import HostMemory, Kvm
+from kvmpriv import HostMemory, Kvm, libc
 from kvmpriv.cdefs import guest_memfd as gm
 from kvmpriv.cdefs import kvm as k
 from kvmpriv.private.guest_memfd import GuestMemfd
 
 from .support.accounting import BIG, Unevictable
 from .support.file_operations import mapping, operations
-from .support.processes import child_status
-from .support.requirements import missing
+from .support.mappings import INIT_SHARED, MMAP, Mapping, flags_of, require_flags, signal_of
 from .support.rules import rule
 from .support.slot_requests import FILE_OVERLAP, Edge, GuestMemfdSlots
 from .support.syscalls import (
@@ -39,7 +38,6 @@ from .support.syscalls import (
     ZERO,
     address_of,
     answer,
-    call,
     errno_of,
     fallocate,
 )
@@ -52,7 +50,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("no_leak", "guest_memfd_kvm")
 
 GUEST_MEMFD, LOG, READONLY = gm.KVM_MEM_GUEST_MEMFD, k.KVM_MEM_LOG_DIRTY_PAGES, k.KVM_MEM_READONLY
-MMAP, INIT_SHARED = gm.GUEST_MEMFD_FLAG_MMAP, gm.GUEST_MEMFD_FLAG_INIT_SHARED
 PRIVATE = gm.KVM_MEMORY_ATTRIBUTE_PRIVATE
 UNKNOWN = 1 << 31
 TOP = 1 << 64
@@ -61,11 +58,6 @@ TOP = 1 << 64
 def create(vm: Vm, size: int, flags: int = 0) -> str:
     """The errno of KVM_CREATE_GUEST_MEMFD; a file that it made is closed."""
     return answer(lambda: GuestMemfd(vm, size, flags).close())
-
-
-def flags_of(vm: Vm) -> int:
-    """The flags that files of this VM can have."""
-    return vm.check_extension(gm.KVM_CAP_GUEST_MEMFD_FLAGS)
 
 
 # -- capabilities --------------------------------------------------------------------------------
@@ -207,6 +199,21 @@ def test_identity(any_vm: Vm) -> None:
         os.close(fd)
 
 
+#: The magic numbers of the file systems that such files are in, and the link that /proc then shows:
+#: that of anonymous inodes, and in later releases one of their own.
+FILE_SYSTEMS = {
+    0x474D454D: "/[kvm-gmem] (deleted)",
+    0x09041934: "anon_inode:[kvm-gmem]",
+}
+
+
+@rule("gm.file.magic")
+def test_magic(gm_file: GuestMemfd) -> None:
+    """fstatfs(2) reports GUEST_MEMFD_MAGIC or that of anonymous inodes, and the link agrees."""
+    magic = libc.fstatfs_type(gm_file.fileno())
+    assert os.readlink(f"/proc/self/fd/{gm_file.fileno()}") == FILE_SYSTEMS[magic]
+
+
 @rule("gm.file.distinct")
 def test_two_files_differ(gm_vm: Vm) -> None:
     """Each call makes a new file."""
@@ -336,8 +343,7 @@ def test_pages(gm_vm: Vm) -> None:
 @pytest.fixture
 def mappable(gm_vm: Vm) -> Iterator[GuestMemfd]:
     """A file of 4 pages, MMAP and INIT_SHARED."""
-    if flags_of(gm_vm) & (MMAP | INIT_SHARED) != MMAP | INIT_SHARED:
-        missing("guest-memfd-flags", "KVM_CAP_GUEST_MEMFD_FLAGS lacks MMAP or INIT_SHARED")
+    require_flags(gm_vm, MMAP | INIT_SHARED)
     with GuestMemfd(gm_vm, 4 * PAGE, MMAP | INIT_SHARED) as file:
         yield file
 
@@ -367,20 +373,17 @@ def test_mapped_private(mappable: GuestMemfd) -> None:
         assert answer(lambda do=shared: do(mappable.fileno())) == "ok"
 
 
-def touched(fd: int, offset: int, *, write: bool) -> int:
-    """The signal that ends a process that touches a mapping of 8 pages, or 0."""
+def touched(fd: int, offset: int, *, write: bool) -> str:
+    """The signal that ends a process that touches a mapping of 8 pages, or ""."""
 
     def touch() -> None:
-        # HostMemory would read the file's size first.
-        address = call("mmap", 0, 8 * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0)
-        page = k.ffi.buffer(k.ffi.cast("char *", address + offset), 1)
-        if write:
-            page[0] = b"x"
-        else:
-            bytes(page)
+        with Mapping(fd, 8 * PAGE) as mapping:
+            if write:
+                mapping.write(offset, b"x")
+            else:
+                mapping.read(offset, 1)
 
-    status, _ = child_status(touch)
-    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+    return signal_of(touch)
 
 
 @rule("gm.mmap.beyond_size")
@@ -388,17 +391,16 @@ def touched(fd: int, offset: int, *, write: bool) -> int:
 def test_mapped_beyond_the_end(mappable: GuestMemfd, write: bool) -> None:
     """A mapping may be longer than the file; touching what is beyond the end is SIGBUS."""
     fd = mappable.fileno()
-    assert [touched(fd, at * PAGE, write=write) for at in (0, 3, 4, 7)] == [0, 0, 7, 7]
+    assert [touched(fd, at * PAGE, write=write) for at in (0, 3, 4, 7)] == ["", "", *2 * ["SIGBUS"]]
 
 
 @rule("gm.mmap.not_shared")
 @pytest.mark.parametrize("write", [False, True], ids=["read", "write"])
 def test_mapped_without_init_shared(gm_vm: Vm, write: bool) -> None:
     """A file with MMAP alone can be mapped; touching the mapping is SIGBUS."""
-    if not flags_of(gm_vm) & MMAP:
-        missing("guest-memfd-flags", "KVM_CAP_GUEST_MEMFD_FLAGS lacks MMAP")
+    require_flags(gm_vm, MMAP)
     with GuestMemfd(gm_vm, 4 * PAGE, MMAP) as file:
-        assert touched(file.fileno(), 0, write=write) == 7
+        assert touched(file.fileno(), 0, write=write) == "SIGBUS"
 
 
 @rule("gm.mmap.flag")
@@ -583,8 +585,8 @@ def test_guest_overlap(gm_slots: GuestMemfdSlots) -> None:
 
 @rule("gm.slot.overlap.file")
 def test_file_overlap(gm_slots: GuestMemfdSlots) -> None:
-    """A range of the file can be in one slot only; the errno (EINVAL or EEXIST) is always the
-    same.
+    """A range of the file can be in one slot only, of all address spaces; the errno (EINVAL or
+    EEXIST) is always the same.
     """
     other = {"slot": 4, "guest_phys_addr": 5 * GIB}
     said = set()
@@ -592,6 +594,9 @@ def test_file_overlap(gm_slots: GuestMemfdSlots) -> None:
         for page, pages in ((32, 16), (31, 2), (47, 2), (33, 1), (31, 18)):
             where = {"guest_memfd_offset": page * PAGE, "memory_size": pages * PAGE}
             said.add(gm_slots.set(**other, **where))
+        if gm_slots.vm.check_extension(k.KVM_CAP_MULTI_ADDRESS_SPACE) > 1:
+            said.add(gm_slots.set(slot=1 << 16 | 4))
+            gm_slots.accepts(slot=1 << 16 | 4, guest_memfd_offset=0)
         for page in (16, 48):
             gm_slots.accepts(**other, guest_memfd_offset=page * PAGE)
     assert len(said) == 1

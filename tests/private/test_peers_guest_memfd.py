@@ -14,6 +14,7 @@ from kvmpriv.guest.puppet import Puppet
 from kvmpriv.private import guest_memfd
 from kvmpriv.private.guest_memfd import GuestMemfd
 
+from .support.mappings import INIT_SHARED, MMAP, require_flags
 from .support.requirements import missing
 from .support.rig import LARGE, MakeRig, only
 from .support.rules import rule
@@ -22,7 +23,6 @@ from .support.syscalls import GIB, PAGE, fallocate
 pytestmark = pytest.mark.usefixtures("no_leak")
 
 GPA = 4 * GIB
-MMAP, INIT_SHARED = gm.GUEST_MEMFD_FLAG_MMAP, gm.GUEST_MEMFD_FLAG_INIT_SHARED
 
 
 @rule("gm.file.stat")
@@ -87,9 +87,7 @@ def test_what_was_filled_ahead_is_read(make_rig: MakeRig, kvm: Kvm, kind: str) -
 @pytest.fixture
 def mappable_vm(gm_vm: Vm) -> Vm:
     """A VM whose guest_memfd files can be mapped, and be shared."""
-    flags = gm_vm.check_extension(gm.KVM_CAP_GUEST_MEMFD_FLAGS)
-    if flags & (MMAP | INIT_SHARED) != MMAP | INIT_SHARED:
-        missing("guest-memfd-flags", "KVM_CAP_GUEST_MEMFD_FLAGS lacks MMAP or INIT_SHARED")
+    require_flags(gm_vm, MMAP | INIT_SHARED)
     return gm_vm
 
 

@@ -20,6 +20,7 @@ from kvmpriv.cdefs import kvm as k
 from kvmpriv.exits import Exit, ExitReason, IoExit, MmioExit
 from kvmpriv.guest.crash import GuestCrash
 
+from .support.kernels import cpu_flags
 from .support.requirements import missing
 from .support.rig import LARGE, MakeRig, Rig
 from .support.rules import rule
@@ -31,13 +32,6 @@ pytestmark = pytest.mark.usefixtures("no_leak")
 BASE, SIZE = 8 * GIB, MIB
 CODE, DATA, MMIO = BASE + PAGE, BASE + 2 * PAGE, BASE + SIZE + 64
 PORT = 0x10
-
-
-def cpu_flags() -> set[str]:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("flags"):
-            return set(line.split(":")[1].split())
-    return set()
 
 
 def decodes_itself() -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import kvmpriv
 from kvmpriv import Kvm
@@ -86,3 +87,20 @@ def require_guest_memfd() -> None:
     if not any(takes_guest_memfd(number) == 1 for number in VM_TYPES.values()):
         open_kvm().close()  # skips with "host" if KVM itself is missing
         missing("guest_memfd", "no type of VM has KVM_CAP_GUEST_MEMFD")
+
+
+def cpu_flags() -> set[str]:
+    """The flags of the processor."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("flags"):
+            return set(line.split(":")[1].split())
+    return set()
+
+
+def require_nested_paging() -> None:
+    """Skip the test if KVM runs guests without the processor's help, and so emulates accesses.
+
+    The emulator reads a slot's memory at userspace_addr, whatever the slot's file is.
+    """
+    if not cpu_flags() & {"svm", "vmx"}:
+        missing("nested-paging", "the processor has neither SVM nor VMX")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kvmpriv import libc
+from kvmpriv.cdefs import guest_memfd as gm
 from kvmpriv.cdefs import kvm as k
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ NUMBERS = {
     "mmap": 9,
     "mprotect": 10,
     "munmap": 11,
+    "mremap": 25,
+    "madvise": 28,
     "pread64": 17,
     "pwrite64": 18,
     "readv": 19,
@@ -36,21 +39,32 @@ NUMBERS = {
     "write": 1,
     "sendfile": 40,
     "fcntl": 72,
+    "mlock": 149,
+    "munlock": 150,
     "fsetxattr": 190,
     "fgetxattr": 193,
     "readahead": 187,
     "fadvise64": 221,
+    "mbind": 237,
+    "set_mempolicy": 238,
+    "get_mempolicy": 239,
     "linkat": 265,
     "splice": 275,
     "sync_file_range": 277,
+    "vmsplice": 278,
+    "move_pages": 279,
     "preadv": 295,
     "pwritev": 296,
     "syncfs": 306,
+    "process_vm_readv": 310,
+    "process_vm_writev": 311,
     "execveat": 322,
     "userfaultfd": 323,
     "copy_file_range": 326,
     "preadv2": 327,
     "pwritev2": 328,
+    "io_uring_setup": 425,
+    "io_uring_register": 427,
 }
 #: An address that is not canonical.
 NOWHERE = 1 << 63
@@ -60,6 +74,8 @@ def errno_of(number: int) -> str:
     """The name of an errno; "ok" for 0."""
     if number == _errno.EOPNOTSUPP:
         return "EOPNOTSUPP"  # errno.errorcode has its other name
+    if number == gm.EHWPOISON:
+        return "EHWPOISON"  # errno.errorcode lacks it
     return _errno.errorcode.get(number, str(number)) if number else "ok"
 
 

@@ -1,4 +1,4 @@
-"""A struct that changes between the kernel's two reads of it."""
+"""Faults that a test serves: a struct that changes between the kernel's two reads of it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from kvmpriv.cdefs import kvm as k
 
 from .requirements import missing
 from .slot_requests import Slots
-from .syscalls import PAGE, address_of, call
+from .syscalls import PAGE, address_of, answer, call
+
+#: Modes of UFFDIO_REGISTER.
+MISSING, MINOR = 1, 4
 
 
 def set_with_late_flags(slots: Slots, late_flags: int, **changes: int) -> str:
@@ -21,18 +24,14 @@ def set_with_late_flags(slots: Slots, late_flags: int, **changes: int) -> str:
     that does not.  Reading the flags alone does not fault, but copying the struct does.  The thread
     that serves the fault (userfaultfd) changes the flags before the copy continues.
     """
-    try:
-        uffd = call("userfaultfd", os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        missing("userfaultfd", str(error))
+    uffd = _open()
     data = bytes(k.ffi.buffer(slots.struct(**changes)))
     memory = HostMemory(2 * PAGE)
     source = HostMemory(PAGE)
     served: list[int] = []
     try:
         low = memory.userspace_addr
-        _uffd(uffd, 0x3F, struct.pack("<QQQ", 0xAA, 0, 0))
-        _uffd(uffd, 0x00, struct.pack("<QQQQ", low, PAGE, 1, 0))
+        _register(uffd, low, PAGE, MISSING)
         source.write(PAGE - 4, data[:4])
         memory.write(PAGE, data[4:])
 
@@ -56,6 +55,27 @@ def set_with_late_flags(slots: Slots, late_flags: int, **changes: int) -> str:
         os.close(uffd)
         memory.close()
         source.close()
+
+
+def register(address: int, size: int, mode: int) -> str:
+    """The answer of UFFDIO_REGISTER for a range; it ends at once."""
+    uffd = _open()
+    try:
+        return answer(lambda: _register(uffd, address, size, mode))
+    finally:
+        os.close(uffd)
+
+
+def _open() -> int:
+    try:
+        return call("userfaultfd", os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        missing("userfaultfd", str(error))
+
+
+def _register(uffd: int, address: int, size: int, mode: int) -> None:
+    _uffd(uffd, 0x3F, struct.pack("<QQQ", 0xAA, 0, 0))
+    _uffd(uffd, 0x00, struct.pack("<QQQQ", address, size, mode, 0))
 
 
 def _uffd(fd: int, number: int, argument: bytes) -> None:

@@ -1,0 +1,631 @@
+"""guest_memfd files that guest and host have mapped: what the memory manager does to the mapping.
+
+The guest's slot is the file; whatever the host does to its own mapping, the guest's bytes stay, and
+what takes pages from the file takes them from both.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+from contextlib import ExitStack, closing
+from typing import TYPE_CHECKING
+
+import pytest
+
+from kvmpriv import HostMemory, Kvm
+from kvmpriv.cdefs import guest_memfd as gm
+from kvmpriv.cdefs import kvm as k
+from kvmpriv.exits import MemoryFaultExit
+from kvmpriv.guest.puppet import GuestExit, Puppet
+from kvmpriv.private import guest_memfd
+from kvmpriv.private.guest_memfd import GuestMemfd
+
+from .support.accounting import BIG, Unevictable
+from .support.kernels import require_nested_paging
+from .support.mappings import (
+    GPA,
+    INIT_SHARED,
+    MADV,
+    MMAP,
+    OFFSET,
+    MappedGuest,
+    Mapping,
+    RegisteredBuffer,
+    require_flags,
+    signal_of,
+    vector_of,
+)
+from .support.processes import in_cgroup, in_child
+from .support.races import eventually
+from .support.requirements import missing
+from .support.rig import MakeRig, only
+from .support.rules import rule
+from .support.syscalls import (
+    HOLE,
+    MIB,
+    PAGE,
+    PROT_NONE,
+    PROT_READ,
+    PROT_WRITE,
+    address_of,
+    answer,
+    call,
+    fallocate,
+)
+from .support.userfaultfd import MINOR, MISSING, register
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from kvmpriv import Vm
+
+pytestmark = pytest.mark.usefixtures("no_leak", "guest_memfd_kvm")
+
+#: What the guest writes before a test, and what the host writes in it.
+OURS, THEIRS = 0x5A, 0xA5
+
+
+@pytest.fixture
+def mapped(gm_vm: Vm, kvm: Kvm) -> Iterator[MappedGuest]:
+    """A guest of 8 pages that the host has mapped; the guest has written OURS to all of them."""
+    with ExitStack() as stack:
+        made = MappedGuest(stack, gm_vm, kvm)
+        made.guest.fill(GPA, OURS, made.size)
+        yield made
+
+
+# -- whose page it is ------------------------------------------------------------------------------
+
+
+@rule("gm.mmap.fault", "gm.mmap.userspace_addr")
+def test_faults_are_served_from_the_file(gm_vm: Vm, kvm: Kvm) -> None:
+    """The guest has the file's pages; what is at userspace_addr it neither reads nor changes.
+
+    The twin, whose file can't be mapped, has the pages at userspace_addr for shared accesses.
+    """
+    require_flags(gm_vm, MMAP | INIT_SHARED)
+    require_nested_paging()
+    size = 4 * PAGE
+    with ExitStack() as stack:
+        guest = stack.enter_context(Puppet(gm_vm, cpuid=kvm.get_supported_cpuid()))
+        for flags, seen in ((MMAP | INIT_SHARED, 0), (0, THEIRS)):
+            other = stack.enter_context(HostMemory(size))
+            other.write(0, bytes([THEIRS]) * size)
+            with GuestMemfd(gm_vm, OFFSET + size, flags) as file:
+                slot = guest_memfd.set_user_memory_region2(gm_vm, 1, GPA, size, other, file, OFFSET)
+                assert guest.span(GPA, seen, size) == size, flags
+                guest.fill(GPA + PAGE, OURS, PAGE)
+                assert other.read(PAGE, PAGE) == bytes([OURS if seen else THEIRS]) * PAGE
+                if flags:
+                    with Mapping(file.fileno(), size, OFFSET) as mapping:
+                        expected = bytes(PAGE) + bytes([OURS]) * PAGE + bytes(2 * PAGE)
+                        assert mapping.read(0, size) == expected
+                slot.delete()
+
+
+@rule("gm.mmap.hole.both")
+@pytest.mark.parametrize("first", ["guest", "host"])
+@pytest.mark.parametrize(("at", "pages"), [(0, 1), (3, 2), (7, 1), (0, 8)])
+def test_holes_take_pages_from_both(mapped: MappedGuest, first: str, at: int, pages: int) -> None:
+    """A hole reads as zeros for guest and host; both have the same new page, whoever touches it."""
+    assert mapped.both_see(0, OURS, mapped.size)
+    hole, size = at * PAGE, pages * PAGE
+    mapped.punch_hole(hole, size)
+    if first == "guest":
+        assert mapped.guest.span(GPA + hole, 0, size) == size
+        mapped.guest.fill(GPA + hole, THEIRS, size)
+    else:
+        assert mapped.memory.read(hole, size) == bytes(size)
+        mapped.memory.write(hole, bytes([THEIRS]) * size)
+    assert mapped.both_see(hole, THEIRS, size)
+    for beside in {0, hole - PAGE, hole + size, mapped.size - PAGE}:
+        if not hole <= beside < hole + size and 0 <= beside < mapped.size:
+            assert mapped.both_see(beside, OURS), beside
+
+
+@rule("gm.mmap.prefault")
+def test_filled_ahead_from_the_file(gm_vm: Vm, kvm: Kvm) -> None:
+    """KVM_PRE_FAULT_MEMORY allocates the file's pages, which guest and host then have."""
+    if not gm_vm.check_extension(gm.KVM_CAP_PRE_FAULT_MEMORY):
+        missing("pre-fault", "KVM_CAP_PRE_FAULT_MEMORY is 0")
+    with ExitStack() as stack:
+        mapped = MappedGuest(stack, gm_vm, kvm, pages=BIG // PAGE)
+        mapped.guest.load(mapped.guest.base, 8)  # what it needs itself is there then
+        mapped.memory.write(0, bytes([THEIRS]) * PAGE)
+        memory = Unevictable()
+        done = 0
+        while done < BIG // 2:
+            left = guest_memfd.pre_fault_memory(mapped.guest.vcpu, GPA + done, BIG // 2 - done)
+            assert left < BIG // 2 - done
+            done = BIG // 2 - left
+        assert memory.is_about(BIG // 2), "the rest is not allocated"
+        before = mapped.guest.vcpu.stats()["pf_taken"]
+        assert mapped.guest.span(GPA, THEIRS, PAGE) == PAGE
+        assert mapped.guest.load(GPA + BIG // 2 - PAGE, 1) == 0
+        assert mapped.guest.vcpu.stats()["pf_taken"] == before, "the guest did not fault"
+        mapped.memory.write(BIG // 2 - PAGE, bytes([OURS]))
+        assert mapped.guest.load(GPA + BIG // 2 - PAGE, 1) == OURS
+        assert mapped.guest.load(GPA + BIG // 2, 1) == 0
+        assert mapped.guest.vcpu.stats()["pf_taken"] > before, "where nothing was filled it did"
+
+
+@rule("gm.mmap.private-vm")
+@only("guest_memfd")
+def test_mapped_in_a_vm_with_private_memory(make_rig: MakeRig) -> None:
+    """Without INIT_SHARED accesses of both kinds have the file's page, and the host has none."""
+    rig = make_rig()
+    require_flags(rig.vm, MMAP)
+    with (
+        GuestMemfd(rig.vm, OFFSET + 4 * PAGE, MMAP) as file,
+        HostMemory(4 * PAGE) as other,
+        Mapping(file.fileno(), 4 * PAGE, OFFSET) as mapping,
+    ):
+        other.write(0, bytes([THEIRS]) * 4 * PAGE)
+        slot = guest_memfd.set_user_memory_region2(rig.vm, 5, GPA, 4 * PAGE, other, file, OFFSET)
+        for private in (False, True, False):
+            rig.convert(GPA, 4 * PAGE, private=private)
+            if not private:
+                assert rig.guest.load(GPA + PAGE, 8) in (0, 0x1234)
+                rig.guest.store(GPA + PAGE, 8, 0x1234)
+            assert rig.guest.load(GPA + PAGE, 8) == 0x1234, private
+        assert other.read(0, 4 * PAGE) == bytes([THEIRS]) * 4 * PAGE
+        assert signal_of(lambda: mapping.read(PAGE, 1)) == "SIGBUS"
+        assert signal_of(lambda: other.read(PAGE, 1)) == ""
+        slot.delete()
+
+
+# -- where a touch is SIGBUS -----------------------------------------------------------------------
+
+
+def _write(address: int) -> None:
+    read_end, write_end = os.pipe()
+    try:
+        call("write", write_end, address, 1)
+    finally:
+        os.close(read_end)
+        os.close(write_end)
+
+
+def _read(address: int) -> None:
+    read_end, write_end = os.pipe()
+    try:
+        os.write(write_end, b"x")
+        call("read", read_end, address, 1)
+    finally:
+        os.close(read_end)
+        os.close(write_end)
+
+
+def _vm_readv(address: int) -> None:
+    buffer = k.ffi.new("char[8]")
+    here, there = vector_of(address_of(buffer), 1), vector_of(address, 1)
+    call("process_vm_readv", os.getpid(), address_of(here), 1, address_of(there), 1, 0)
+
+
+#: Name -> what reads or writes a byte of this process's memory in the kernel.
+KERNEL_ACCESSES: dict[str, Callable[[int], object]] = {
+    "write": _write,
+    "read": _read,
+    "process_vm_readv": _vm_readv,
+    "populate-read": lambda address: call("madvise", address, PAGE, MADV["POPULATE_READ"]),
+    "populate-write": lambda address: call("madvise", address, PAGE, MADV["POPULATE_WRITE"]),
+}
+
+
+@rule("gm.mmap.efault")
+@pytest.mark.parametrize("name", KERNEL_ACCESSES)
+def test_system_calls_where_a_touch_is_sigbus(gm_vm: Vm, name: str) -> None:
+    """A system call that accesses memory beyond the end of the file, or not shared, is EFAULT."""
+    require_flags(gm_vm, MMAP)
+    shared = INIT_SHARED if not gm_vm.check_extension(gm.KVM_CAP_MEMORY_ATTRIBUTES) else 0
+
+    def said(mapping: Mapping, page: int) -> str:
+        return answer(lambda: KERNEL_ACCESSES[name](mapping.address + page * PAGE))
+
+    with GuestMemfd(gm_vm, 2 * PAGE, MMAP) as file, Mapping(file.fileno(), 2 * PAGE) as mapping:
+        assert said(mapping, 0) == "EFAULT", "not shared"
+    require_flags(gm_vm, MMAP | shared)
+    if shared:
+        with (
+            GuestMemfd(gm_vm, 2 * PAGE, MMAP | INIT_SHARED) as file,
+            Mapping(file.fileno(), 4 * PAGE) as mapping,
+        ):
+            assert [said(mapping, page) for page in range(4)] == ["ok"] * 2 + ["EFAULT"] * 2
+
+
+# -- what the host does to its mapping -------------------------------------------------------------
+
+#: Advice -> the answer of madvise(2) on a mapping of such a file.
+ADVICE = {
+    "ok": "NORMAL RANDOM SEQUENTIAL WILLNEED DONTNEED DONTFORK DOFORK MERGEABLE UNMERGEABLE "
+    "HUGEPAGE NOHUGEPAGE DONTDUMP DODUMP KEEPONFORK COLD PAGEOUT POPULATE_READ POPULATE_WRITE",
+    "EINVAL": "FREE WIPEONFORK COLLAPSE",
+}
+ADVICE_ROWS = [(name, said) for said, names in ADVICE.items() for name in names.split()]
+
+
+@rule("gm.mmap.madvise", "gm.mmap.madvise.collapse")
+@pytest.mark.parametrize(("name", "expected"), ADVICE_ROWS)
+def test_advice(mapped: MappedGuest, name: str, expected: str) -> None:
+    """Advice about the mapping has its answer, and takes no byte from guest or host."""
+    said = mapped.memory.advise(MADV[name])
+    # What the kernel was not built with it does not know.
+    if said != expected and name in ("MERGEABLE", "UNMERGEABLE", "HUGEPAGE", "NOHUGEPAGE"):
+        with HostMemory(PAGE) as other:
+            assert answer(lambda: other.madvise(MADV[name])) == said
+    else:
+        assert said == expected
+    assert mapped.both_see(0, OURS, mapped.size)
+    mapped.guest.fill(GPA + PAGE, THEIRS, PAGE)
+    assert mapped.both_see(PAGE, THEIRS)
+
+
+@rule("gm.mmap.madvise.remove")
+def test_advice_to_remove(mapped: MappedGuest) -> None:
+    """MADV_REMOVE is a hole: guest and host read zeros in it, and their bytes beside it."""
+    assert mapped.memory.advise(MADV["REMOVE"], 2 * PAGE, 3 * PAGE) == "ok"
+    assert mapped.both_see(2 * PAGE, 0, 3 * PAGE)
+    assert mapped.both_see(PAGE, OURS)
+    assert mapped.both_see(5 * PAGE, OURS, 3 * PAGE)
+
+
+@rule("gm.mmap.populate")
+def test_advice_to_populate(gm_vm: Vm, kvm: Kvm) -> None:
+    """MADV_POPULATE_WRITE allocates the file's pages, MADV_DONTNEED frees none, a hole does."""
+    memory = Unevictable()
+    with ExitStack() as stack:
+        mapped = MappedGuest(stack, gm_vm, kvm, pages=BIG // PAGE)
+        assert memory.is_about(0)
+        assert mapped.memory.advise(MADV["POPULATE_WRITE"]) == "ok"
+        assert memory.is_about(BIG)
+        assert mapped.memory.advise(MADV["DONTNEED"]) == "ok"
+        assert memory.is_about(BIG)
+        mapped.punch_hole(0, BIG)
+        assert memory.is_about(0)
+
+
+@rule("gm.mmap.munmap")
+def test_unmapped(mapped: MappedGuest) -> None:
+    """After munmap(2) the guest goes on, and another mapping has its bytes."""
+    mapped.memory.close()
+    assert mapped.guest.span(GPA, OURS, mapped.size) == mapped.size
+    mapped.guest.fill(GPA + PAGE, THEIRS, PAGE)
+    mapped.memory = mapped.map()
+    assert mapped.both_see(PAGE, THEIRS)
+    assert mapped.both_see(0, OURS)
+
+
+@rule("gm.mmap.mremap")
+def test_moved(mapped: MappedGuest) -> None:
+    """mremap(2) moves the mapping: the same bytes are at its new address; the slot stays."""
+    maymove, old = 1, mapped.memory.address
+    blocker = Mapping(mapped.file.fileno(), PAGE, OFFSET)
+    try:
+        longer = mapped.size + PAGE  # the file has one page more, behind it is nothing
+        mapped.memory.address = call("mremap", old, mapped.size, longer, maymove)
+        mapped.memory.size = longer
+        assert mapped.both_see(0, OURS, mapped.size)
+        assert mapped.memory.read(mapped.size, PAGE) == bytes(PAGE)
+        fixed = 2
+        there = mapped.map()
+        moved = call(
+            "mremap", mapped.memory.address, longer, mapped.size, maymove | fixed, there.address
+        )
+        assert moved == there.address
+        mapped.memory.size = 0  # it is at the other one's address now
+        mapped.memory = there
+        assert mapped.both_see(0, OURS, mapped.size)
+        there.write(PAGE, bytes([THEIRS]) * PAGE)
+        assert mapped.both_see(PAGE, THEIRS)
+        mapped.punch_hole(PAGE)
+        assert mapped.both_see(PAGE, 0)
+    finally:
+        blocker.close()
+
+
+@rule("gm.mmap.mprotect")
+@pytest.mark.parametrize(
+    ("protection", "read", "write"),
+    [
+        (PROT_NONE, "SIGSEGV", "SIGSEGV"),
+        (PROT_READ, "", "SIGSEGV"),
+        (PROT_READ | PROT_WRITE, "", ""),
+    ],
+    ids=["none", "read", "write"],
+)
+def test_protected(mapped: MappedGuest, protection: int, read: str, write: str) -> None:
+    """mprotect(2) limits the host's accesses and not the guest's."""
+    call("mprotect", mapped.memory.address, mapped.size, protection)
+    assert signal_of(lambda: mapped.memory.read(0, 1)) == read
+    assert signal_of(lambda: mapped.memory.write(0, bytes([OURS]))) == write
+    mapped.guest.fill(GPA, THEIRS, PAGE)
+    call("mprotect", mapped.memory.address, mapped.size, PROT_READ | PROT_WRITE)
+    assert mapped.both_see(0, THEIRS)
+
+
+@rule("gm.mmap.fork")
+def test_forked(mapped: MappedGuest) -> None:
+    """A forked process has the same pages: it sees the guest's writes, and the guest sees its own.
+
+    MADV_DONTFORK takes the mapping from it.
+    """
+
+    def child() -> bytes:
+        mapped.memory.write(PAGE, bytes([THEIRS]) * PAGE)
+        return mapped.memory.read(0, 2 * PAGE)
+
+    assert in_child(child) == bytes([OURS]) * PAGE + bytes([THEIRS]) * PAGE
+    assert mapped.both_see(PAGE, THEIRS)
+    assert signal_of(lambda: mapped.memory.read(0, 1)) == ""
+    assert mapped.memory.advise(MADV["DONTFORK"]) == "ok"
+    assert signal_of(lambda: mapped.memory.read(0, 1)) == "SIGSEGV"
+    assert mapped.both_see(0, OURS)
+
+
+@rule("gm.mmap.mlock")
+def test_locked(mapped: MappedGuest) -> None:
+    """A hole takes the pages of a locked mapping too; MADV_DONTNEED and MADV_REMOVE are EINVAL."""
+    call("mlock", mapped.memory.address, mapped.size)
+    for name in ("DONTNEED", "REMOVE"):
+        assert mapped.memory.advise(MADV[name]) == "EINVAL", name
+    assert mapped.both_see(0, OURS, mapped.size)
+    mapped.punch_hole(PAGE)
+    assert mapped.both_see(PAGE, 0)
+    mapped.guest.fill(GPA + PAGE, THEIRS, PAGE)
+    assert mapped.both_see(PAGE, THEIRS)
+    call("munlock", mapped.memory.address, mapped.size)
+    assert mapped.memory.advise(MADV["DONTNEED"]) == "ok"
+    assert mapped.both_see(PAGE, THEIRS)
+
+
+@rule("gm.mmap.userfaultfd")
+@pytest.mark.parametrize("mode", [MISSING, MINOR], ids=["missing", "minor"])
+def test_userfaultfd(mapped: MappedGuest, mode: int) -> None:
+    """UFFDIO_REGISTER of a mapping is EINVAL; the twin is a mapping of an ordinary memfd."""
+    memfd = os.memfd_create("other")
+    try:
+        os.ftruncate(memfd, mapped.size)
+        with Mapping(memfd, mapped.size) as other:
+            assert register(other.address, mapped.size, mode) == "ok"
+        assert register(mapped.memory.address, mapped.size, mode) == "EINVAL"
+    finally:
+        os.close(memfd)
+    assert mapped.both_see(0, OURS, mapped.size)
+
+
+# -- pages that somebody holds ---------------------------------------------------------------------
+
+
+class HeldByPipe:
+    """vmsplice(2): a pipe that holds a range of pages until somebody reads it."""
+
+    def __init__(self, address: int, size: int) -> None:
+        self.size = size
+        self._read_end, self._write_end = os.pipe()
+        vector = vector_of(address, size)
+        assert call("vmsplice", self._write_end, address_of(vector), 1, 0) == size
+
+    def content(self) -> bytes:
+        return os.read(self._read_end, self.size)
+
+    def close(self) -> None:
+        os.close(self._read_end)
+        os.close(self._write_end)
+
+
+@rule("gm.mmap.pinned.hole")
+def test_a_hole_in_pages_that_a_pipe_holds(mapped: MappedGuest) -> None:
+    """A hole gives guest and host new pages; the pipe's reader gets the old ones' content."""
+    with closing(HeldByPipe(mapped.memory.address, 2 * PAGE)) as pipe:
+        mapped.punch_hole(PAGE)
+        assert mapped.both_see(PAGE, 0)
+        mapped.guest.fill(GPA + PAGE, THEIRS, PAGE)
+        mapped.guest.fill(GPA, THEIRS, PAGE)
+        assert mapped.both_see(0, THEIRS, 2 * PAGE)
+        # Page 0 is the file's and changes in the pipe too; page 1 is the pipe's alone.
+        assert pipe.content() == bytes([THEIRS]) * PAGE + bytes([OURS]) * PAGE
+
+
+@rule("gm.mmap.pinned.unbind")
+@pytest.mark.parametrize("how", ["slot", "file"])
+def test_unbinding_pages_that_a_pipe_holds(gm_vm: Vm, kvm: Kvm, how: str) -> None:
+    """The slot is deleted, the file closed: the pipe's pages live until the pipe is read."""
+    with ExitStack() as stack:
+        mapped = MappedGuest(stack, gm_vm, kvm)
+        mapped.guest.fill(GPA, OURS, mapped.size)
+        with closing(HeldByPipe(mapped.memory.address, mapped.size)) as pipe:
+            mapped.unbind()
+            if how == "file":
+                mapped.memory.close()
+                mapped.file.close()
+                with GuestMemfd(gm_vm, BIG) as other:  # takes pages that were freed
+                    other.allocate(0, BIG)
+                    assert pipe.content() == bytes([OURS]) * mapped.size
+                return
+            assert pipe.content() == bytes([OURS]) * mapped.size
+        again = guest_memfd.set_user_memory_region2(
+            gm_vm, 1, GPA, mapped.size, mapped.slot_memory, mapped.file, OFFSET
+        )
+        assert mapped.both_see(0, OURS, mapped.size)
+        again.delete()
+
+
+@rule("gm.mmap.pinned.io_uring")
+def test_a_hole_in_a_registered_buffer(gm_vm: Vm, kvm: Kvm) -> None:
+    """io_uring pins its registered buffers: a hole gives guest and host new pages at once.
+
+    The old ones are freed when the buffer is unregistered.
+    """
+    memory = Unevictable()
+    with ExitStack() as stack:
+        mapped = MappedGuest(stack, gm_vm, kvm, pages=BIG // PAGE)
+        mapped.guest.touch(GPA, PAGE, BIG // PAGE, byte=OURS)
+        with closing(RegisteredBuffer(mapped.memory.address, BIG)):
+            mapped.punch_hole(0, BIG)
+            assert memory.is_about(BIG), "the old pages are pinned"
+            assert mapped.guest.load(GPA, 8) == 0
+            mapped.guest.touch(GPA, PAGE, BIG // PAGE, byte=THEIRS)
+            assert mapped.memory.read(BIG - PAGE, 1) == bytes([THEIRS])
+            assert memory.is_about(2 * BIG)
+        assert memory.is_about(BIG), "unpinned"
+        assert mapped.guest.load(GPA + BIG - PAGE, 1) == THEIRS
+    assert memory.is_about(0)
+
+
+@rule("gm.mmap.process_vm")
+def test_read_and_written_by_another_process(mapped: MappedGuest) -> None:
+    """process_vm_readv(2) and process_vm_writev(2) of another process reach the guest's pages."""
+    parent, buffer = os.getpid(), k.ffi.new(f"char[{2 * PAGE}]")
+    here = vector_of(address_of(buffer), 2 * PAGE)
+    there = vector_of(mapped.memory.address, 2 * PAGE)
+
+    def transfer(name: str) -> bytes:
+        k.ffi.buffer(buffer)[:] = bytes([THEIRS]) * 2 * PAGE
+        done = call(name, parent, address_of(here), 1, address_of(there), 1, 0)
+        assert done == 2 * PAGE
+        return bytes(k.ffi.buffer(buffer))
+
+    mapped.punch_hole(PAGE)
+    expected = bytes([OURS]) * PAGE + bytes(PAGE)
+    assert in_child(lambda: transfer("process_vm_readv")) == expected
+    in_child(lambda: transfer("process_vm_writev"))
+    assert mapped.both_see(0, THEIRS, 2 * PAGE)
+    assert mapped.both_see(2 * PAGE, OURS)
+
+
+# -- poisoned pages --------------------------------------------------------------------------------
+
+
+def poisoned(mapped: MappedGuest, at: int) -> str:
+    """The signal that ends a process which poisons the page at `at`, as it is the first to use it.
+
+    A process of its own: the kernel sends SIGBUS to the one that asks.
+    """
+
+    def poison() -> None:
+        with Mapping(mapped.file.fileno(), mapped.size, OFFSET) as own:
+            own.read(at, 1)
+            said = own.advise(MADV["HWPOISON"], at, PAGE)
+            assert said == "ok", said
+            own.read(at, 1)
+
+    return signal_of(poison)
+
+
+@rule("gm.poison.host", "gm.poison.guest", "gm.poison.hole")
+def test_a_poisoned_page(mapped: MappedGuest) -> None:
+    """A poisoned page is SIGBUS for the host, and for the guest EHWPOISON with a MEMORY_FAULT exit.
+
+    Its neighbours stay; a hole in its place ends it.
+    """
+    if "KVMPRIV_VM" not in os.environ:
+        missing("scripts-vm", "only there a page of the machine may be poisoned")
+    at = 3 * PAGE
+    assert poisoned(mapped, at) == "SIGBUS"
+    assert signal_of(lambda: mapped.memory.read(at, 1)) == "SIGBUS"
+    for _ in range(2):
+        with pytest.raises(GuestExit) as stopped:
+            mapped.guest.load(GPA + at + 8, 8)
+        fault = stopped.value.exit
+        assert isinstance(fault, MemoryFaultExit)
+        assert (fault.gpa, fault.size, fault.private) == (GPA + at, PAGE, False)
+        assert fault.errno == gm.EHWPOISON
+        if mapped.vm.check_extension(gm.KVM_CAP_PRE_FAULT_MEMORY):
+            said = answer(lambda: guest_memfd.pre_fault_memory(mapped.guest.vcpu, GPA + at, PAGE))
+            assert said == "EHWPOISON"
+    for beside in (at - PAGE, at + PAGE):
+        assert mapped.both_see(beside, OURS)
+    mapped.punch_hole(at)
+    assert mapped.guest.resume() == 0, "the load that was stopped"
+    assert mapped.both_see(at, 0)
+    mapped.guest.fill(GPA + at, THEIRS, PAGE)
+    assert mapped.both_see(at, THEIRS)
+
+
+# -- who pays, and who else has it -----------------------------------------------------------------
+
+
+def charge(group: Path) -> int:
+    return int((group / "memory.current").read_text())
+
+
+@rule("gm.mmap.charged")
+@pytest.mark.parametrize("how", ["touch", "populate"])
+def test_pages_that_a_mapping_allocates_are_charged(gm_vm: Vm, kvm: Kvm, how: str) -> None:
+    """They are charged to the memory cgroup of the process that touches them, until a hole."""
+    with in_cgroup() as group, ExitStack() as stack:
+        mapped = MappedGuest(stack, gm_vm, kvm, pages=BIG // PAGE)
+
+        def child() -> tuple[int, int]:
+            (group / "cgroup.procs").write_text(str(os.getpid()))
+            before = charge(group)
+            if how == "touch":
+                for at in range(0, BIG, PAGE):
+                    mapped.memory.write(at, bytes([OURS]))
+            else:
+                assert mapped.memory.advise(MADV["POPULATE_WRITE"]) == "ok"
+            return before, charge(group)
+
+        before, after = in_child(child)
+        assert 0 <= after - before - BIG < 2 * MIB
+        assert charge(group) >= BIG, "they outlive the process"
+        mapped.guest.touch(GPA, PAGE, BIG // PAGE)
+        assert charge(group) >= BIG, "nothing is charged anew to the guest"
+        mapped.punch_hole(0, BIG)
+        assert eventually(lambda: charge(group) < 2 * MIB)
+
+
+@rule("gm.mmap.scm_rights")
+def test_mapped_by_a_process_that_received_it(mapped: MappedGuest) -> None:
+    """A process that receives the file maps it, and has the guest's bytes; a hole is for it too."""
+    ours, theirs = socket.socketpair()
+
+    def receive() -> tuple[bytes, bytes]:
+        _, fds, _, _ = socket.recv_fds(theirs, 1, 1)
+        with Mapping(fds[0], mapped.size, OFFSET) as own:
+            before = own.read(0, 2 * PAGE)
+            own.write(0, bytes([THEIRS]) * PAGE)
+            fallocate(fds[0], HOLE, OFFSET + PAGE, PAGE)
+            return before, own.read(0, 2 * PAGE)
+
+    with ours, theirs:
+        socket.send_fds(ours, [b"x"], [mapped.file.fileno()])
+        before, after = in_child(receive)
+    assert before == bytes([OURS]) * 2 * PAGE
+    assert after == bytes([THEIRS]) * PAGE + bytes(PAGE)
+    assert mapped.both_see(0, THEIRS)
+    assert mapped.both_see(PAGE, 0)
+
+
+@rule("gm.mmap.exec")
+def test_mapped_by_a_program_that_inherits_it(mapped: MappedGuest) -> None:
+    """A program that inherits the descriptor maps the file: it and the guest share pages."""
+    program = textwrap.dedent(
+        """\
+        import mmap, os, sys
+        fd, size, offset = map(int, sys.argv[1:])
+        with mmap.mmap(fd, size, offset=offset) as memory:
+            sys.stdout.buffer.write(memory[:8])
+            memory[:8] = b"by exec."
+        """
+    )
+    inherited = os.dup(mapped.file.fileno())
+    os.set_inheritable(inherited, True)
+    try:
+        arguments = [str(inherited), str(mapped.size), str(OFFSET)]
+        done = subprocess.run(
+            [sys.executable, "-S", "-c", program, *arguments],
+            pass_fds=[inherited],
+            stdout=subprocess.PIPE,
+            check=True,
+        )
+    finally:
+        os.close(inherited)
+    assert done.stdout == bytes([OURS]) * 8
+    assert mapped.guest.read(GPA, 8) == b"by exec."
+    assert mapped.memory.read(0, 9) == b"by exec." + bytes([OURS])
