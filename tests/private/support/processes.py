@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import pickle
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,6 +45,34 @@ def child_status(work: Callable[[], Any]) -> tuple[int, Any]:
         data = stream.read()
     _, status = os.waitpid(pid, 0)
     return status, pickle.loads(data) if data else None
+
+
+def killed_after(
+    work: Callable[[Callable[[], None]], object], seconds: float, most: float
+) -> float:
+    """How long a process that does `work` lives on after SIGKILL, in seconds; `most` if longer.
+
+    `work` gets a function that it calls when it is ready; the signal comes `seconds` later.
+    """
+    read_end, write_end = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        faulthandler.disable()
+        os.close(read_end)
+        try:
+            work(lambda: os.close(write_end))
+        finally:
+            os._exit(1)
+    os.close(write_end)
+    os.read(read_end, 1)  # it is ready, or it has ended
+    os.close(read_end)
+    time.sleep(seconds)
+    assert os.waitpid(pid, os.WNOHANG) == (0, 0), "the process has ended by itself"
+    os.kill(pid, signal.SIGKILL)
+    start = time.monotonic()
+    if not eventually(lambda: os.waitpid(pid, os.WNOHANG)[0] == pid, most):
+        return most
+    return time.monotonic() - start
 
 
 @contextmanager
