@@ -5,7 +5,10 @@ from __future__ import annotations
 import fcntl
 import os
 import resource
+import signal
 import socket
+import threading
+import time
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +22,7 @@ from kvmpriv.private.guest_memfd import GuestMemfd
 from .support.accounting import BIG, Unevictable
 from .support.file_operations import mapping, operations
 from .support.mappings import INIT_SHARED, MMAP, Mapping, flags_of, require_flags, signal_of
+from .support.requirements import missing
 from .support.rules import rule
 from .support.slot_requests import FILE_OVERLAP, Edge, GuestMemfdSlots
 from .support.syscalls import (
@@ -929,3 +933,89 @@ def test_pre_fault_fills(attributes_vm: Vm, gm_vcpu: Vcpu) -> None:
             assert memory.is_about(BIG // 2), "only a hole frees"
             fallocate(file, HOLE, 0, BIG)
             assert memory.is_about(0)
+
+
+@rule("gm.prefault.efault")
+@pytest.mark.parametrize("how", ["no memory", "file closed"])
+def test_pre_fault_without_memory(gm_vm: Vm, gm_vcpu: Vcpu, memory: HostMemory, how: str) -> None:
+    """A slot without memory is EFAULT: nothing at userspace_addr, or its file is closed."""
+    private = bool(gm_vm.check_extension(gm.KVM_CAP_MEMORY_ATTRIBUTES))
+    flags = flags_of(gm_vm) & (MMAP | INIT_SHARED)
+    if how == "file closed" and not private and flags != MMAP | INIT_SHARED:
+        missing("guest-memfd-flags", "no access of this VM has the file's pages")
+    with GuestMemfd(gm_vm, 256 * PAGE, 0 if private else flags) as file:
+        slots = GuestMemfdSlots(gm_vm, file, memory.userspace_addr)
+        base = slots.good["guest_phys_addr"]
+        if how == "no memory":
+            with slots.held(flags=0, userspace_addr=1 << 40):
+                assert pre_fault(gm_vcpu, base, PAGE) == ("EFAULT", base, PAGE)
+            with slots.held(flags=0):
+                assert pre_fault(gm_vcpu, base, PAGE)[0] == "ok"
+            return
+        assert slots.set() == "ok"
+        if private:
+            assert attributes(gm_vm, base, PAGE) == "ok"
+        assert pre_fault(gm_vcpu, base, PAGE)[0] == "ok"
+    assert pre_fault(gm_vcpu, base, PAGE) == ("EFAULT", base, PAGE)
+    assert slots.delete() == "ok"
+
+
+@rule("gm.prefault.efault.private")
+@pytest.mark.parametrize("there", [False, True], ids=["no slot", "ordinary slot"])
+def test_pre_fault_of_a_private_page(
+    attributes_vm: Vm, gm_slots: GuestMemfdSlots, gm_vcpu: Vcpu, there: bool
+) -> None:
+    """A private gfn without a file is EFAULT, where a shared one is ENOENT or succeeds."""
+    base = gm_slots.good["guest_phys_addr"]
+    with gm_slots.held(flags=0) if there else nullcontext():
+        assert pre_fault(gm_vcpu, base, PAGE)[0] == ("ok" if there else "ENOENT")
+        assert attributes(attributes_vm, base, PAGE) == "ok"
+        assert pre_fault(gm_vcpu, base, PAGE) == ("EFAULT", base, PAGE)
+        assert pre_fault(gm_vcpu, base + PAGE, PAGE)[0] == ("ok" if there else "ENOENT")
+    with gm_slots.held():
+        assert pre_fault(gm_vcpu, base, PAGE)[0] == "ok", "the file is there"
+
+
+@rule("gm.prefault.eintr")
+def test_pre_fault_interrupted(gm_vm: Vm, memory: HostMemory) -> None:
+    """With a signal pending it is EINTR, and nothing was filled; the same call then succeeds.
+
+    It waits for its vCPU, which runs in another thread; when that ends, the signal has come.
+    """
+    if not gm_vm.check_extension(gm.KVM_CAP_PRE_FAULT_MEMORY):
+        missing("pre-fault", "KVM_CAP_PRE_FAULT_MEMORY is 0")
+    gm_vm.create_irqchip()
+    main = threading.get_ident()
+    with (
+        GuestMemfd(gm_vm, 256 * PAGE) as file,
+        gm_vm.create_vcpu(1) as vcpu,  # not the first one: it waits for its INIT
+    ):
+        slots = GuestMemfdSlots(gm_vm, file, memory.userspace_addr)
+        base = slots.good["guest_phys_addr"]
+        struct = gm.ffi.new("struct kvm_pre_fault_memory *", {"gpa": base, "size": PAGE})
+        said: list[str] = []
+
+        def interrupt() -> None:
+            time.sleep(0.2)
+            signal.pthread_kill(main, signal.SIGUSR2)
+            time.sleep(0.1)
+            vcpu.kick()
+
+        before = signal.signal(signal.SIGUSR2, lambda *_: None)
+        try:
+            with slots.held():
+                while "EINTR" not in said and len(said) < 10:
+                    threads = [threading.Thread(target=do) for do in (vcpu.run, interrupt)]
+                    for thread in threads:
+                        thread.start()
+                    time.sleep(0.1)
+                    request, argument = gm.KVM_PRE_FAULT_MEMORY, address_of(struct)
+                    failed = libc.ioctl(vcpu.fileno(), request, argument) < 0
+                    said.append(errno_of(libc.last_errno()) if failed else "ok")
+                    for thread in threads:
+                        thread.join()
+                assert said[-1] == "EINTR", said
+                assert (struct.gpa, struct.size) == (base, PAGE)
+                assert pre_fault(vcpu, base, PAGE) == ("ok", base + PAGE, 0)
+        finally:
+            signal.signal(signal.SIGUSR2, before)

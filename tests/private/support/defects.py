@@ -153,6 +153,12 @@ _MAINLINE = (
         "",
         (*OLD, *NEW),
     ),
+    MainlineDefect(
+        "pre-fault-against-deletion",
+        "KVM_PRE_FAULT_MEMORY and the deletion of a slot wait for each other until a signal comes",
+        "",
+        (*OLD, *NEW),
+    ),
 )
 
 MAINLINE_DEFECTS = {defect.name: defect for defect in _MAINLINE}

@@ -1,0 +1,84 @@
+"""guest_memfd: everything that can happen, against everything else that can happen."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import pytest
+
+from kvmpriv import Kvm
+
+from .support.accounting import Unevictable
+from .support.defects import mainline_defect
+from .support.pairs import Arena
+from .support.requirements import missing
+from .support.rules import rule
+from .support.watchdog import WedgeError, race
+
+pytestmark = pytest.mark.usefixtures("no_leak", "guest_memfd_kvm", "gm_vm")
+
+WORKS = (
+    "pre-fault",
+    "rebind",
+    "move",
+    "hole",
+    "allocate",
+    "convert",
+    "guest",
+    "host",
+    "close file",
+    "close VM",
+    "exec",
+    "fork",
+    "munmap",
+    "mbind",
+    "madvise",
+)
+#: What some works need: the identifier, and what is missing without it.
+NEEDS = {
+    "pre-fault": ("pre-fault", "KVM_CAP_PRE_FAULT_MEMORY is 0"),
+    "convert": ("private-attribute", "KVM_CAP_MEMORY_ATTRIBUTES lacks PRIVATE for this VM type"),
+    **dict.fromkeys(
+        ("host", "munmap", "mbind", "madvise"),
+        ("guest-memfd-flags", "KVM_CAP_GUEST_MEMFD_FLAGS lacks MMAP or INIT_SHARED"),
+    ),
+}
+#: A vCPU that runs in one thread can't run in another.
+ALONE = ("guest",)
+#: Seconds for each pair.
+EACH = 0.1
+#: Pre-faulting waits for ever for a deletion of a slot that waits for it: the known defect.
+DELETIONS = ("rebind", "move", "close file")
+
+
+@rule("gm.race.pairs")
+@pytest.mark.parametrize("name", WORKS)
+def test_every_pair(vm_type: int, kvm: Kvm, name: str) -> None:
+    """Each work against itself and the later ones of the table: every call ends, all works then."""
+    memory, raced = Unevictable(), 0
+    wedges: list[str] = []
+    with ExitStack() as stack:
+        arena = Arena(stack, kvm, vm_type)
+        assert set(arena.works) <= set(WORKS)
+        if name not in arena.works:
+            missing(*NEEDS[name])
+        for other in WORKS[WORKS.index(name) :]:
+            if not {name, other} <= arena.works.keys() or (name == other and name in ALONE):
+                continue
+            if wedges and other in DELETIONS:
+                continue
+            try:
+                done = race(
+                    (name, arena.works[name]), (other, arena.works[other]), EACH, arena.over
+                )
+                assert min(done) >= 3, (name, other)
+            except WedgeError as wedge:
+                if name != "pre-fault" or other not in DELETIONS:
+                    raise
+                wedges.append(str(wedge))
+            arena.settles()
+            raced += 1
+        assert raced
+    assert memory.is_about(0)
+    if wedges:
+        mainline_defect("pre-fault-against-deletion", wedges[0])
