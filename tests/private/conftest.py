@@ -23,6 +23,7 @@ from .support.defect_detectors import detect
 from .support.defects import DEFECTS, known_defect
 from .support.kernels import (
     FIXED,
+    KERNEL,
     VM_TYPES,
     MakeVm,
     accepts_private_slots,
@@ -51,7 +52,7 @@ def pytest_configure(config: pytest.Config) -> None:
     for line in (
         "rule(*ids): the rules of the kernel's ABI that the test checks",
         "known_defect(*names): on a kernel with one of these defects the test fails as that",
-        "dangerous(why): runs with --dangerous, or if KVMPRIV_KERNEL names a fixed kernel",
+        "dangerous(why, safe=()): runs with --dangerous, on fixed kernels and on those in `safe`",
     ):
         config.addinivalue_line("markers", line)
     check_required()
@@ -71,7 +72,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if "guest_memfd_kvm" in wants:
         require_guest_memfd()
     mark = item.get_closest_marker("dangerous")
-    if mark and not FIXED and not item.config.getoption("dangerous", default=False):
+    safe = FIXED or (mark and KERNEL in mark.kwargs.get("safe", ()))
+    if mark and not safe and not item.config.getoption("dangerous", default=False):
         missing("dangerous", f"{mark.args[0]} (--dangerous runs it)")
 
 

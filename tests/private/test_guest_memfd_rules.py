@@ -20,8 +20,10 @@ from kvmpriv.cdefs import kvm as k
 from kvmpriv.private.guest_memfd import GuestMemfd
 
 from .support.accounting import BIG, Unevictable
+from .support.defects import mainline_defect
 from .support.file_operations import mapping, operations
 from .support.mappings import INIT_SHARED, MMAP, Mapping, flags_of, require_flags, signal_of
+from .support.races import CpuTimeError, within_cpu_time
 from .support.requirements import missing
 from .support.rules import rule
 from .support.slot_requests import FILE_OVERLAP, Edge, GuestMemfdSlots
@@ -697,7 +699,10 @@ def test_slots_do_not_change(gm_slots: GuestMemfdSlots, changes: dict[str, int])
 
 
 @rule("gm.slot.immutable.cleared")
-@pytest.mark.dangerous("before commit 9935df5333aa (6.19) a slot without its flag is freed in use")
+@pytest.mark.dangerous(
+    "before commit 9935df5333aa (6.19) a slot without its flag is freed in use",
+    safe=("guest_memfd", "guest_memfd-debug"),
+)
 def test_slots_do_not_become_ordinary(gm_slots: GuestMemfdSlots) -> None:
     """Clearing KVM_MEM_GUEST_MEMFD of a slot is EINVAL."""
     assert gm_slots.set() == "ok"
@@ -974,6 +979,24 @@ def test_pre_fault_of_a_private_page(
         assert pre_fault(gm_vcpu, base + PAGE, PAGE)[0] == ("ok" if there else "ENOENT")
     with gm_slots.held():
         assert pre_fault(gm_vcpu, base, PAGE)[0] == "ok", "the file is there"
+
+
+@rule("gm.prefault.again")
+def test_pre_fault_in_a_slot_that_was_made_again(any_vm: Vm, memory: HostMemory) -> None:
+    """Pre-faulting succeeds in a slot that was deleted and made again, before the vCPU ever ran."""
+    if not any_vm.check_extension(gm.KVM_CAP_PRE_FAULT_MEMORY):
+        missing("pre-fault", "KVM_CAP_PRE_FAULT_MEMORY is 0")
+    slots = GuestMemfdSlots(any_vm, 0, memory.userspace_addr)
+    base = slots.good["guest_phys_addr"]
+    with any_vm.create_vcpu() as vcpu:
+        for turn in range(3):
+            with slots.held(flags=0):
+                try:
+                    with within_cpu_time(5):
+                        assert pre_fault(vcpu, base, PAGE)[0] == "ok", turn
+                except CpuTimeError as error:
+                    assert turn, "in a slot that is new"
+                    mainline_defect("pre-fault-obsolete-root", str(error))
 
 
 @rule("gm.prefault.eintr")

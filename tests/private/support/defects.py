@@ -154,6 +154,12 @@ _MAINLINE = (
         (*OLD, *NEW),
     ),
     MainlineDefect(
+        "pre-fault-obsolete-root",
+        "KVM_PRE_FAULT_MEMORY by a vCPU that never ran does not end after a slot was deleted",
+        "20a6cff3b283",
+        OLD,
+    ),
+    MainlineDefect(
         "pre-fault-against-deletion",
         "KVM_PRE_FAULT_MEMORY and the deletion of a slot wait for each other until a signal comes",
         "",

@@ -19,8 +19,10 @@ from .slot_requests import RestrictedSlots
 from .syscalls import errno_of
 
 MakeVm = Callable[[], PrivateVm]
+#: The name of the running kernel in scripts/kernel, if it is one of them.
+KERNEL = os.environ.get("KVMPRIV_KERNEL", "")
 #: The running kernel is named as one that has this project's fixes of v9.
-FIXED = os.environ.get("KVMPRIV_KERNEL") in ("restrictedmem", "restrictedmem-debug")
+FIXED = KERNEL in ("restrictedmem", "restrictedmem-debug")
 
 VM_TYPES = {"default": gm.KVM_X86_DEFAULT_VM, "sw_protected": gm.KVM_X86_SW_PROTECTED_VM}
 
