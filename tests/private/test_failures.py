@@ -12,20 +12,23 @@ from pathlib import Path
 
 import pytest
 
-from kvmpriv import HostMemory, Kvm
+from kvmpriv import HostMemory, Kvm, Vm
+from kvmpriv.cdefs import guest_memfd as gm
 from kvmpriv.guest.puppet import GuestExit
-from kvmpriv.private import PrivateAbi, PrivateSlot
+from kvmpriv.private import PrivateAbi, PrivateSlot, guest_memfd
 
 from .support.accounting import BIG, Unevictable, vms_alive
 from .support.arch_hook import hook
 from .support.fault_injection import FailNth, failing_allocations, fault_injection
 from .support.large_pages import huge_pages, need_large_pages
 from .support.leaks import open_fds
+from .support.mappings import MADV, MappedGuest
 from .support.processes import child_status, in_cgroup, in_child
 from .support.races import beside, eventually, within_cpu_time
+from .support.requirements import missing
 from .support.rig import LARGE, Rig, only
 from .support.rules import rule
-from .support.syscalls import GIB, MIB, PAGE, answer, errno_of
+from .support.syscalls import GIB, MIB, PAGE, answer, call, errno_of
 
 pytestmark = pytest.mark.usefixtures("no_leak")
 
@@ -375,6 +378,68 @@ def test_first_touches_with_failing_allocations(rig: Rig) -> None:
 
     check(each_failing(touch, undo))
     works_beside(rig, slot)
+
+
+@rule("fail.injected.delete")
+def test_deleting_with_failing_allocations(rig: Rig) -> None:
+    """Each call is ENOMEM and leaves the slot as it is, or deletes it."""
+    file = rig.file(MIB)
+    slots = [rig.bind(GPA, MIB, file)]
+    rig.guest.fill(GPA, 0x22, MIB)
+
+    def undo(said: str) -> None:
+        if said == "ok":
+            slots.append(rig.bind(GPA, MIB, file))
+        assert not slots[-1].deleted
+        assert rig.guest.span(GPA, 0x22, MIB) == MIB
+        assert len(rig.vm.slots) == before
+
+    def delete() -> None:
+        slots[-1].delete()
+
+    before = len(rig.vm.slots)
+    check(each_failing(delete, undo))
+    works_beside(rig, slots[-1])
+
+
+@rule("fail.injected.pre-fault")
+@only("guest_memfd")
+def test_filling_ahead_with_failing_allocations(rig: Rig) -> None:
+    """KVM_PRE_FAULT_MEMORY is ENOMEM, or maps the page; pages that are there stay."""
+    slot, at = _filled(rig), GPA + MIB
+    if not rig.vm.check_extension(gm.KVM_CAP_PRE_FAULT_MEMORY):
+        missing("pre-fault", "KVM_CAP_PRE_FAULT_MEMORY is 0")
+
+    def undo(said: str) -> None:
+        assert said in ("ok", "ENOMEM")
+        assert rig.guest.load(GPA, 1) == 0x22
+        assert rig.guest.load(at, 1) == 0
+        slot.punch_hole(at, PAGE)
+
+    check(each_failing(lambda: guest_memfd.pre_fault_memory(rig.guest.vcpu, at, PAGE), undo))
+    works_beside(rig, slot)
+
+
+@rule("fail.injected.mapping")
+@pytest.mark.usefixtures("guest_memfd_kvm")
+def test_populating_a_mapping_with_failing_allocations(gm_vm: Vm, kvm: Kvm) -> None:
+    """MADV_POPULATE_WRITE is ENOMEM, or allocates the page, which the guest then has."""
+    memory = Unevictable()
+    with ExitStack() as stack:
+        mapped = MappedGuest(stack, gm_vm, kvm)
+
+        def populate() -> None:
+            call("madvise", mapped.memory.address, PAGE, MADV["POPULATE_WRITE"])
+
+        def undo(said: str) -> None:
+            assert said in ("ok", "ENOMEM")
+            assert mapped.both_see(0, 0)
+            mapped.guest.fill(GPA, 0x22, PAGE)
+            assert mapped.both_see(0, 0x22)
+            mapped.punch_hole(0)
+
+        check(each_failing(populate, undo))
+    assert memory.is_about(0)
 
 
 def _filled(rig: Rig) -> PrivateSlot:
