@@ -610,6 +610,18 @@ def test_file_overlap(gm_slots: GuestMemfdSlots) -> None:
     gm_slots.accepts(**other)
 
 
+@rule("gm.slot.overlap.file.eexist")
+def test_errno_of_a_file_overlap(gm_slots: GuestMemfdSlots) -> None:
+    """A range of the file that another slot has is EEXIST; a free one of the same size succeeds."""
+    other = {"slot": 4, "guest_phys_addr": 5 * GIB}
+    with gm_slots.held():
+        said = gm_slots.set(**other)
+        gm_slots.accepts(**other, guest_memfd_offset=0)
+    if said == "EINVAL":
+        mainline_defect("file-overlap-einval", "EINVAL")
+    assert said == "EEXIST"
+
+
 @rule("gm.slot.order.eexist")
 def test_order_around_eexist(gm_slots: GuestMemfdSlots) -> None:
     """EINVAL of flags and alignment comes before EEXIST, and EEXIST before refusals of the file."""

@@ -142,6 +142,12 @@ NEW = ("guest_memfd", "guest_memfd-debug")
 
 _MAINLINE = (
     MainlineDefect(
+        "file-overlap-einval",
+        "a range of the file in a second slot is EINVAL instead of EEXIST",
+        "7ea987a90585",
+        OLD,
+    ),
+    MainlineDefect(
         "signed-offset",
         "a slot may begin at the last page below 2^63 of its file, beyond any end of the file",
         "eba85fee7fc6",
