@@ -79,6 +79,10 @@ def test_skips():
 def test_defect():
     pytest.fail("known defect: off-by-one: the end is one too far", pytrace=False)
 
+@rule("a.defect.expected")
+def test_expected_defect():
+    pytest.xfail("known defect: off-by-two: the end is two too far")
+
 @pytest.fixture
 def broken():
     yield
@@ -144,6 +148,7 @@ EXPECTED = {
     "test_raises": (FAILED, "OSError: [Errno 22] no"),
     "test_skips": (SKIPPED, "a device: there is none"),
     "test_defect": (KNOWN_DEFECT, "off-by-one: the end is one too far"),
+    "test_expected_defect": (KNOWN_DEFECT, "off-by-two: the end is two too far"),
     "test_teardown": (FAILED, "RuntimeError: teardown"),
     "test_defect_and_teardown": (FAILED, "RuntimeError: teardown"),
     "test_setup": (FAILED, "RuntimeError: setup"),
@@ -241,7 +246,7 @@ def test_ktap_and_text_of_the_same(folder: Path) -> None:
     text = selftest(folder, *some)
     assert text.returncode == 1
     assert text.stdout.splitlines()[-1].startswith(
-        "14 tests: 3 passed, 5 failed, 3 crashed, 1 timeout, 1 known defect, 1 skipped, in "
+        "15 tests: 3 passed, 5 failed, 3 crashed, 1 timeout, 2 known defect, 1 skipped, in "
     )
 
 
