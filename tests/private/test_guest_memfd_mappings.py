@@ -25,7 +25,8 @@ from kvmpriv.private import guest_memfd
 from kvmpriv.private.guest_memfd import GuestMemfd
 
 from .support.accounting import BIG, Unevictable
-from .support.kernels import require_nested_paging
+from .support.file_operations import mapping
+from .support.kernels import require_nested_paging, require_scripts_vm
 from .support.mappings import (
     GPA,
     INIT_SHARED,
@@ -44,10 +45,13 @@ from .support.races import eventually
 from .support.requirements import missing
 from .support.rig import MakeRig, only
 from .support.rules import rule
+from .support.settings import write_setting
 from .support.syscalls import (
     HOLE,
+    MAP_SHARED,
     MIB,
     PAGE,
+    PROT_EXEC,
     PROT_NONE,
     PROT_READ,
     PROT_WRITE,
@@ -289,6 +293,33 @@ def test_advice_to_populate(gm_vm: Vm, kvm: Kvm) -> None:
         assert memory.is_about(0)
 
 
+@rule("gm.mmap.clean-pages")
+def test_pages_that_nobody_has_mapped(gm_vm: Vm, kvm: Kvm) -> None:
+    """What the host has written stays when it unmaps the file, and caches are dropped.
+
+    Such a page is clean for the memory manager and in no page table; there is no other copy of it.
+    """
+    require_scripts_vm("all caches of the machine are dropped")
+    with ExitStack() as stack:
+        mapped = MappedGuest(stack, gm_vm, kvm)
+        mapped.memory.write(0, bytes([THEIRS]) * mapped.size)
+        mapped.memory.close()
+        os.posix_fadvise(mapped.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        write_setting("/proc/sys/vm/drop_caches", "3", "drop-caches")
+        assert mapped.guest.span(GPA, THEIRS, mapped.size) == mapped.size
+
+
+@rule("gm.mmap.noexec")
+def test_not_executable(mapped: MappedGuest) -> None:
+    """The file can't be executed: PROT_EXEC is EPERM for mmap(2) and EACCES for mprotect(2)."""
+    size, fd = mapped.size, mapped.file.fileno()
+    for protection, said in ((PROT_READ | PROT_EXEC, "EPERM"), (PROT_READ, "ok")):
+        assert answer(lambda prot=protection: mapping(prot, MAP_SHARED)(fd)) == said
+    for protection, said in ((PROT_READ | PROT_EXEC, "EACCES"), (PROT_READ, "ok")):
+        protect = (mapped.memory.address, size, protection)
+        assert answer(lambda what=protect: call("mprotect", *what)) == said
+
+
 @rule("gm.mmap.munmap")
 def test_unmapped(mapped: MappedGuest) -> None:
     """After munmap(2) the guest goes on, and another mapping has its bytes."""
@@ -523,8 +554,7 @@ def test_a_poisoned_page(mapped: MappedGuest) -> None:
 
     Its neighbours stay; a hole in its place ends it.
     """
-    if "KVMPRIV_VM" not in os.environ:
-        missing("scripts-vm", "only there a page of the machine may be poisoned")
+    require_scripts_vm("a page of the machine is poisoned")
     at = 3 * PAGE
     assert poisoned(mapped, at) == "SIGBUS"
     assert signal_of(lambda: mapped.memory.read(at, 1)) == "SIGBUS"

@@ -22,6 +22,7 @@ from kvmpriv import HostMemory, Kvm, libc, private
 from kvmpriv.cdefs import kvm as k
 
 from .support.arch_hook import hook
+from .support.kernels import require_scripts_vm
 from .support.processes import child_status, in_child
 from .support.requirements import missing
 from .support.rig import Marker, Rig
@@ -717,8 +718,7 @@ def frames_of_this_process() -> set[int]:
 @rule("private.isolation.hidden-not-gone")
 def test_found_in_the_kernels_memory(scene: Scene) -> None:
     """/proc/kcore contains the private page: it is hidden from this process, not encrypted."""
-    if "KVMPRIV_VM" not in os.environ:
-        missing("scripts-vm", "only there all memory is searched")
+    require_scripts_vm("all memory is searched")
     if os.geteuid():
         missing("root", "/proc/kcore can't be read")
     # KVM allocated struct kvm_run from the same pool of pages.

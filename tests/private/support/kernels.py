@@ -106,3 +106,9 @@ def require_nested_paging() -> None:
     """
     if not cpu_flags() & {"svm", "vmx"}:
         missing("nested-paging", "the processor has neither SVM nor VMX")
+
+
+def require_scripts_vm(what: str) -> None:
+    """Skip the test, which does `what`, on any machine but a VM of scripts/vm."""
+    if "KVMPRIV_VM" not in os.environ:
+        missing("scripts-vm", f"only there {what}")

@@ -54,7 +54,7 @@ REQUIREMENTS = {
     "refusing-vm": "a VM that refuses KVM_MEM_PRIVATE on a kernel with memfd_restricted(2)",
     "restrictedmem": "memfd_restricted(2), and VMs that accept KVM_MEM_PRIVATE",
     "root": "root's rights",
-    "scripts-vm": "a kernel that scripts/vm has started, in which all memory may be searched",
+    "scripts-vm": "a kernel that scripts/vm has started: its memory may be searched and poisoned",
     "second-address-space": "a VM with a second address space (SMM)",
     "setpriv": "the program setpriv, and root to run it",
     "shared-guest-memfd": "guest_memfd in a VM of the default type",
