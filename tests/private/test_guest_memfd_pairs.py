@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -11,9 +12,13 @@ from kvmpriv import Kvm
 from .support.accounting import Unevictable
 from .support.defects import mainline_defect
 from .support.pairs import Arena
+from .support.races import rounds
 from .support.requirements import missing
 from .support.rules import rule
 from .support.watchdog import WedgeError, race
+
+if TYPE_CHECKING:
+    from kvmpriv import Vm
 
 pytestmark = pytest.mark.usefixtures("no_leak", "guest_memfd_kvm", "gm_vm")
 
@@ -82,3 +87,19 @@ def test_every_pair(vm_type: int, kvm: Kvm, name: str) -> None:
     assert memory.is_about(0)
     if wedges:
         mainline_defect("pre-fault-against-deletion", wedges[0])
+
+
+@rule("gm.prefault.eagain")
+def test_pre_fault_while_a_slot_is_deleted(attributes_vm: Vm, kvm: Kvm, vm_type: int) -> None:
+    """It is EAGAIN while the slot is being deleted, and ENOENT when the slot is gone."""
+    with ExitStack() as stack:
+        arena = Arena(stack, kvm, vm_type)
+        if "pre-fault" not in arena.works:
+            missing(*NEEDS["pre-fault"])
+        pair = [(name, arena.works[name]) for name in ("pre-fault", "rebind")]
+        try:
+            for _ in rounds(40, least=2, until=lambda: {"EAGAIN", "ENOENT"} <= arena.filled):
+                race(pair[0], pair[1], 0.2, arena.over)
+        except WedgeError as wedge:
+            mainline_defect("pre-fault-against-deletion", str(wedge))
+        arena.settles()

@@ -33,6 +33,8 @@ class Arena:
         self.kvm, self.vm_type = kvm, vm_type
         self.over = threading.Event()
         self._numbers = itertools.count()
+        #: What KVM_PRE_FAULT_MEMORY has answered.
+        self.filled: set[str] = set()
         self.vm = stack.enter_context(kvm.create_vm(vm_type))
         self.flags = self.vm.check_extension(gm.KVM_CAP_GUEST_MEMFD_FLAGS)
         self.maps = self.flags & (MMAP | INIT_SHARED) == MMAP | INIT_SHARED
@@ -101,6 +103,7 @@ class Arena:
     def _pre_fault(self) -> None:
         struct = gm.ffi.new("struct kvm_pre_fault_memory *", {"gpa": GPA, "size": SIZE})
         said = errno_of(self.vcpu.ioctl_errno(gm.KVM_PRE_FAULT_MEMORY, struct))
+        self.filled.add(said)
         self.expect(said, ("EINTR", "ENOENT", "EAGAIN", "EFAULT"))
 
     def _guest(self) -> None:
