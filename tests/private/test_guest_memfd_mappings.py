@@ -558,9 +558,9 @@ def test_a_poisoned_page(mapped: MappedGuest) -> None:
     at = 3 * PAGE
     assert poisoned(mapped, at) == "SIGBUS"
     assert signal_of(lambda: mapped.memory.read(at, 1)) == "SIGBUS"
-    for _ in range(2):
+    for enter in (lambda: mapped.guest.load(GPA + at + 8, 8), mapped.guest.resume):
         with pytest.raises(GuestExit) as stopped:
-            mapped.guest.load(GPA + at + 8, 8)
+            enter()
         fault = stopped.value.exit
         assert isinstance(fault, MemoryFaultExit)
         assert (fault.gpa, fault.size, fault.private) == (GPA + at, PAGE, False)

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("no_leak", "guest_memfd_kvm")
 
 #: Modes and flags of <linux/mempolicy.h>.
 DEFAULT, PREFERRED, BIND, INTERLEAVE = range(4)
-F_ADDR, MF_STRICT, MF_MOVE = 2, 1, 2
+F_NODE, F_ADDR, MF_STRICT, MF_MOVE = 1, 2, 1, 2
 BOTH = 0b11
 PAGES = 8
 
@@ -62,14 +62,15 @@ def policy_of(mapping: Mapping, page: int = 0) -> tuple[int, int]:
     return int(mode[0]), int(nodes[0])
 
 
-def nodes_of(mapping: Mapping, pages: int = PAGES) -> list[int]:
-    """The node of each page, which must be allocated, by move_pages(2)."""
-    for page in range(pages):
-        mapping.read(page * PAGE, 1)
-    addresses = k.ffi.new("__u64[]", [mapping.address + page * PAGE for page in range(pages)])
-    status = k.ffi.new("__s32[]", pages)
-    call("move_pages", 0, pages, address_of(addresses), 0, address_of(status), 0)
-    return [int(node) for node in status]
+def nodes_of(mapping: Mapping) -> list[int]:
+    """The node of each page, which must be allocated, by get_mempolicy(2)."""
+    found = []
+    for at in range(0, mapping.size, PAGE):
+        mapping.read(at, 1)
+        node = k.ffi.new("__s32 *")
+        call("get_mempolicy", address_of(node), 0, 0, mapping.address + at, F_NODE | F_ADDR)
+        found.append(int(node[0]))
+    return found
 
 
 def allocate(placed: MappedGuest, how: str) -> None:
@@ -181,7 +182,10 @@ def test_allocated_pages_do_not_move(placed: MappedGuest) -> None:
         other.write(0, b"x" * other.size)
         for mapping, strict, there in ((other, "ok", 1), (placed.memory, "EIO", 0)):
             assert nodes_of(mapping) == [0] * PAGES
-            assert bind(mapping, BIND, 1 << 1, flags=MF_MOVE | MF_STRICT) == strict
+            said = bind(mapping, BIND, 1 << 1, flags=MF_MOVE | MF_STRICT)
+            if mapping is other and said == "EIO":
+                missing("numa-migration", "mbind(2) does not move anonymous memory")
+            assert said == strict
             assert nodes_of(mapping) == [there] * PAGES
             assert bind(mapping, BIND, 1 << 1, flags=MF_MOVE) == "ok"
             assert nodes_of(mapping) == [there] * PAGES

@@ -51,7 +51,7 @@ NEEDS = {
 #: A vCPU that runs in one thread can't run in another.
 ALONE = ("guest",)
 #: Seconds for each pair.
-EACH = 0.1
+EACH = 0.03
 #: Pre-faulting waits for ever for a deletion of a slot that waits for it: the known defect.
 DELETIONS = ("rebind", "move", "close file")
 

@@ -33,13 +33,14 @@ SHORT_EDGES = tuple(edge for edge in EDGES if edge < 1 << 32)
 def changes(
     fields: dict[str, tuple[int, ...]], *pairs: tuple[str, str]
 ) -> Iterator[dict[str, int]]:
-    """Each edge of each field alone, and of each pair of fields every pair of edges."""
+    """Each edge of each field alone, and of each pair of fields every pair of aligned edges."""
     for name, edges in fields.items():
         for edge in edges:
             yield {name: edge}
     for one, other in pairs:
         for first, second in product(fields[one], fields[other]):
-            yield {one: first, other: second}
+            if aligned(first, second):
+                yield {one: first, other: second}
 
 
 @dataclass(frozen=True)

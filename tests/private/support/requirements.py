@@ -41,6 +41,7 @@ REQUIREMENTS = {
     "network": "the package index, or the right to make a network interface",
     "no-private-memory": "a way to take private memory away from this kernel",
     "numa": "two NUMA nodes, as a kernel of scripts/kernel has with numa=fake=2",
+    "numa-migration": "a kernel that moves pages between NUMA nodes (CONFIG_NUMA_MIGRATION)",
     "page-flags": "/proc/kpageflags, readable",
     "paravirtual": "a KVM that emulates a kernel's instructions one by one",
     "pre-fault": "KVM_CAP_PRE_FAULT_MEMORY",
