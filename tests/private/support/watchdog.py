@@ -71,9 +71,9 @@ class Worker:
 
     def describe(self) -> str:
         """What it does: the call's name, its state, whether it uses CPU time, its kernel stack."""
-        before = self._used()
+        before = self._used() + self._waited()  # who waits for a CPU would use it
         time.sleep(0.3)
-        how = "spins" if self._used() - before > 0.1 else "waits"
+        how = "spins" if self._used() + self._waited() - before > 0.1 else "waits"
         try:
             stack = Path(f"/proc/self/task/{self.number}/stack").read_text()
         except OSError as error:
