@@ -529,3 +529,35 @@ def test_nothing_is_left_of_a_script_that_dies(tmp_path: Path, how: str) -> None
         time.sleep(0.02)
     assert left == before
     Block(disk).close()
+
+
+# -- the pytest plugin -----------------------------------------------------------------------------
+
+TESTS = f"""
+import pytest
+
+pytestmark = pytest.mark.linux_guest(initrd={INITRD!r}, memory=64 << 20, timeout=0.3)
+
+
+def test_an_agent_that_does_not_answer(linux_guest):
+    raise AssertionError("there is no guest")
+
+
+@pytest.mark.linux_guest(private="v8")
+def test_private(linux_guest):
+    raise AssertionError("there is no guest")
+"""
+
+
+def test_pytest_shows_the_console_of_a_guest(tmp_path: Path) -> None:
+    (tmp_path / "bzImage").write_bytes(kernel(UP))
+    (tmp_path / "test_it.py").write_text(TESTS)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, "--linux-kernel", "bzImage"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert "2 errors" in done.stdout, done.stdout
+    assert "its agent did not answer in 0.3 s" in done.stdout
+    shown = done.stdout.partition("Console of the Linux guest; timeout: ")[2]
+    assert shown.splitlines()[1] == "up"
+    assert "unknown private memory ABI" in done.stdout

@@ -45,9 +45,9 @@ def test_private_memory(kvm: kvmpriv.Kvm, capsys: pytest.CaptureFixture[str]) ->
 def test_declare(vm: kvmpriv.Vm) -> None:
     """The kernel, which lacks KVM_FOO, answers ENOTTY; everything before that works."""
     with pytest.raises(OSError, match=r"KVM_FOO\(gpa=0x1000, flags=1\)") as refusal:
-        exec(compile(PYTHON[3], "README.md", "exec"), {"kvmpriv": kvmpriv, "vm": vm})
+        exec(compile(PYTHON[4], "README.md", "exec"), {"kvmpriv": kvmpriv, "vm": vm})
     assert refusal.value.errno == errno.ENOTTY
-    assert len(PYTHON) == 4
+    assert len(PYTHON) == 5
     assert "LinuxGuest" in PYTHON[2], "tests/vm/talk.py executes it"
 
 

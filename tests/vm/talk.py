@@ -1,9 +1,8 @@
-"""Runs in a VM: guests that a program talks to; writes what each check has found to a file.
+"""Guests that a program talks to: runs in a VM, as test_talk.py starts it.
 
-Usage: talk.py FOLDER KERNEL ABI [EXPRESSION, of the names of the checks]
+    pytest tests/vm/talk.py --linux-kernel BZIMAGE
 
-Each check is a function with a guest in its parameter's name: `shared` and `private` are one guest
-each for all their checks, `alone` makes its own.
+Its name is not that of a test: on a host whose KVM can't run Linux all of it would be skipped.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import errno
 import fcntl
 import hashlib
 import io
-import json
 import os
 import pty
 import random
@@ -24,27 +22,42 @@ import sys
 import termios
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from conftest import ROOT
 from kvmpriv.guest.linux import GuestDied, LinuxGuest, ProtocolError, agent_ready, initrd
 from kvmpriv.guest.linux.disk import Block, Entropy
+from kvmpriv.guest.linux.net import Net
+from kvmpriv.guest.linux.tap import GUEST_ADDRESS, HOST_ADDRESS, Tap
+from kvmpriv.pytest import MakeLinuxGuest
 
-ROOT = Path(__file__).resolve().parents[2]
 MIB = 1 << 20
-KERNEL = ""
-FOLDER = Path()
-ABI = ""
+
+pytestmark = pytest.mark.linux_guest(memory=256 * MIB)
+#: The tests share a guest; with `both` they run in one with private memory, too.
+shared = pytest.mark.linux_guest(scope="module")
+private = pytest.mark.linux_guest(scope="module", private=True)
+KINDS = {"shared": shared, "private": private}
+both = pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=mark) for kind, mark in KINDS.items()], indirect=True
+)
 
 
-def boot(**options: Any) -> LinuxGuest:
-    return LinuxGuest(KERNEL, memory=256 * MIB, timeout=120, **options)
+@pytest.fixture(autouse=True)
+def kind(request: pytest.FixtureRequest) -> str:
+    """Which guest a test with `both` has."""
+    return getattr(request, "param", "")
+
+
+@pytest.fixture
+def kernel(request: pytest.FixtureRequest) -> str:
+    """The kernel's file."""
+    return str(request.config.getoption("--linux-kernel"))
 
 
 @contextmanager
@@ -66,65 +79,69 @@ def within(seconds: float, true: Callable[[], object]) -> None:
 # -- in one guest, and in one with private memory --------------------------------------------------
 
 
-def both_commands(guest: LinuxGuest) -> None:
-    done = guest.run(["sh", "-c", "cat; echo err >&2; exit 3"], input=b"\0\xff\r\n")
+@both
+def test_commands(linux_guest: LinuxGuest) -> None:
+    done = linux_guest.run(["sh", "-c", "cat; echo err >&2; exit 3"], input=b"\0\xff\r\n")
     assert (done.returncode, done.stdout, done.stderr) == (3, b"\0\xff\r\n", b"err\n")
-    assert guest.run("uname -s", text=True, check=True).stdout == "Linux\n"
-    assert guest.run("kill -9 $$").returncode == -9
-    assert guest.run(["pwd"]).stdout == b"/\n"
-    assert guest.run(["pwd"], cwd="/proc").stdout == b"/proc\n"
-    assert guest.run(["env"], env={"A": "1", "PATH": "/bin"}).stdout == b"A=1\nPATH=/bin\n"
+    assert linux_guest.run("uname -s", text=True, check=True).stdout == "Linux\n"
+    assert linux_guest.run("kill -9 $$").returncode == -9
+    assert linux_guest.run(["pwd"]).stdout == b"/\n"
+    assert linux_guest.run(["pwd"], cwd="/proc").stdout == b"/proc\n"
+    assert linux_guest.run(["env"], env={"A": "1", "PATH": "/bin"}).stdout == b"A=1\nPATH=/bin\n"
     with raises(FileNotFoundError, "no-such"):
-        guest.run(["no-such"])
+        linux_guest.run(["no-such"])
     with raises(subprocess.CalledProcessError):
-        guest.run(["false"], check=True)
-    assert guest.run("ls -l /proc/self/fd").stdout.count(b"pipe:") == 3
+        linux_guest.run(["false"], check=True)
+    assert linux_guest.run("ls -l /proc/self/fd").stdout.count(b"pipe:") == 3
 
 
-def both_files(guest: LinuxGuest) -> None:
-    top = FOLDER / f"tree{id(guest)}"
+@both
+def test_files(linux_guest: LinuxGuest, tmp_path: Path) -> None:
+    top = tmp_path / "tree"
     (top / "a b").mkdir(parents=True)
     data = random.Random(3).randbytes(3 * MIB + 17)
     odd = Path(os.fsdecode(os.fsencode(top / "a b") + b"/\xff\n"))
     odd.write_bytes(data)
     odd.chmod(0o711)
     (top / "link").symlink_to("a b")
-    guest.put(top, "/tmp/tree")
-    listed = guest.run("cd /tmp/tree && find . -print0 | sort -z").stdout.split(b"\0")
+    linux_guest.put(top, "/tmp/tree")
+    listed = linux_guest.run("cd /tmp/tree && find . -print0 | sort -z").stdout.split(b"\0")
     assert listed == [b".", b"./a b", b"./a b/\xff\n", b"./link", b""]
-    assert guest.run(["stat", "-c", "%a", b"/tmp/tree/a b/\xff\n"]).stdout == b"711\n"
-    back = FOLDER / f"back{id(guest)}"
-    guest.get("/tmp/tree", back)
+    assert linux_guest.run(["stat", "-c", "%a", b"/tmp/tree/a b/\xff\n"]).stdout == b"711\n"
+    back = tmp_path / "back"
+    linux_guest.get("/tmp/tree", back)
     copied = Path(os.fsdecode(os.fsencode(back / "a b") + b"/\xff\n"))
     assert copied.read_bytes() == data
     assert copied.stat().st_mode & 0o777 == 0o711
     assert os.readlink(back / "link") == "a b"
-    guest.put(b"#!/bin/sh\necho put\n", "/tmp/program", mode=0o755)
-    assert guest.run(["/tmp/program"]).stdout == b"put\n"
-    assert guest.get("/tmp/program") == b"#!/bin/sh\necho put\n"
+    linux_guest.put(b"#!/bin/sh\necho put\n", "/tmp/program", mode=0o755)
+    assert linux_guest.run(["/tmp/program"]).stdout == b"put\n"
+    assert linux_guest.get("/tmp/program") == b"#!/bin/sh\necho put\n"
 
 
-def both_streams(guest: LinuxGuest) -> None:
+@both
+def test_streams(linux_guest: LinuxGuest) -> None:
     """Both directions at a time, more than all windows."""
     data = random.Random(4).randbytes(2 * MIB)
-    assert guest.run(["cat"], input=data).stdout == data
-    flood = guest.run("head -c 1000000 /dev/zero; head -c 1000000 /dev/zero >&2")
+    assert linux_guest.run(["cat"], input=data).stdout == data
+    flood = linux_guest.run("head -c 1000000 /dev/zero; head -c 1000000 /dev/zero >&2")
     assert (flood.stdout, flood.stderr) == (bytes(1_000_000), bytes(1_000_000))
 
 
-def both_process(guest: LinuxGuest) -> None:
-    with guest.popen(["cat"], text=True) as cat:
+@both
+def test_process(linux_guest: LinuxGuest) -> None:
+    with linux_guest.popen(["cat"], text=True) as cat:
         cat.stdin.write("a line\n")
         cat.stdin.flush()
         assert cat.stdout.readline() == "a line\n"
         assert cat.poll() is None
         cat.terminate()
         assert cat.wait(30) == -signal.SIGTERM
-    processes = [guest.popen("read x; echo $x") for _ in range(10)]
+    processes = [linux_guest.popen("read x; echo $x") for _ in range(10)]
     for number, process in enumerate(processes):
         assert process.communicate(b"%d\n" % number)[0] == b"%d\n" % number
         assert process.wait() == 0
-    with guest.popen("tty; stty size; read x; echo got $x", terminal=(33, 101)) as process:
+    with linux_guest.popen("tty; stty size; read x; echo got $x", terminal=(33, 101)) as process:
         process.stdin.write(b"typed\n")
         process.stdin.flush()
         shown = process.stdout.read()
@@ -132,55 +149,61 @@ def both_process(guest: LinuxGuest) -> None:
         assert shown.endswith(b"got typed\r\n")
 
 
-def both_timeout(guest: LinuxGuest) -> None:
+@both
+def test_timeout(linux_guest: LinuxGuest) -> None:
     with raises(subprocess.TimeoutExpired):
-        guest.run("sleep 977 & sleep 977; wait", timeout=2)
-    within(20, lambda: b"sleep 977" not in guest.run("ps").stdout)
+        linux_guest.run("sleep 977 & sleep 977; wait", timeout=2)
+    within(20, lambda: b"sleep 977" not in linux_guest.run("ps").stdout)
     with raises(subprocess.TimeoutExpired):
-        guest.run("yes & yes >&2", timeout=2)
-    assert guest.run(["true"]).returncode == 0
+        linux_guest.run("yes & yes >&2", timeout=2)
+    assert linux_guest.run(["true"]).returncode == 0
 
 
 # -- in the guest with shared memory only ----------------------------------------------------------
 
 
-def shared_room(guest: LinuxGuest) -> None:
-    guest.run("mkdir /tmp/small; mount -t tmpfs -o size=1m none /tmp/small", check=True)
-    with raises(OSError, "No space left on device (in the guest)") as full:
-        guest.put(bytes(2 * MIB), "/tmp/small/big")
+@shared
+def test_room(linux_guest: LinuxGuest, tmp_path: Path) -> None:
+    linux_guest.run("mkdir /tmp/small; mount -t tmpfs -o size=1m none /tmp/small", check=True)
+    with raises(OSError, "No space left on device (in the linux_guest)") as full:
+        linux_guest.put(bytes(2 * MIB), "/tmp/small/big")
     assert (full[0].errno, full[0].filename) == (errno.ENOSPC, "/tmp/small/big")
-    assert guest.get("/proc/version").startswith(b"Linux version")
+    assert linux_guest.get("/proc/version").startswith(b"Linux version")
     with raises(OSError, "a character device"):
-        guest.get("/dev/null")
+        linux_guest.get("/dev/null")
     with raises(OSError, "a block device") as refused:
-        guest.run("mknod /tmp/node b 7 0", check=True)
-        guest.get("/tmp/node")
+        linux_guest.run("mknod /tmp/node b 7 0", check=True)
+        linux_guest.get("/tmp/node")
     assert refused[0].filename == "/tmp/node"
-    guest.run("mkdir /tmp/out; ln -s /etc /tmp/out/x", check=True)
+    linux_guest.run("mkdir /tmp/out; ln -s /etc /tmp/out/x", check=True)
     with raises(ProtocolError, "symbolic link"):
-        guest.get("/tmp/out", FOLDER / "out")
-    assert not (FOLDER / "out").exists()
+        linux_guest.get("/tmp/out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
-def shared_orphans(guest: LinuxGuest) -> None:
+@shared
+def test_orphans(linux_guest: LinuxGuest) -> None:
     """Processes that lose their parents are reaped, and the agent has no leftovers."""
-    guest.run("(sleep 0.1 &) ; (true &)")
-    within(20, lambda: b"[sleep]" not in guest.run("ps").stdout)
-    assert b" Z " not in guest.run("ps -o stat,comm").stdout.replace(b"Z  ", b" Z ")
-    fds = guest.run("ls /proc/$(pidof -s @.kvmpriv/agent || echo 1)/fd 2>/dev/null | wc -l").stdout
+    linux_guest.run("(sleep 0.1 &) ; (true &)")
+    within(20, lambda: b"[sleep]" not in linux_guest.run("ps").stdout)
+    assert b" Z " not in linux_guest.run("ps -o stat,comm").stdout.replace(b"Z  ", b" Z ")
+    fds = linux_guest.run(
+        "ls /proc/$(pidof -s @.kvmpriv/agent || echo 1)/fd 2>/dev/null | wc -l"
+    ).stdout
     assert int(fds) < 12
 
 
-def shared_threads(guest: LinuxGuest) -> None:
+@shared
+def test_threads(linux_guest: LinuxGuest) -> None:
     errors: list[BaseException] = []
 
     def work(number: int) -> None:
         try:
             for turn in range(5):
                 text = f"{number}.{turn}"
-                assert guest.run(["echo", text], text=True).stdout == text + "\n"
-                guest.put(text.encode(), f"/tmp/{number}")
-                assert guest.get(f"/tmp/{number}") == text.encode()
+                assert linux_guest.run(["echo", text], text=True).stdout == text + "\n"
+                linux_guest.put(text.encode(), f"/tmp/{number}")
+                assert linux_guest.get(f"/tmp/{number}") == text.encode()
         except BaseException as error:  # noqa: BLE001  # the check gets it
             errors.append(error)
 
@@ -192,32 +215,34 @@ def shared_threads(guest: LinuxGuest) -> None:
     assert errors == []
 
 
-def shared_ctrl_c(guest: LinuxGuest) -> None:
+@shared
+def test_ctrl_c(linux_guest: LinuxGuest, tmp_path: Path) -> None:
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
         for work in (
-            lambda: guest.run("sleep 978"),
-            lambda: guest.run(["cat"], input=bytes(256 * MIB)),
-            lambda: guest.get("/proc/kmsg", FOLDER / "kmsg"),
-            lambda: guest.put(bytes(200 * MIB), "/tmp/much"),
+            lambda: linux_guest.run("sleep 978"),
+            lambda: linux_guest.run(["cat"], input=bytes(256 * MIB)),
+            lambda: linux_guest.get("/proc/kmsg", tmp_path / "kmsg"),
+            lambda: linux_guest.put(bytes(200 * MIB), "/tmp/much"),
         ):
             signal.setitimer(signal.ITIMER_REAL, 1)
             with raises(KeyboardInterrupt):
                 work()
-            assert guest.run(["true"]).returncode == 0
+            assert linux_guest.run(["true"]).returncode == 0
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-    assert not (FOLDER / "kmsg").exists()
-    within(20, lambda: b"sleep 978" not in guest.run("ps").stdout)
+    assert not (tmp_path / "kmsg").exists()
+    within(20, lambda: b"sleep 978" not in linux_guest.run("ps").stdout)
 
 
-def shared_shell(guest: LinuxGuest) -> None:
+@shared
+def test_shell(linux_guest: LinuxGuest) -> None:
     """On a terminal of this process: raw meanwhile, as it was afterwards; its size is passed on."""
-    status, shown, same = on_terminal(guest.shell, b"stty size\nexit 5\n")
+    status, shown, same = on_terminal(linux_guest.shell, b"stty size\nexit 5\n")
     assert status == 5, shown
     assert same, "the terminal was not restored"
     assert b"24 80\r\n" in shown or b"31 77\r\n" in shown, shown
@@ -263,18 +288,38 @@ def on_terminal(call: Callable[[], int], typed: bytes) -> tuple[int, bytes, bool
     return status, bytes(shown), same
 
 
+@both
+def test_pause(linux_guest: LinuxGuest) -> None:
+    """A paused guest does nothing and answers nothing; afterwards it goes on."""
+    line = "i=0; while :; do i=$((i + 1)); [ $((i % 100)) != 0 ] || echo $i; done"
+    with linux_guest.popen(line, text=True) as counts:
+        assert counts.stdout.readline() == "100\n"
+        linux_guest.pause()
+        cost = linux_guest.cost()
+        with raises(subprocess.TimeoutExpired):
+            linux_guest.run(["true"], timeout=1)
+        after = linux_guest.cost()
+        assert after.exits == cost.exits
+        assert after.wall > cost.wall + 0.9
+        linux_guest.resume()
+        assert linux_guest.run(["true"]).returncode == 0
+        assert linux_guest.cost().exits > cost.exits
+        counts.kill()
+    complaints = re.findall(rb".*(?:lockup|stall|hung task).*", linux_guest.run(["dmesg"]).stdout)
+    assert complaints == []
+
+
 # -- guests of their own ---------------------------------------------------------------------------
 
 
-def alone_devices() -> None:
+def test_devices(make_linux_guest: MakeLinuxGuest, tmp_path: Path) -> None:
     """The agent's port beside other devices; shutdown writes the disk."""
-    disk = FOLDER / "disk"
+    disk = tmp_path / "disk"
     disk.write_bytes(bytes(MIB))
-    with boot(devices=[Entropy(), Block(disk)], cpus=2) as guest:
-        assert guest.run(["nproc"]).stdout == b"2\n"
-        guest.run("echo written | dd of=/dev/vda conv=notrunc", check=True)
-    assert guest.outcome is not None
-    assert guest.outcome.how == "off"
+    guest = make_linux_guest(devices=[Entropy(), Block(disk)], cpus=2)
+    assert guest.run(["nproc"]).stdout == b"2\n"
+    guest.run("echo written | dd of=/dev/vda conv=notrunc", check=True)
+    assert guest.shutdown().how == "off"
     assert disk.read_bytes().startswith(b"written\n")
 
 
@@ -302,29 +347,29 @@ def works(guest: LinuxGuest, line: str) -> bool:
     return False
 
 
-def alone_own_initrd() -> None:
+def test_own_initrd(make_linux_guest: MakeLinuxGuest, tmp_path: Path) -> None:
     """The init of another initrd is started, and commands run where it has gone."""
     root = initrd.busybox(SWITCH)
-    path = FOLDER / "own.cpio.gz"
+    path = tmp_path / "own.cpio.gz"
     path.write_bytes(subprocess.run(["gzip", "-c"], input=root, capture_output=True).stdout)
-    with boot(initrd=path) as guest:
-        within(60, lambda: works(guest, "cat /marker2"))
-        assert guest.run(["cat", "/marker"]).stdout == b"marker\n"
-        assert guest.run("cat /proc/1/cmdline").stdout.startswith(b"/bin/busybox\0sleep")
-        assert guest.get("/marker") == b"marker\n"
-        with guest.popen("read x; echo $x", terminal=(10, 10)) as process:
-            process.stdin.write(b"on a terminal\n")
-            process.stdin.flush()
-            assert process.stdout.read().endswith(b"on a terminal\r\n")
+    guest = make_linux_guest(initrd=path)
+    within(60, lambda: works(guest, "cat /marker2"))
+    assert guest.run(["cat", "/marker"]).stdout == b"marker\n"
+    assert guest.run("cat /proc/1/cmdline").stdout.startswith(b"/bin/busybox\0sleep")
+    assert guest.get("/marker") == b"marker\n"
+    with guest.popen("read x; echo $x", terminal=(10, 10)) as process:
+        process.stdin.write(b"on a terminal\n")
+        process.stdin.flush()
+        assert process.stdout.read().endswith(b"on a terminal\r\n")
     other = initrd.busybox("sleep 100000", {"other": b"#!/bin/busybox sh\nexec /init other\n"})
-    with boot(initrd=other, cmdline="quiet rdinit=/other") as guest:
-        wanted = b"/bin/busybox\0sh\0/init\0other\0"
-        within(60, lambda: guest.run("cat /proc/1/cmdline").stdout == wanted)
+    guest = make_linux_guest(initrd=other, cmdline="quiet rdinit=/other")
+    wanted = b"/bin/busybox\0sh\0/init\0other\0"
+    within(60, lambda: guest.run("cat /proc/1/cmdline").stdout == wanted)
 
 
-def alone_panic() -> None:
-    guest = boot(initrd=initrd.busybox("mkfifo /tmp/f; read x </tmp/f; exit 3"))
-    with raises(GuestDied, "the guest's kernel panicked: Kernel panic") as died, guest:
+def test_panic(make_linux_guest: MakeLinuxGuest) -> None:
+    guest = make_linux_guest(initrd=initrd.busybox("mkfifo /tmp/f; read x </tmp/f; exit 3"))
+    with raises(GuestDied, "the guest's kernel panicked: Kernel panic") as died:
         within(60, lambda: guest.run("[ -p /tmp/f ]").returncode == 0)
         guest.run("echo x >/tmp/f; sleep 100")
     assert died[0].outcome.how == "panic"
@@ -332,14 +377,14 @@ def alone_panic() -> None:
     assert died[0].console
 
 
-def alone_ends() -> None:
+def test_ends(make_linux_guest: MakeLinuxGuest) -> None:
     for command, how, append in (
         ("poweroff -f", "off", ""),
         ("reboot -f", "crash", " reboot=t"),
     ):
-        guest = boot(cmdline="quiet" + append)
+        guest = make_linux_guest(cmdline="quiet" + append)
         process: Any = None
-        with raises(GuestDied) as died, guest:
+        with raises(GuestDied) as died:
             process = guest.popen("echo before; sleep 1000")
             assert process.stdout.readline() == b"before\n"
             guest.run(command + "; sleep 100")
@@ -348,22 +393,23 @@ def alone_ends() -> None:
             process.wait()
 
 
-def alone_agent_killed() -> None:
-    with boot() as guest:
-        with raises(GuestDied, "the guest's agent has ended") as died:
-            guest.run("kill -9 $(ps | grep @.kvmpriv | grep -v grep | awk '{print $1}'); sleep 100")
-        assert died[0].outcome.how == "agent"
-        assert guest.outcome is None
-        with raises(GuestDied):
-            guest.run("true")
+def test_agent_killed(make_linux_guest: MakeLinuxGuest) -> None:
+    guest = make_linux_guest()
+    with raises(GuestDied, "the guest's agent has ended") as died:
+        guest.run("kill -9 $(ps | grep @.kvmpriv | grep -v grep | awk '{print $1}'); sleep 100")
+    assert died[0].outcome.how == "agent"
+    assert guest.outcome is None
+    assert not guest.alive
+    with raises(GuestDied):
+        guest.run("true")
+    guest.shutdown()
     assert guest.outcome is not None
 
 
-def alone_close() -> None:
+def test_close(make_linux_guest: MakeLinuxGuest) -> None:
     """Closed with commands under way; nothing is left in this process."""
     before = len(os.listdir("/proc/self/fd")), threading.active_count()
-    guest = boot()
-    guest.start()
+    guest = make_linux_guest()
     found: list[BaseException] = []
 
     def use(call: Callable[[], object]) -> None:
@@ -391,35 +437,61 @@ def alone_close() -> None:
     assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before
 
 
-def alone_several() -> None:
-    """Guests beside each other in one process."""
-    with boot() as one, boot() as two:
-        one.put(b"one", "/tmp/x")
-        two.put(b"two", "/tmp/x")
-        assert (one.get("/tmp/x"), two.get("/tmp/x")) == (b"one", b"two")
+def test_several(make_linux_guest: MakeLinuxGuest) -> None:
+    """Eight guests in one process, each with its network card and files of its own."""
+    before = len(os.listdir("/proc/self/fd")), threading.active_count()
+    guests: list[LinuxGuest] = []
+
+    def start() -> None:
+        guests.append(make_linux_guest(memory=96 * MIB, devices=[Net(Tap())]))
+
+    threads = [threading.Thread(target=start) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(guests) == 8
+    for number, guest in enumerate(guests):
+        guest.put(b"%d" % number, "/tmp/x")
+    assert [guest.get("/tmp/x") for guest in guests] == [b"%d" % number for number in range(8)]
+    addresses = {guest.get("/sys/class/net/eth0/address") for guest in guests}
+    assert len(addresses) == 8
+    line = f"ifconfig eth0 {GUEST_ADDRESS} up; ping -c 1 {HOST_ADDRESS}"
+    for guest in guests:
+        assert b" 0% packet loss" in guest.run(line, check=True).stdout
+        assert guest.cost().kinds["KVM_EXIT_IO"] > 100
+        guest.close()
+    assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before
+    assert list(Path("/run/netns").glob(f"kvmpriv-{os.getpid()}-*")) == []
 
 
-def alone_readme() -> None:
-    """The README's example, and the example programs."""
-    (example,) = (
-        block
-        for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-        if "LinuxGuest" in block
-    )
-    os.chdir(FOLDER)
-    Path("bzImage").symlink_to(KERNEL)
+def examples(word: str) -> str:
+    """The README's program in which `word` is."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (found,) = (block for block in blocks if word in block)
+    return str(found)
+
+
+def test_readme(kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The README's examples, and the example programs."""
+    monkeypatch.chdir(tmp_path)
+    Path("bzImage").symlink_to(kernel)
     shown = io.StringIO()
     values: dict[str, Any] = {}
     with redirect_stdout(shown):
-        exec(compile(example, "README.md", "exec"), values)
+        exec(compile(examples("LinuxGuest"), "README.md", "exec"), values)
     assert shown.getvalue() == "42\n\n"
     assert values["version"].startswith(b"Linux version")
+    Path("test_it.py").write_text(examples("pytest.mark"))
+    command = [sys.executable, "-m", "pytest", "--linux-kernel", "bzImage"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert " 2 passed" in done.stdout, done.stdout
     for name, arguments, status, words in (
         ("linux_command.py", ["echo $((6 * 7)) of $(uname -s); exit 3"], 3, "42 of Linux\n"),
-        ("linux_talk.py", [ABI], 0, "that text at 0 addresses; 384 MiB are private\n"),
+        ("linux_talk.py", [], 0, "that text at 0 addresses; 384 MiB are private\n"),
     ):
         done = subprocess.run(
-            [sys.executable, ROOT / "scripts/examples" / name, KERNEL, *arguments],
+            [sys.executable, ROOT / "scripts/examples" / name, kernel, *arguments],
             capture_output=True,
             text=True,
         )
@@ -427,9 +499,9 @@ def alone_readme() -> None:
         assert words in done.stdout
 
 
-def alone_command_line() -> None:
+def test_command_line(kernel: str) -> None:
     """`kvmpriv boot --run` and `--shell`."""
-    boot = [sys.executable, "-m", "kvmpriv", "boot", "--kernel", KERNEL, "--memory", "256M"]
+    boot = [sys.executable, "-m", "kvmpriv", "boot", "--kernel", kernel, "--memory", "256M"]
 
     def run(*arguments: str, **options: Any) -> tuple[int, bytes, bytes]:
         done = subprocess.run([*boot, *arguments], capture_output=True, **options)
@@ -437,7 +509,7 @@ def alone_command_line() -> None:
 
     line = "cat; echo err >&2; exit 7"
     assert run("--run", line, input=b"in\0") == (7, b"in\0", b"err\n")
-    assert run("--run", "kill -9 $$", f"--private={ABI}", stdin=subprocess.DEVNULL)[0] == 137
+    assert run("--run", "kill -9 $$", "--private", stdin=subprocess.DEVNULL)[0] == 137
     status, output, _ = run("--run", "yes | head -c 3000000; exec >&-; exec true", input=b"x" * MIB)
     assert (status, len(output)) == (0, 3_000_000)
     status, output, errors = run("--run", "sleep 1000", "--timeout", "40", stdin=subprocess.DEVNULL)
@@ -485,12 +557,12 @@ def entry(kind: str, name: bytes = b"", data: bytes = b"") -> bytes:
     return struct.pack("<BBHIQ", ord(kind), 0, len(name), 0o777, len(data)) + name + data
 
 
-def alone_hostile() -> None:
+def test_hostile(kernel: str, tmp_path: Path) -> None:
     """A guest whose agent is another program; this process refuses what it sends, and goes on."""
     hello = frame(64, 0, struct.pack("<8sII", b"kvmpriv\0", 1, 0))
     started = frame(65, 1, bytes(4))
     evil = entry("d") + entry("f", b"../../evil") + entry("c", b"", b"x") + entry("e") + entry("z")
-    target = FOLDER / "deep/er/to"
+    target = tmp_path / "deep/er/to"
     target.parent.mkdir(parents=True)
     for answer, words in (
         (random.Random(6).randbytes(200_000), "the agent sent"),
@@ -500,7 +572,8 @@ def alone_hostile() -> None:
         real, agent_ready.AGENT = agent_ready.AGENT, HOSTILE.encode()
         try:
             files = {".kvmpriv/hello": hello, ".kvmpriv/answer": answer}
-            guest = boot(initrd=initrd.busybox("sleep 100000", files))
+            root = initrd.busybox("sleep 100000", files)
+            guest = LinuxGuest(kernel, initrd=root, memory=256 * MIB)
         finally:
             agent_ready.AGENT = real
         with raises(ProtocolError, words):
@@ -508,63 +581,33 @@ def alone_hostile() -> None:
             guest.get("/etc", target)
         guest.close()
         assert list(target.parent.iterdir()) == []
-        assert not (FOLDER / "evil").exists()
+        assert not (tmp_path / "evil").exists()
 
 
-def alone_64_mib() -> None:
+@shared
+def test_64_mib(linux_guest: LinuxGuest) -> None:
     """64 MiB in, and 64 MiB out, byte for byte."""
-    with boot() as guest:
-        piece = random.Random(5).randbytes(MIB)
-        sums = hashlib.md5()
-        for _ in range(64):
-            sums.update(piece)
-        guest.put(piece, "/tmp/piece")
-        began = time.monotonic()
-        done = guest.run(["md5sum"], input=piece * 64)
-        into = time.monotonic()
-        assert done.stdout.split()[0].decode() == sums.hexdigest()
-        out = guest.run("i=0; while [ $i -lt 64 ]; do cat /tmp/piece; i=$((i + 1)); done").stdout
-        took = time.monotonic() - into
-        assert out == piece * 64
-        print(f"64 MiB in {into - began:.1f} s in, {took:.1f} s out", file=sys.stderr)
+    piece = random.Random(5).randbytes(MIB)
+    sums = hashlib.md5()
+    for _ in range(64):
+        sums.update(piece)
+    linux_guest.put(piece, "/tmp/piece")
+    began = time.monotonic()
+    done = linux_guest.run(["md5sum"], input=piece * 64)
+    into = time.monotonic()
+    assert done.stdout.split()[0].decode() == sums.hexdigest()
+    line = "i=0; while [ $i -lt 64 ]; do cat /tmp/piece; i=$((i + 1)); done"
+    out = linux_guest.run(line).stdout
+    took = time.monotonic() - into
+    assert out == piece * 64
+    print(f"64 MiB in {into - began:.1f} s in, {took:.1f} s out")
 
 
-def names(wanted: str = "") -> list[str]:
-    """The names of the checks, as they are in the results; `wanted` as for `main`."""
-    checks = [n for n in globals() if re.search(wanted, n)]
+def names() -> list[str]:
+    """The names of the tests, as pytest reports them."""
     found = []
-    for kind in ("shared", "private"):
-        mine = [n for n in checks if n.startswith(("both_", kind + "_"))]
-        found += [f"{kind}_{n.partition('_')[2]}" for n in mine]
-    return found + [n for n in checks if n.startswith("alone_")]
-
-
-def main(folder: str, kernel: str, abi: str, wanted: str = "") -> None:
-    global KERNEL, FOLDER, ABI
-    KERNEL, FOLDER, ABI = kernel, Path(folder), abi
-    checks = {name: f for name, f in globals().items() if callable(f) and re.search(wanted, name)}
-    results: dict[str, str] = {}
-
-    def check(name: str, call: Callable[[], object]) -> None:
-        began = time.monotonic()
-        try:
-            call()
-            results[name] = ""
-        except BaseException:  # noqa: BLE001  # the test gets it
-            results[name] = traceback.format_exc()
-        print(f"{name} {time.monotonic() - began:.1f} s {results[name]}", file=sys.stderr)
-
-    for kind, private in (("shared", False), ("private", ABI)):
-        mine = {n: f for n, f in checks.items() if n.startswith(("both_", kind + "_"))}
-        if mine:
-            with boot(private=private) as guest:
-                for name, call in mine.items():
-                    check(f"{kind}_{name.partition('_')[2]}", partial(call, guest))
-    for name, call in checks.items():
-        if name.startswith("alone_"):
-            check(name, call)
-    (FOLDER / "talk.json").write_text(json.dumps(results))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    for name, test in globals().items():
+        if name.startswith("test_"):
+            marks = {mark.name for mark in getattr(test, "pytestmark", [])}
+            found += [f"{name}[{kind}]" for kind in KINDS] if "parametrize" in marks else [name]
+    return found

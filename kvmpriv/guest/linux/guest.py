@@ -223,6 +223,11 @@ class LinuxGuest(Agent):
         """How the guest ended; None while it runs."""
         return self._outcome
 
+    @property
+    def alive(self) -> bool:
+        """Whether it can be talked to: its agent has answered, and neither of them has ended."""
+        return self._link.ready and not self._link.failed
+
     def watch(self, look: Callable[[], object]) -> None:
         """Call `look` each second, in a thread of the guest.  Before `start`."""
         self._look = look
