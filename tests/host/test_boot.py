@@ -19,7 +19,16 @@ import pytest
 
 from conftest import ROOT
 from kvmpriv import ArgumentError, Kvm, private, trace
-from kvmpriv.guest.linux import Cost, Interrupted, LinuxMachine, Outcome, load_linux, plan
+from kvmpriv.guest.linux import (
+    Cost,
+    Device,
+    Interrupted,
+    LinuxMachine,
+    Outcome,
+    boot_protocol,
+    load_linux,
+    plan,
+)
 from kvmpriv.guest.linux.disk import Entropy
 from kvmpriv.guest.linux.dispatch import GuestThread
 from kvmpriv.guest.linux.tap import HOST_ADDRESS, Tap
@@ -108,6 +117,8 @@ def test_the_scripts(tmp_path: Path) -> None:
             42,
             "linux_command.py: the guest has ended itself: ",
         ),
+        ("linux_device.py", (), 2, "    scripts/examples/linux_device.py KERNEL"),
+        ("linux_device.py", (tmp_path / "none",), 1, "No such file or directory: '"),
         ("linux_talk.py", (), 2, "    scripts/examples/linux_talk.py KERNEL [ABI]"),
         ("linux_talk.py", (ends, "v8"), 1, "linux_talk.py: unknown private memory ABI"),
         ("linux_private.py", (), 2, "    scripts/examples/linux_private.py KERNEL [ABI"),
@@ -665,25 +676,151 @@ def test_end_after_close_has_no_effect(kvm: Kvm) -> None:
         os.close(number)
 
 
+class Doubles(Device):
+    """Reads as twice what was written."""
+
+    value = 0
+    closed = False
+
+    def read(self, offset: int, size: int) -> int:
+        return 2 * self.value
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        self.value = value
+
+    def close(self) -> None:
+        self.closed = True
+
+
 def test_a_device_of_ones_own(kvm: Kvm) -> None:
-    """A device answers accesses to its port and its memory, in a vCPU's thread."""
-
-    class Doubles:
-        value = 0
-
-        def read(self, offset: int, size: int) -> int:
-            return 2 * self.value
-
-        def write(self, offset: int, size: int, value: int) -> None:
-            self.value = value
-
+    """A device answers accesses to its port and its memory, and is closed with its machine."""
     # mov $21, %al; mov $0x500, %dx; out; in; mov $0xe0000000, %ebx; mov %al, (%rbx);
     # mov (%rbx), %al; out %al, $0xf4
     code = "b015 66ba0005 ee ec bb000000e0 8803 8a03 e6f4"
+    first, second = Doubles(), Doubles()
     with LinuxMachine(kvm, load_linux(kernel(bytes.fromhex(code))), plan(32 << 20)) as machine:
-        machine.ports.add(Doubles(), 0x500, 4)
-        machine.mmio.add(Doubles(), 0xE0000000, 8)
+        machine.add_device(first, port=0x500, size=4)
+        machine.add_device(second, mmio=0xE0000000, size=8)
         assert machine.run(timeout=20).status == 84
+        assert machine.ports.ranges[-1] == (0x500, 4, "Doubles")
+        with pytest.raises(RuntimeError, match="has been started: add devices before that"):
+            machine.add_device(Doubles(), port=0x600, size=1)
+        assert not first.closed
+    assert first.closed
+    assert second.closed
+
+
+@pytest.mark.parametrize("raised", [True, False])
+def test_the_interrupt_of_a_device(kvm: Kvm, raised: bool) -> None:
+    """It arrives at the interrupt controller, which the guest reads until then."""
+    # 1: mov $0xa, %al; out %al, $0x20; in $0x20, %al; test $1 << 5, %al; jz 1b; then exit with 42
+    image = load_linux(kernel(bytes.fromhex("b00a e620 e420 a820 74f6 b02a e6f4")))
+    device, without = Doubles(), Device()
+    with LinuxMachine(kvm, image, plan(32 << 20)) as machine:
+        machine.add_device(device, port=0x500, size=1, irq=5)
+        machine.add_device(without, port=0x501, size=1)
+        if raised:
+            device.interrupt()
+        outcome = machine.run(timeout=20 if raised else 0.3)
+        assert (outcome.how, outcome.status) == (("exit", 42) if raised else ("timeout", 124))
+        with pytest.raises(RuntimeError, match="the device Device has no interrupt line: add it"):
+            without.interrupt()
+    device.interrupt()
+    assert without.read(0, 2) == 0xFFFF
+    without.write(0, 1, 7)
+
+
+def test_interrupt_lines(kvm: Kvm, no_leak: object) -> None:
+    with LinuxMachine(kvm, load_linux(kernel(UP)), plan(32 << 20)) as machine:
+        machine.add_device(Doubles(), port=0x500, size=1, irq=5)
+        with pytest.raises(ArgumentError, match="irq 5 belongs to another device; free are 6, 7"):
+            machine.add_device(Doubles(), port=0x510, size=1, irq=5)
+        with pytest.raises(ArgumentError, match="irq 4 is not for devices of your own"):
+            machine.add_device(Doubles(), port=0x510, size=1, irq=4)
+        with pytest.raises(ArgumentError, match="overlaps"):
+            machine.add_device(Doubles(), port=0x500, size=1, irq=6)
+        machine.add_device(Doubles(), port=0x510, size=1, irq=6)
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ({}, "a device needs port and size, or mmio and size"),
+        ({"port": 0x500}, "a device needs port and size, or mmio and size"),
+        ({"port": 1, "mmio": 1, "size": 1}, "a device needs port and size, or mmio and size"),
+        ({"port": 0x500, "size": 0}, "0 ports from 0x500 on: a device has at least 1"),
+        ({"port": -1, "size": 4}, "4 ports from -0x1 on"),
+        ({"port": 0xFFFF, "size": 2}, "2 ports from 0xffff on: a device has at least 1, all of"),
+        (
+            {"port": 0x3FF, "size": 2},
+            "overlaps console (COM1) (0x3f8…0x3ff)",
+        ),
+        ({"port": 0x43, "size": 1}, "ports 0x43…0x43 overlap KVM's timer (0x40…0x43)"),
+        ({"mmio": 1 << 52, "size": 1}, "1 addresses from 0x10000000000000 on"),
+        (
+            {"mmio": (32 << 20) - 1, "size": 2},
+            "0x1ffffff…0x2000000 overlap RAM (RAM) (0x0",
+        ),
+        ({"mmio": 0xD0007FFF, "size": 1}, "overlap the virtio devices (0xd0000000…0xd0007fff)"),
+        ({"mmio": 0xFEE00020, "size": 4}, "overlap the local APICs"),
+    ],
+)
+def test_a_place_that_a_device_can_not_have(
+    kvm: Kvm, no_leak: object, place: dict[str, int], words: str
+) -> None:
+    device = Doubles()
+    with LinuxMachine(kvm, load_linux(kernel(UP)), plan(32 << 20)) as machine:
+        before = [*machine.ports.ranges], [*machine.mmio.ranges]
+        with pytest.raises(ArgumentError, match=re.escape(words)):
+            machine.add_device(device, **place)
+        assert ([*machine.ports.ranges], [*machine.mmio.ranges]) == before
+    assert not device.closed, "it stays its caller's"
+
+
+def test_virtio_devices_of_ones_own(kvm: Kvm, no_leak: object) -> None:
+    """They are as those of the constructor: tables, addresses, closed in the end."""
+    image = load_linux(kernel(UP))
+    made = [Closed() for _ in range(8)]
+    with LinuxMachine(kvm, image, plan(32 << 20), devices=[Closed()] * 3) as machine:
+        wanted = machine.memory.read(boot_protocol.TABLES, 0x1000)
+    with LinuxMachine(kvm, image, plan(32 << 20), devices=made[:1]) as machine:
+        for device in made[1:3]:
+            machine.add_device(device)
+        assert machine.memory.read(boot_protocol.TABLES, 0x1000) == wanted
+        for device in made[3:]:
+            machine.add_device(device)
+        assert [each.start for each in machine.mmio.ranges] == [
+            0xD0000000 + 0x1000 * number for number in range(8)
+        ]
+        with pytest.raises(ArgumentError, match="up to 8 virtio devices"):
+            machine.add_device(Closed())
+        with pytest.raises(ArgumentError, match="the machine chooses them"):
+            machine.add_device(Closed(), port=0x500)
+        assert machine.run(timeout=0.2).how == "timeout"
+        assert not any(device.closed for device in made)
+    assert all(device.closed for device in made)
+
+
+def test_bounce_buffers_of_a_device_that_is_added(
+    kvm: Kvm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command line has room for them; one that gets too long for the kernel is refused."""
+    monkeypatch.setattr(
+        "kvmpriv.guest.linux.machine.private_cmdline", lambda ranges, bounced: f"bounced={bounced}"
+    )
+    image = load_linux(kernel(UP))
+    with LinuxMachine(kvm, image, plan(32 << 20), cmdline="end") as machine:
+        assert machine.cmdline.endswith(" bounced=0 end")
+        device = Closed()
+        device.bounced = 12345
+        machine.add_device(device)
+        assert machine.cmdline.endswith(" bounced=12345 end")
+        assert machine.search(b" bounced=12345 end\0")
+        other = Closed()
+        other.bounced = 10**3000
+        with pytest.raises(ArgumentError, match="the command line has"):
+            machine.add_device(other)
+        assert len(machine.mmio.ranges) == 1
 
 
 def test_a_device_that_raises(kvm: Kvm) -> None:

@@ -23,7 +23,7 @@ import pytest
 from host.test_boot import SPIN, UP, boot, kernel
 from kvmpriv import ArgumentError, ClosedError
 from kvmpriv.guest.image import ImageError
-from kvmpriv.guest.linux import GuestDied, LinuxGuest, Outcome, load_linux
+from kvmpriv.guest.linux import Device, GuestDied, LinuxGuest, Outcome, load_linux
 from kvmpriv.guest.linux.disk import Block, Entropy
 from kvmpriv.guest.linux.net import Net
 from kvmpriv.guest.linux.tap import Tap
@@ -408,6 +408,30 @@ def test_a_pause_that_is_interrupted() -> None:
         time.sleep(0.01)
     made.close()
     thread.join(10)
+
+
+def test_devices_of_ones_own() -> None:
+    """Before the start they are added, and afterwards refused."""
+
+    class Ends(Device):
+        def write(self, offset: int, size: int, value: int) -> None:
+            made.machine.end(Outcome("off", 7, "by a device"))
+
+    made = guest(bytes.fromhex("66ba0005 ee ebfe"))
+    made.add_device(Ends(), port=0x500, size=1)
+    with pytest.raises(ArgumentError, match="overlaps Ends"):
+        made.add_device(Ends(), port=0x500, size=1)
+    for _ in range(7):
+        made.add_device(Entropy())
+    with pytest.raises(ArgumentError, match="up to 8 virtio devices"):
+        made.add_device(Entropy())
+    with pytest.raises(GuestDied, match="by a device"):
+        made.start()
+    with pytest.raises(RuntimeError, match="has been started"):
+        made.add_device(Entropy())
+    made.close()
+    with pytest.raises(ClosedError):
+        made.add_device(Entropy())
 
 
 def test_what_a_guest_costs() -> None:

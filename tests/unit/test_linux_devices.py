@@ -178,11 +178,40 @@ def test_bus() -> None:
     bus.write(0x102, 2, 7)
     bus.write(0x104, 2, 7)
     assert device.calls == [(0, 1), (3, 1), (2, 2, 7)]
-    with pytest.raises(ValueError, match="address 0x103 already belongs to another device"):
+    with pytest.raises(ValueError, match=r"^Log \(0x103…0x10a\) overlaps Log \(0x100…0x103\)$"):
         bus.add(Log(), 0x102 + 1, 8)
     assert bus.read(0x105, 1) == 0xFF  # nothing of the one that was refused is there
     bus.add(Log(), 0x200, 1, "a log")
     assert bus.ranges == [(0x100, 4, "Log"), (0x200, 1, "a log")]
+    for start, size in ((0x300, 0), (0x300, -1), (-1, 4)):
+        with pytest.raises(ArgumentError, match="at least 1 address, from 0 on: Log"):
+            bus.add(Log(), start, size)
+
+
+def test_a_large_device() -> None:
+    """A device of gigabytes takes no memory for its addresses."""
+
+    class Echo:
+        wrote: tuple[int, ...] = ()
+
+        def read(self, offset: int, size: int) -> int:
+            return offset
+
+        def write(self, offset: int, size: int, value: int) -> None:
+            self.wrote = (offset, size, value)
+
+    bus, large, small = Bus(), Echo(), Echo()
+    bus.add(large, 1 << 32, 8 << 30, "large")
+    bus.add(small, 0x1000, 0x1000, "small")
+    end = (1 << 32) + (8 << 30)
+    wanted = [0xFFFF, 0, (8 << 30) - 2, 0xFFFF, 4]
+    assert [bus.read(at, 2) for at in ((1 << 32) - 1, 1 << 32, end - 2, end, 0x1004)] == wanted
+    bus.write(end - 4, 4, 7)
+    bus.write(end, 4, 8)
+    assert (large.wrote, small.wrote) == (((8 << 30) - 4, 4, 7), ())
+    with pytest.raises(ArgumentError, match="overlaps large"):
+        bus.add(Echo(), end - 1, 1)
+    bus.add(Echo(), end, 1)
 
 
 def test_acpi_tables_hang_together() -> None:

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from examples.linux_device import ComputedDisk
 from kvmpriv import ArgumentError, HostMemory
 from kvmpriv.guest.linux.disk import Block, Entropy
 from kvmpriv.guest.linux.layout import GuestMemory, Range
@@ -178,7 +179,9 @@ def test_random_numbers(driver: MakeDriver) -> None:
     assert one.get(0x60) == 1
     one.put(0x64, 1)
     assert one.get(0x60) == 0
+    assert one.transport.queues[0].wants_interrupt()
     one.memory.write(one.rings(0)[1], b"\1\0")  # the driver polls
+    assert not one.transport.queues[0].wants_interrupt()
     one.request((10, WRITE))
     assert one.used(0) == [(0, 128), (0, 10)]
     assert one.interrupts == 1
@@ -295,6 +298,22 @@ def test_disk_in_another_format(tmp_path: Path, magic: bytes, kind: str) -> None
         Block(path)
     path.write_bytes(magic[:-1].ljust(4096, b"\0"))
     Block(path).close()
+
+
+def test_the_disk_of_an_example(driver: MakeDriver) -> None:
+    device = ComputedDisk()
+    one = driver(device)
+    data, status = one.request(block(0, 12345), (1024, WRITE), (1, WRITE))
+    assert (data, status) == (
+        b"this is sector 12345\n".ljust(512) + b"this is sector 12346\n".ljust(512),
+        b"\0",
+    )
+    assert one.request(block(1, 7), (b"x" * 512, 0), (1, WRITE)) == [b"\0"]
+    assert device.written == {7: b"x" * 512}
+    assert one.request(block(0, (1 << 20) - 1), (1024, WRITE), (1, WRITE))[1] == b"\1"
+    assert one.request(block(8), (20, WRITE), (1, WRITE))[1] == b"\2"
+    one.request((b"short", 0), (1, WRITE))
+    assert one.stopped
 
 
 class Cable:

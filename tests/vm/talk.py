@@ -488,6 +488,7 @@ def test_readme(kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert " 2 passed" in done.stdout, done.stdout
     for name, arguments, status, words in (
         ("linux_command.py", ["echo $((6 * 7)) of $(uname -s); exit 3"], 3, "42 of Linux\n"),
+        ("linux_device.py", [], 0, "guest has read 'this is sector 12345'\n"),
         ("linux_talk.py", [], 0, "that text at 0 addresses; 384 MiB are private\n"),
     ):
         done = subprocess.run(

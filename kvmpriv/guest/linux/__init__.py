@@ -24,7 +24,8 @@
 """
 
 from . import initrd
-from .bus import Bus, Device
+from .bus import Bus
+from .device import Device
 from .guest import GuestDied, LinuxGuest
 from .kernel import LinuxImage, load_bzimage, load_linux, load_vmlinux
 from .layout import Range, plan, private_cmdline
@@ -34,10 +35,12 @@ from .process import GuestProcess
 from .protocol import ProtocolError
 from .supervisor import Input
 from .usage import Cost, RangeUse
+from .virtio import Chain, Queue, RingError, VirtioDevice
 
 __all__ = [
     "EXIT_STATUSES",
     "Bus",
+    "Chain",
     "Cost",
     "Device",
     "GuestDied",
@@ -49,8 +52,11 @@ __all__ = [
     "LinuxMachine",
     "Outcome",
     "ProtocolError",
+    "Queue",
     "Range",
     "RangeUse",
+    "RingError",
+    "VirtioDevice",
     "initrd",
     "load_bzimage",
     "load_linux",

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .kernel import LinuxImage
     from .layout import GuestMemory, Range
 
-__all__ = ["TABLES", "TABLES_END", "enter", "load"]
+__all__ = ["TABLES", "TABLES_END", "enter", "load", "write_cmdline"]
 
 # Addresses in the first megabyte.  The kernel's trampoline uses any other RAM there.
 _GDT, _ZERO_PAGE, _PAGE_TABLES = 0x6000, 0x7000, 0x9000
@@ -48,12 +48,7 @@ def load(
     root pointer, 0 for none.  ImageError names what does not fit.
     """
     low = ranges[0]
-    if len(cmdline) > min(image.cmdline_max, _CMDLINE_END - _CMDLINE - 1):
-        raise ImageError(
-            f"the command line has {len(cmdline)} bytes; this kernel accepts {image.cmdline_max}"
-        )
-    if 0 in cmdline:
-        raise ImageError("the command line contains a zero byte")
+    write_cmdline(image, memory, cmdline)
     if image.end > low.end:
         raise ImageError(
             f"too little memory: the kernel needs {image.start:#x}…{image.end:#x}, and the memory"
@@ -63,10 +58,20 @@ def load(
     for segment in image.segments:
         memory.write(segment.address, segment.data)
     memory.write(initrd_at, initrd)
-    memory.write(_CMDLINE, cmdline + b"\0")
     memory.write(_ZERO_PAGE, _zero_page(image, ranges, initrd_at, len(initrd), rsdp))
     memory.write(_GDT, struct.pack("<4Q", 0, 0, _CODE, _DATA))
     x86.write_identity_map(memory, _PAGE_TABLES, _MAPPED_GIB)
+
+
+def write_cmdline(image: LinuxImage, memory: GuestMemory, cmdline: bytes) -> None:
+    """Write the command line alone.  ImageError if the kernel does not accept it."""
+    if len(cmdline) > min(image.cmdline_max, _CMDLINE_END - _CMDLINE - 1):
+        raise ImageError(
+            f"the command line has {len(cmdline)} bytes; this kernel accepts {image.cmdline_max}"
+        )
+    if 0 in cmdline:
+        raise ImageError("the command line contains a zero byte")
+    memory.write(_CMDLINE, cmdline + b"\0")
 
 
 def _place_initrd(image: LinuxImage, low_end: int, size: int) -> int:

@@ -38,6 +38,7 @@ from .usage import Cost
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from .device import Device
     from .virtio import VirtioDevice
 
 __all__ = ["PORT_NAME", "GuestDied", "LinuxGuest"]
@@ -227,6 +228,19 @@ class LinuxGuest(Agent):
     def alive(self) -> bool:
         """Whether it can be talked to: its agent has answered, and neither of them has ended."""
         return self._link.ready and not self._link.failed
+
+    def add_device(
+        self,
+        device: Device | VirtioDevice,
+        *,
+        port: int | None = None,
+        mmio: int | None = None,
+        size: int | None = None,
+        irq: int | None = None,
+    ) -> None:
+        """Add a device of your own, before `start`; see `LinuxMachine.add_device`."""
+        self._check()
+        self.machine.add_device(device, port=port, mmio=mmio, size=size, irq=irq)
 
     def watch(self, look: Callable[[], object]) -> None:
         """Call `look` each second, in a thread of the guest.  Before `start`."""

@@ -31,9 +31,10 @@ from ...private import PrivateVm
 from ..bare import EXIT_PORT
 from . import acpi, boot_protocol, cpuid, virtio
 from .bus import Bus
+from .device import Device, InterruptLine, check_interrupt, check_mmio, check_port
 from .dispatch import Dispatcher, GuestThread
 from .io import IoThread
-from .layout import MMIO, GuestMemory, Range, private_cmdline, resident
+from .layout import MMIO, VIRTIO_MAX, GuestMemory, Range, private_cmdline, resident
 from .outcome import Ending, Interrupted, Outcome, crashed
 from .pause import Gate
 from .power import add_power
@@ -42,7 +43,7 @@ from .serial import SIZE as SERIAL_SIZE
 from .serial import Serial
 from .supervisor import Input, Periodic, Supervisor
 from .usage import Cost, RangeUse, emulation, mapped_bytes, measure_cost, range_use
-from .virtio import Transport
+from .virtio import Transport, VirtioDevice
 
 if TYPE_CHECKING:
     from ...kvm import Kvm
@@ -52,7 +53,6 @@ if TYPE_CHECKING:
     from ...vm import Vm
     from .kernel import LinuxImage
     from .recording import RunRecorder
-    from .virtio import VirtioDevice
 
 __all__ = ["CPUS_MAX", "DEFAULT_CMDLINE", "LinuxMachine", "check_pin"]
 
@@ -62,7 +62,7 @@ DEFAULT_CMDLINE = "console=ttyS0 panic=-1"
 CPUS_MAX = 254
 
 _COM1, _COM2 = (0x3F8, 4), (0x2F8, 3)  # port, interrupt
-_VIRTIO_GSI, _VIRTIO_MAX = 16, 8  # the inputs of the IOAPIC that no legacy device uses
+_VIRTIO_GSI = 16  # the first of the inputs of the IOAPIC that no legacy device uses
 _TSS_ADDRESS, _IDENTITY_MAP_ADDRESS = 0xFFFBD000, 0xFFFBC000
 
 
@@ -116,10 +116,9 @@ class LinuxMachine:
     memory: GuestMemory
     #: The vCPUs, by vCPU id.
     vcpus: list[Vcpu]
-    #: The port I/O bus.  Add devices of your own before `run`:
-    #: ``guest.ports.add(device, 0x500, 4)``; `bus.Device` is what a device has to have.
+    #: The port I/O bus; `add_device` checks more than its `add`.
     ports: Bus
-    #: The same for memory-mapped I/O, at guest physical addresses without RAM.
+    #: The same for device memory (MMIO), by guest physical address.
     mmio: Bus
     #: The console's serial port (COM1).  `console.receive(data)` types `data` in the guest; it may
     #: be called from any thread.
@@ -146,9 +145,9 @@ class LinuxMachine:
             check_pin(pin, cpus)
             if not 1 <= cpus <= CPUS_MAX:
                 raise ArgumentError(f"a guest can have 1 to {CPUS_MAX} vCPUs, not {cpus}")
-            if len(devices) > _VIRTIO_MAX:
+            if len(devices) > VIRTIO_MAX:
                 raise ArgumentError(
-                    f"a guest can have up to {_VIRTIO_MAX} virtio devices, not {len(devices)}"
+                    f"a guest can have up to {VIRTIO_MAX} virtio devices, not {len(devices)}"
                 )
             self._pin: list[int | None] = [*pin] or [None] * cpus
             self._exits: list[defaultdict[int, int]] = [defaultdict(int) for _ in range(cpus)]
@@ -162,9 +161,10 @@ class LinuxMachine:
             self.image = image._replace(segments=())
             self.ranges = list(ranges)
             self.abi = abi
-            bounced = sum(device.bounced for device in devices)
-            words = (DEFAULT_CMDLINE, private_cmdline(ranges, bounced), cmdline)
-            self.cmdline = " ".join(filter(None, words))
+            self._own_words = cmdline
+            self._bounced = 0
+            self._virtio: list[tuple[int, int, int]] = []  # address, size and interrupt of each
+            self._interrupts: list[int] = []  # of devices that are not virtio devices
             self._ending = Ending()
             stack.callback(self._ending.close)
             self._supervisor = Supervisor(self._ending, output, self._stuck)
@@ -176,7 +176,11 @@ class LinuxMachine:
             self.vm.create_pit2(kvm_h.KVM_PIT_SPEAKER_DUMMY)
             self.ports, self.mmio = Bus(), Bus()
             self._add_ports()
-            found = self._add_virtio(devices, stack)
+            self._io = IoThread(self._io_failed, self._gate)
+            stack.callback(self._io.close)
+            for device in devices:
+                self._add_virtio(device, stack)
+            self.cmdline = self._whole_cmdline()
             self._dispatcher = Dispatcher(
                 self.vm,
                 self._ending,
@@ -194,8 +198,7 @@ class LinuxMachine:
                 initrd,
                 rsdp=boot_protocol.TABLES,
             )
-            tables = acpi.tables(boot_protocol.TABLES, cpus, found)
-            self.memory.write(boot_protocol.TABLES, tables)
+            self._describe_virtio()
             boot_protocol.enter(image, self.vcpus[0])
             self._stack = stack.pop_all()
 
@@ -234,43 +237,117 @@ class LinuxMachine:
             reset=self.reset,
         )
 
-    def _add_virtio(
-        self, devices: Sequence[VirtioDevice], stack: ExitStack
-    ) -> list[tuple[int, int, int]]:
-        """Put the devices on the MMIO bus; returns (address, size, interrupt) of each, for ACPI."""
+    def _add_virtio(self, device: VirtioDevice, stack: ExitStack) -> None:
+        """Put a virtio device on the MMIO bus; `stack` closes what that takes."""
 
         def eventfd() -> int:
             made = Fd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
             stack.callback(made.close)
             return made.fileno()
 
-        self._io = IoThread(self._io_failed, self._gate)
-        stack.callback(self._io.close)
-        found = []
-        for number, device in enumerate(devices):
-            base, gsi = MMIO + number * PAGE_SIZE, _VIRTIO_GSI + number
-            interrupt = eventfd()
-            self.vm.irqfd(interrupt, gsi)
-            transport = Transport(
-                device,
-                self.memory,
-                partial(os.eventfd_write, interrupt, 1),
-                self._complain,
-                access_platform=self.abi is not None,
+        number = len(self._virtio)
+        base, gsi = MMIO + number * PAGE_SIZE, _VIRTIO_GSI + number
+        interrupt = eventfd()
+        self.vm.irqfd(interrupt, gsi)
+        transport = Transport(
+            device,
+            self.memory,
+            partial(os.eventfd_write, interrupt, 1),
+            self._complain,
+            access_platform=self.abi is not None,
+        )
+        self.mmio.add(transport, base, virtio.SIZE, device.name)
+        for queue in range(device.queue_count):
+            notify = eventfd()
+            self.vm.ioeventfd(
+                notify,
+                base + virtio.QUEUE_NOTIFY,
+                4,
+                datamatch=queue,
+                flags=kvm_h.KVM_IOEVENTFD_FLAG_DATAMATCH,
             )
-            self.mmio.add(transport, base, virtio.SIZE, device.name)
-            for queue in range(device.queue_count):
-                notify = eventfd()
-                self.vm.ioeventfd(
-                    notify,
-                    base + virtio.QUEUE_NOTIFY,
-                    4,
-                    datamatch=queue,
-                    flags=kvm_h.KVM_IOEVENTFD_FLAG_DATAMATCH,
-                )
-                self._io.add(notify, transport, queue)
-            found.append((base, virtio.SIZE, gsi))
-        return found
+            self._io.add(notify, transport, queue)
+        self._virtio.append((base, virtio.SIZE, gsi))
+        self._bounced += device.bounced
+
+    def _whole_cmdline(self, more_bounced: int = 0) -> str:
+        private = private_cmdline(self.ranges, self._bounced + more_bounced)
+        return " ".join(filter(None, (DEFAULT_CMDLINE, private, self._own_words)))
+
+    def _describe_virtio(self) -> None:
+        """Write the tables that tell the kernel where its devices are."""
+        tables = acpi.tables(boot_protocol.TABLES, len(self.vcpus), self._virtio)
+        self.memory.write(boot_protocol.TABLES, tables)
+
+    def add_device(
+        self,
+        device: Device | VirtioDevice,
+        *,
+        port: int | None = None,
+        mmio: int | None = None,
+        size: int | None = None,
+        irq: int | None = None,
+    ) -> None:
+        """Add a device of your own, before `run`; the machine closes it in the end.
+
+        A `Device` has `size` ports from `port` on, or `size` bytes of device memory at the guest
+        physical address `mmio`; `irq` is its interrupt line, one of `device.INTERRUPTS`.  For a
+        `VirtioDevice` the machine chooses all of that.
+
+        ArgumentError for addresses or a line that another device has or that can't be used, and
+        for a ninth virtio device; RuntimeError once the machine has run.  The device stays its
+        caller's then.
+        """
+        if self._began:
+            raise RuntimeError("the guest has been started: add devices before that")
+        with ExitStack() as stack:
+            if isinstance(device, VirtioDevice):
+                if (port, mmio, size, irq) != (None,) * 4:
+                    raise ArgumentError(
+                        "a virtio device has no port, mmio, size or irq of its caller: the machine"
+                        " chooses them"
+                    )
+                if len(self._virtio) == VIRTIO_MAX:
+                    raise ArgumentError(
+                        f"a guest can have up to {VIRTIO_MAX} virtio devices, not one more"
+                    )
+                cmdline = self._whole_cmdline(device.bounced)
+                boot_protocol.write_cmdline(self.image, self.memory, os.fsencode(cmdline))
+                self.cmdline = cmdline
+                self._add_virtio(device, stack)
+                self._describe_virtio()
+            else:
+                self._add_own(device, port, mmio, size, irq, stack)
+            stack.callback(device.close)
+            self._stack.push(stack.pop_all().__exit__)
+
+    def _add_own(
+        self,
+        device: Device,
+        port: int | None,
+        mmio: int | None,
+        size: int | None,
+        irq: int | None,
+        stack: ExitStack,
+    ) -> None:
+        if size is None or (port is None) == (mmio is None):
+            raise ArgumentError("a device needs port and size, or mmio and size")
+        line: InterruptLine | None = None
+        if irq is not None:
+            check_interrupt(irq, self._interrupts)
+            line = InterruptLine()
+            stack.callback(line.close)
+            line.attach(self.vm.irqfd, irq)
+        if port is not None:
+            check_port(port, size)
+            self.ports.add(device, port, size, device.name)
+        else:
+            assert mmio is not None
+            check_mmio(mmio, size, self.ranges)
+            self.mmio.add(device, mmio, size, device.name)
+        if irq is not None:
+            self._interrupts.append(irq)
+        device.line = line
 
     def _io_failed(self, error: BaseException) -> None:
         self._io_error = error
