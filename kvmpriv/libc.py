@@ -20,6 +20,7 @@ __all__ = [
     "CLONE_NEWUSER",
     "FALLOC_FL_KEEP_SIZE",
     "FALLOC_FL_PUNCH_HOLE",
+    "FALLOC_FL_ZERO_RANGE",
     "RLIMIT_AS",
     "RLIMIT_CPU",
     "RLIMIT_DATA",
@@ -76,7 +77,7 @@ CLONE_NEWUSER, CLONE_NEWNET = 0x1000_0000, 0x4000_0000  # <linux/sched.h>
 _SYS_tgkill, _SYS_kcmp = 234, 312  # x86-64
 _KCMP_FILE = 0  # <linux/kcmp.h>
 
-FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2  # <linux/falloc.h>
+FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE = 1, 2, 16  # <linux/falloc.h>
 
 
 def os_error(errno: int, what: str) -> OSError:

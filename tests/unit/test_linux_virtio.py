@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import re
 import socket
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -17,7 +21,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from examples.linux_device import ComputedDisk
-from kvmpriv import ArgumentError, HostMemory
+from kvmpriv import ArgumentError, HostMemory, libc
+from kvmpriv.guest.linux import holder, net
 from kvmpriv.guest.linux.disk import Block, Entropy
 from kvmpriv.guest.linux.layout import GuestMemory, Range
 from kvmpriv.guest.linux.net import Net
@@ -247,7 +252,7 @@ def test_disk_refuses(
 
 def test_disk_of_another_guest_or_none(disk: Path, tmp_path: Path) -> None:
     first = Block(disk)
-    with pytest.raises(OSError, match="in use by another guest"):
+    with pytest.raises(OSError, match="in use by another guest, of this process"):
         Block(disk)
     first.close()
     first.close()
@@ -263,6 +268,180 @@ def test_disk_of_another_guest_or_none(disk: Path, tmp_path: Path) -> None:
         Block("/dev/null")
     with pytest.raises(FileNotFoundError):
         Block(tmp_path / "none")
+
+
+F_FLUSH, F_DISCARD, F_WRITE_ZEROES = 1 << 9, 1 << 13, 1 << 14
+
+
+def ranges(kind: int, *parts: tuple[int, int, int]) -> list[tuple[bytes, int]]:
+    return [block(kind), (b"".join(struct.pack("<QII", *part) for part in parts), 0), (b"?", WRITE)]
+
+
+@pytest.mark.parametrize("supported", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "unmap"), [(11, 0), (13, 0), (13, 1)], ids=["discard", "zeroes", "unmap"]
+)
+def test_disk_discards_and_clears(
+    driver: MakeDriver,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: int,
+    unmap: int,
+    supported: bool,
+) -> None:
+    """A discard makes a hole; zeroes are written where the file system can't make them."""
+    path = tmp_path / "disk"
+    path.write_bytes(b"x" * (4 << 20))
+    if not supported:
+        monkeypatch.setattr(libc, "fallocate", lambda *_: -errno.EOPNOTSUPP)
+    one = driver(Block(path), VERSION_1 | F_FLUSH | F_DISCARD | F_WRITE_ZEROES)
+    blocks = path.stat().st_blocks
+    (status,) = one.request(*ranges(kind, (2048, 4096, unmap))[:2], (1, WRITE))
+    assert status == b"\0"
+    data = path.read_bytes()
+    assert data[: 1 << 20] == data[3 << 20 :] == b"x" * (1 << 20)
+    kept = kind == 11 and not supported
+    assert data[1 << 20 : 3 << 20] == (b"x" if kept else b"\0") * (2 << 20)
+    hole = path.stat().st_blocks <= blocks - 4096
+    assert hole == (supported and (kind == 11 or bool(unmap)))
+    assert path.stat().st_size == 4 << 20
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts", "status"),
+    [
+        (11, [(31, 1, 0)], 0),
+        (11, [(n, 1, 0) for n in range(16)], 0),
+        (11, [(n, 1, 0) for n in range(17)], 1),
+        (11, [], 1),
+        (11, [(31, 2, 0)], 1),
+        (11, [(0, 1, 0), (32, 1, 0)], 1),
+        (11, [(1 << 63, 1, 0)], 1),
+        (11, [(0, 0, 0)], 1),
+        (11, [(0, 1, 1)], 2),
+        (13, [(0, 32, 1)], 0),
+        (13, [(0, 32, 2)], 2),
+        (13, [(0, 33, 0)], 1),
+        (13, [(0, 1, 0), (1, 1, 0)], 1),
+    ],
+)
+def test_disk_refuses_ranges(
+    driver: MakeDriver, disk: Path, kind: int, parts: list[tuple[int, int, int]], status: int
+) -> None:
+    one = driver(Block(disk))
+    before = disk.read_bytes()
+    (got,) = one.request(*ranges(kind, *parts)[:2], (1, WRITE))
+    assert got == bytes((status,))
+    assert (disk.read_bytes() == before) == (status != 0)
+    (got,) = one.request(block(kind), (bytes(15), 0), (1, WRITE))
+    assert got == b"\1"
+    assert not one.stopped
+
+
+def test_disk_that_is_read_only(driver: MakeDriver, disk: Path) -> None:
+    device = Block(disk)
+    assert device.features & (F_DISCARD | F_WRITE_ZEROES)
+    device.close()
+    disk.chmod(0o444)
+    real = os.open
+
+    def refuse(path: Path, flags: int) -> int:  # root may write anything
+        if flags & os.O_RDWR:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(path, flags)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "open", refuse)
+        device = Block(disk)
+        second = Block(disk)  # both only read it
+    assert device.read_only
+    assert not device.features & (F_DISCARD | F_WRITE_ZEROES)
+    one = driver(device)
+    before = disk.read_bytes()
+    assert one.request(*ranges(11, (0, 1, 0))[:2], (1, WRITE)) == [b"\1"]
+    assert one.request(block(1), (bytes(512), 0), (1, WRITE)) == [b"\1"]
+    assert disk.read_bytes() == before
+    second.close()
+
+
+def test_disk_flushes(driver: MakeDriver, disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flush is one of the host, and its failure is the driver's; it is not forgotten."""
+    calls: list[int] = []
+    monkeypatch.setattr(os, "fdatasync", calls.append)
+    words: list[str] = []
+    one = driver(Block(disk, words.append), VERSION_1 | F_FLUSH)
+    assert one.request(block(1), (bytes(512), 0), (1, WRITE)) == [b"\0"]
+    assert calls == []
+    assert one.request(block(4), (1, WRITE)) == [b"\0"]
+    assert len(calls) == 1
+
+    def fail(fd: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", fail)
+    assert one.request(block(4), (1, WRITE)) == [b"\1"]
+    monkeypatch.setattr(os, "fdatasync", calls.append)
+    assert one.request(block(4), (1, WRITE)) == [b"\1"]
+    assert words == [f"virtio-blk: {disk}: Input/output error"] * 2
+
+
+def test_disk_of_a_driver_without_flushes(
+    driver: MakeDriver, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(os, "fdatasync", calls.append)
+    one = driver(Block(disk))
+    assert one.request(block(0), (512, WRITE), (1, WRITE))[1] == b"\0"
+    assert calls == []
+    assert one.request(block(1), (bytes(512), 0), (1, WRITE)) == [b"\0"]
+    assert one.request(*ranges(11, (0, 1, 0))[:2], (1, WRITE)) == [b"\0"]
+    assert len(calls) == 2
+
+
+def test_a_second_script_is_told_who_has_the_disk(disk: Path) -> None:
+    code = (
+        "import sys; from kvmpriv.guest.linux.disk import Block\n"
+        "disk = Block(sys.argv[1]); print('mine', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, disk], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"mine\n"
+        who = re.escape(f"process {other.pid} ({sys.executable} -c import sys;")
+        with pytest.raises(BlockingIOError, match=f"in use by another guest, of {who}"):
+            Block(disk)
+    Block(disk).close()
+
+
+TWO_LOCKS = """\
+1: FLOCK  ADVISORY  WRITE 99999998 00:99:{inode} 0 EOF
+2: FLOCK  ADVISORY  WRITE 99999999 {at} 0 EOF
+"""
+
+
+@pytest.mark.parametrize(
+    ("locks", "who"),
+    [
+        ("", "another process"),
+        ("1: FLOCK  ADVISORY  WRITE -1 {at} 0 EOF", "another process"),
+        ("1: POSIX  ADVISORY  WRITE 1 {at} 0 EOF", "another process"),
+        ("1: FLOCK  ADVISORY  WRITE 1 {at}1 0 EOF", "another process"),
+        ("1: nonsense", "another process"),
+        ("1: FLOCK  ADVISORY  READ  99999999 00:99:{inode} 0 EOF", "process 99999999"),
+        (TWO_LOCKS, "process 99999999"),
+    ],
+)
+def test_who_has_a_lock(
+    disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: str, who: str
+) -> None:
+    status = disk.stat()
+    at = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    path = tmp_path / "locks"
+    path.write_text(locks.format(at=at, inode=status.st_ino))
+    monkeypatch.setattr(holder, "_LOCKS", path)
+    with disk.open() as file:
+        assert holder.holder_of(file.fileno()) == who
 
 
 def test_disk_that_the_host_can_not_write(driver: MakeDriver, disk: Path) -> None:
@@ -291,9 +470,9 @@ def test_disk_whose_name_is_no_text(driver: MakeDriver, tmp_path: Path) -> None:
 )
 def test_disk_in_another_format(tmp_path: Path, magic: bytes, kind: str) -> None:
     """It is refused: as a raw disk the guest would find no partitions, and might write some."""
-    path = tmp_path / "disk.img"
+    path = tmp_path / "the disk.img"
     path.write_bytes(magic.ljust(4096, b"\0"))
-    command = f"qemu-img convert -O raw {path} {path}.raw"
+    command = f"qemu-img convert -O raw '{path}' '{path}.raw'"
     with pytest.raises(ArgumentError, match=f"{kind}.*{command}"):
         Block(path)
     path.write_bytes(magic[:-1].ljust(4096, b"\0"))
@@ -356,6 +535,98 @@ def test_net_sends_and_receives(driver: MakeDriver) -> None:
     assert one.used(0) == [(2, 28)]
     assert device.host_fd() == -1
     cable.theirs.close()
+
+
+F_MRG_RXBUF = 1 << 15
+
+
+def test_net_merges_buffers(driver: MakeDriver) -> None:
+    """A packet is in as many buffers as it needs, which the driver gets all at once."""
+    cable = Cable()
+    device = Net(cable)
+    one = driver(device, VERSION_1 | F_MRG_RXBUF)
+    for number in range(8):
+        one.describe(0, number, BASE + 0x9000 + 0x100 * number, 20, WRITE, 0)
+
+    def merged(first: int, sizes: list[int]) -> bytes:
+        pieces = [
+            one.memory.read(BASE + 0x9000 + 0x100 * (first + n), size)
+            for n, size in enumerate(sizes)
+        ]
+        return b"".join(pieces)
+
+    for number in range(3):
+        one.offer(0, number)
+    cable.theirs.send(b"h" * 12 + b"0123456789abcdefghijklmnopqrstuvwxyz")
+    one.transport.serve(0)
+    assert one.used(0) == [(0, 20), (1, 20), (2, 8)]
+    assert merged(0, [20, 20, 8]) == b"h" * 10 + b"\3\0" + b"0123456789abcdefghijklmnopqrstuvwxyz"
+    # There is no room for the next one, then for a part of it, then for all.
+    cable.theirs.send(b"h" * 12 + b"0123456789abcdefghijklmnop")
+    one.transport.serve(0)
+    assert device.host_fd() == -1
+    one.offer(0, 3)
+    assert device.host_fd() == -1, "it was read, and waits for more room"
+    assert len(one.used(0)) == 3
+    one.offer(0, 4)
+    assert one.used(0)[3:] == [(3, 20), (4, 18)]
+    assert merged(3, [20, 18]) == b"h" * 10 + b"\2\0" + b"0123456789abcdefghijklmnop"
+    one.offer(0, 5)
+    assert device.host_fd() == cable.fileno()
+    cable.theirs.send(b"h" * 12 + b"x")
+    one.transport.serve(0)
+    assert one.used(0)[5:] == [(5, 13)]
+    one.put(0x70, 0)
+    assert device.host_fd() == -1
+    assert not one.stopped
+
+
+def test_net_with_room_for_the_largest_packet(
+    driver: MakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is read into the driver's buffers at once, and no byte is copied."""
+    monkeypatch.setattr(net, "_SMALL_MAX", 60)
+    cable = Cable()
+    one = driver(Net(cable), VERSION_1 | F_MRG_RXBUF)
+    for number in range(4):
+        one.describe(0, number, BASE + 0x9000 + 0x100 * number, 20, WRITE, 0)
+        one.offer(0, number)
+    monkeypatch.delattr(os, "read")
+    for length in (1, 30):
+        cable.theirs.send(b"h" * 12 + b"x" * length)
+        one.transport.serve(0)
+        if length == 1:
+            assert one.used(0) == [(0, 13)]
+            assert one.memory.read(BASE + 0x9000, 13) == b"h" * 10 + b"\1\0x"
+    assert one.used(0) == [(0, 13), (1, 20), (2, 20), (3, 2)]
+    assert one.memory.read(BASE + 0x9100 + 10, 2) == b"\3\0"
+
+
+def test_net_lets_the_guest_divide_packets(
+    driver: MakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host's kernel is told what the driver has accepted, and nothing after a reset."""
+    flags: list[int] = []
+
+    def ioctl(fd: int, request: int, argument: int) -> int:
+        assert request == 0x400454D0
+        flags.append(argument)
+        return 0
+
+    cable = Cable()
+    guest_tso = 1 << 1 | 1 << 7 | 1 << 8
+    assert not Net(cable).features & guest_tso, "a socket divides no packets"
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
+    device = Net(cable)
+    assert device.features & guest_tso == guest_tso
+    one = driver(device, VERSION_1 | F_MRG_RXBUF | guest_tso)
+    assert flags[-1] == 7
+    one.put(0x70, 0)
+    assert flags[-1] == 0
+    assert one.negotiate(VERSION_1 | 1 << 1)
+    assert flags[-1] == 1
+    assert one.negotiate(VERSION_1)
+    assert flags[-1] == 0
 
 
 def test_each_card_has_a_mac_address_of_its_own() -> None:

@@ -323,6 +323,32 @@ def test_devices(make_linux_guest: MakeLinuxGuest, tmp_path: Path) -> None:
     assert disk.read_bytes().startswith(b"written\n")
 
 
+def test_disk(
+    make_linux_guest: MakeLinuxGuest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A discard makes a hole, and a flush reaches the host's disk, or fails in the guest."""
+    disk = tmp_path / "disk"
+    disk.write_bytes(b"x" * (4 * MIB))
+    guest = make_linux_guest(devices=[Block(disk)])
+    blocks = disk.stat().st_blocks
+    guest.run(f"blkdiscard -o {MIB} -l {2 * MIB} /dev/vda", check=True)
+    assert disk.stat().st_blocks <= blocks - 2 * MIB // 512
+    assert disk.read_bytes() == b"x" * MIB + bytes(2 * MIB) + b"x" * MIB
+    write = "echo written | dd of=/dev/vda conv=notrunc,fsync"
+    calls: list[int] = []
+    monkeypatch.setattr(os, "fdatasync", calls.append)
+    guest.run(write, check=True)
+    assert calls
+
+    def fail(fd: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", fail)
+    done = guest.run(write)
+    assert done.returncode != 0
+    assert b"Input/output error" in done.stderr
+
+
 SWITCH = """\
 mkdir /new
 mount -t tmpfs none /new

@@ -8,21 +8,33 @@ from __future__ import annotations
 import errno as _errno
 import fcntl
 import os
+import shlex
 import stat
 import struct
 from collections.abc import Callable
 
+from ... import libc
 from ...errors import ArgumentError
+from .holder import holder_of
 from .virtio import Chain, Queue, RingError, VirtioDevice
 
 __all__ = ["Block", "Entropy"]
 
 _SECTOR = 512
 _HEADER = struct.Struct("<IIQ")  # type, reserved, sector
-_IN, _OUT, _FLUSH, _GET_ID = 0, 1, 4, 8
+_IN, _OUT, _FLUSH, _GET_ID, _DISCARD, _WRITE_ZEROES = 0, 1, 4, 8, 11, 13
 _OK, _IO_ERROR, _UNSUPPORTED = 0, 1, 2
-_F_SEG_MAX, _F_RO, _F_FLUSH = 1 << 2, 1 << 5, 1 << 9
+_F_SEG_MAX, _F_RO, _F_FLUSH, _F_DISCARD, _F_WRITE_ZEROES = 1 << 2, 1 << 5, 1 << 9, 1 << 13, 1 << 14
 _SEGMENTS_MAX = 126
+# capacity, size_max, seg_max; at 36 the limits of the two requests, and that zeroes may unmap
+_CONFIG = struct.Struct("<QII20xIIIIIB3x")
+_RANGE = struct.Struct("<QII")  # sector, number of sectors, flags
+_UNMAP = 1
+_RANGES_MAX, _DISCARD_MAX = 16, 1 << 22  # sectors: 2 GiB
+_ZEROES_MAX = 1 << 16  # sectors: 32 MiB, which may have to be written
+_PIECE = 1 << 20
+_HOLE = libc.FALLOC_FL_PUNCH_HOLE | libc.FALLOC_FL_KEEP_SIZE
+_ZERO = libc.FALLOC_FL_ZERO_RANGE | libc.FALLOC_FL_KEEP_SIZE
 _ID_SIZE = 20
 # The first bytes of disk images that are not raw: magic -> the name that qemu-img calls them by.
 _FORMATS = {b"QFI\xfb": "qcow2", b"KDMV": "vmdk", b"vhdxfile": "vhdx"}
@@ -34,7 +46,13 @@ class Block(VirtioDevice):
     It is read-only if the file can't be opened for writing.  `complain` is called with a line of
     text when the host can't read or write the file.
 
-    OSError if the file can't be opened; EWOULDBLOCK if another guest uses it.  ArgumentError if it
+    A flush returns when the data is on the host's disk (fdatasync); a driver that does not use
+    flushes gets that for each write.  After a flush that failed all others fail, too: what was
+    written before may be lost, and the kernel reports that once.  A discard makes a hole in the
+    file.
+
+    OSError if the file can't be opened; EWOULDBLOCK, with who has it, if another guest uses it,
+    which may only read it if this one does, too.  ArgumentError if it
     is not a file or a block device, is not a multiple of 512 bytes, or is a disk image in another
     format than raw.
     """
@@ -72,13 +90,18 @@ class Block(VirtioDevice):
                 lock = fcntl.LOCK_SH if self.read_only else fcntl.LOCK_EX
                 fcntl.flock(self._fd, lock | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise OSError(error.errno, "in use by another guest") from None
+                who = holder_of(self._fd)
+                raise OSError(error.errno, f"in use by another guest, of {who}") from None
         except BaseException:
             os.close(self._fd)
             raise
-        self.features = _F_SEG_MAX | _F_FLUSH | (_F_RO if self.read_only else 0)
-        config = struct.pack("<QII", self.size // _SECTOR, 0, _SEGMENTS_MAX)
+        self.features = _F_SEG_MAX | _F_FLUSH
+        self.features |= _F_RO if self.read_only else _F_DISCARD | _F_WRITE_ZEROES
+        limits = (_DISCARD_MAX, _RANGES_MAX, 1, _ZEROES_MAX, 1, 1)
+        config = _CONFIG.pack(self.size // _SECTOR, 0, _SEGMENTS_MAX, *limits)
         self.config: bytes = config.ljust(64, b"\0")
+        self._write_through = False
+        self._lost: OSError | None = None
 
     def _check_format(self) -> None:
         start = os.pread(self._fd, max(map(len, _FORMATS)), 0)
@@ -86,8 +109,12 @@ class Block(VirtioDevice):
             if start.startswith(magic):
                 raise ArgumentError(
                     f"a {kind} image; only raw disks are supported.  Convert it with:"
-                    f" qemu-img convert -O raw {self.path} {self.path}.raw"
+                    f" qemu-img convert -O raw {shlex.quote(self.path)}"
+                    f" {shlex.quote(self.path + '.raw')}"
                 )
+
+    def negotiated(self, accepted: int) -> None:
+        self._write_through = not accepted & _F_FLUSH
 
     def serve(self, number: int, queue: Queue) -> bool:
         done = False
@@ -122,11 +149,13 @@ class Block(VirtioDevice):
         self, kind: int, sector: int, readable: list[memoryview], writable: list[memoryview]
     ) -> tuple[int, int]:
         if kind == _FLUSH:
-            os.fdatasync(self._fd)
+            self._flush()
             return _OK, 0
         if kind == _GET_ID:
             name = os.path.basename(os.fsencode(self.path))  # noqa: PTH119  # a name may be any bytes
             return _OK, _put(writable, name[:_ID_SIZE].ljust(_ID_SIZE, b"\0"))
+        if kind in (_DISCARD, _WRITE_ZEROES):
+            return self._clear(kind, b"".join(readable)), 0
         if kind not in (_IN, _OUT):
             return _UNSUPPORTED, 0
         parts = writable if kind == _IN else readable
@@ -134,7 +163,50 @@ class Block(VirtioDevice):
         outside = length % _SECTOR or offset + length > self.size
         if outside or len(parts) > _SEGMENTS_MAX or (kind == _OUT and self.read_only):
             return _IO_ERROR, 0
-        return _OK, self._transfer(os.preadv if kind == _IN else os.pwritev, parts, offset, kind)
+        written = self._transfer(os.preadv if kind == _IN else os.pwritev, parts, offset, kind)
+        if kind == _OUT and self._write_through:
+            self._flush()
+        return _OK, written
+
+    def _flush(self) -> None:
+        if self._lost is not None:
+            raise self._lost
+        try:
+            os.fdatasync(self._fd)
+        except OSError as error:
+            self._lost = error
+            raise
+
+    def _clear(self, kind: int, data: bytes) -> int:
+        """Discard ranges of the disk, or write zeroes to them; returns the status."""
+        count, odd = divmod(len(data), _RANGE.size)
+        ranges_max, most = (_RANGES_MAX, _DISCARD_MAX) if kind == _DISCARD else (1, _ZEROES_MAX)
+        if self.read_only or odd or not 1 <= count <= ranges_max:
+            return _IO_ERROR
+        ranges = list(_RANGE.iter_unpack(data))
+        for sector, sectors, flags in ranges:
+            if flags & ~_UNMAP or (flags and kind == _DISCARD):
+                return _UNSUPPORTED
+            if not 1 <= sectors <= most or (sector + sectors) * _SECTOR > self.size:
+                return _IO_ERROR
+        for sector, sectors, flags in ranges:
+            offset, length = sector * _SECTOR, sectors * _SECTOR
+            mode = _HOLE if kind == _DISCARD or flags & _UNMAP else _ZERO
+            error = -libc.fallocate(self._fd, mode, offset, length)
+            if error in (_errno.EOPNOTSUPP, _errno.EINVAL):  # EINVAL: a block device's alignment
+                if kind == _WRITE_ZEROES:
+                    self._write_zeroes(offset, length)
+            elif error:
+                raise libc.os_error(error, "fallocate")
+        if self._write_through:
+            self._flush()
+        return _OK
+
+    def _write_zeroes(self, offset: int, length: int) -> None:
+        zeroes = memoryview(bytes(min(length, _PIECE)))
+        end = offset + length
+        while offset < end:
+            offset += os.pwrite(self._fd, zeroes[: end - offset], offset)
 
     def _transfer(
         self,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno as _errno
+import fcntl
 import os
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
@@ -15,6 +17,13 @@ from .virtio import Chain, Queue, RingError, VirtioDevice
 __all__ = ["Cable", "Net", "parse_mac"]
 
 _F_CSUM, _F_MAC, _F_HOST_TSO4, _F_HOST_TSO6 = 1 << 0, 1 << 5, 1 << 11, 1 << 12
+_F_GUEST_CSUM, _F_GUEST_TSO4, _F_GUEST_TSO6, _F_MRG_RXBUF = 1 << 1, 1 << 7, 1 << 8, 1 << 15
+#: Feature -> what the host's kernel then leaves to the guest (TUN_F_*, <linux/if_tun.h>).
+_OFFLOADS = {_F_GUEST_CSUM: 1, _F_GUEST_TSO4: 2, _F_GUEST_TSO6: 4}
+_TUNSETOFFLOAD = 0x400454D0
+# The largest packets, with their header: of a large MTU, and one that is to be divided.
+_SMALL_MAX, _LARGE_MAX = HEADER_SIZE + 9216, HEADER_SIZE + 18 + 65535
+_PARTS_MAX = os.sysconf("SC_IOV_MAX")
 _PACKETS_AT_ONCE = 64
 _MAC_SIZE, _MULTICAST, _LOCAL = 6, 0x01, 0x02
 
@@ -82,13 +91,16 @@ class Net(VirtioDevice):
     closes.  `mac` is the card's MAC address, 6 bytes; a random one if it is None.  `complain` is
     called with a line of text when the other end is gone; the guest then has a card without a
     cable.
+
+    Over a tap the host's kernel leaves checksums and the division into packets to the guest's, and
+    the other way round.
     """
 
     device_id = 1
     name = "virtio-net"
     # The guest may leave checksums and the division into packets to the host's kernel: everything
     # that the guest sends costs an exit and a system call, and so there are fewer of them.
-    features = _F_CSUM | _F_MAC | _F_HOST_TSO4 | _F_HOST_TSO6
+    _ALWAYS = _F_CSUM | _F_MAC | _F_HOST_TSO4 | _F_HOST_TSO6 | _F_MRG_RXBUF
     queue_count = 2
     bounced = 3 << 20  # a page for each entry of both rings, and a few pieces of 64 KiB
     _RECEIVE = 0
@@ -105,17 +117,42 @@ class Net(VirtioDevice):
         self.config: bytes = self.mac.ljust(64, b"\0")
         self._cable = _Borrowed(cable) if isinstance(cable, int) else cable
         self._complain = complain
+        self._is_tap = self._offload(0)
+        self.features = self._ALWAYS | (sum(_OFFLOADS) if self._is_tap else 0)
         self._gone = False
+        self._forget()
+
+    def _forget(self) -> None:
         self._listening = False
-        self._kept: Chain | None = None  # a buffer for the next packet
+        self._merges = False
+        self._size_max = _SMALL_MAX  # of the packets that may come
+        self._buffers: deque[Chain] = deque()  # for the next packets
+        self._room = 0  # in them
+        self._packet: bytes | None = None  # one for which there was no room
+
+    def _offload(self, flags: int) -> bool:
+        """Choose what the host's kernel leaves to the guest; False if this is no tap."""
+        try:
+            fcntl.ioctl(self._cable.fileno(), _TUNSETOFFLOAD, flags)
+        except (OSError, ValueError):
+            return False
+        return True
 
     def host_fd(self) -> int:
         """The descriptor, if the guest has a buffer for a packet; else -1."""
         return self._cable.fileno() if self._listening and not self._gone else -1
 
     def reset(self) -> None:
-        self._listening = False
-        self._kept = None
+        self._forget()
+        if self._is_tap:
+            self._offload(0)
+
+    def negotiated(self, accepted: int) -> None:
+        self._merges = bool(accepted & _F_MRG_RXBUF)
+        offloads = sum(flag for feature, flag in _OFFLOADS.items() if accepted & feature)
+        if self._is_tap and offloads:
+            self._offload(offloads)
+            self._size_max = _LARGE_MAX
 
     def serve(self, number: int, queue: Queue) -> bool:
         if self._gone:
@@ -128,27 +165,75 @@ class Net(VirtioDevice):
             return False
 
     def _receive(self, queue: Queue) -> bool:
+        """Give the driver packets: without merging each is in one chain, else in as many as needed.
+
+        The size of a packet is known once it was read.  If there is no room for the largest, it is
+        read into memory of ours first.
+        """
         done = False
         for _ in range(_PACKETS_AT_ONCE):
-            chain = self._buffer(queue)
-            self._listening = chain is not None
-            if chain is None:
+            self._take_buffers(queue)
+            self._listening = bool(self._buffers) and self._packet is None
+            if not self._buffers:
                 return done
-            if sum(map(len, chain.writable)) < HEADER_SIZE or chain.readable:
-                raise RingError("offered a receive buffer smaller than the packet header")
             try:
-                size = os.readv(self._cable.fileno(), chain.writable)
+                if self._packet is None and (not self._merges or self._room >= self._size_max):
+                    size = os.readv(self._cable.fileno(), self._parts())
+                else:
+                    size = self._copy()
             except BlockingIOError:
-                self._kept = chain
                 return done
-            _write_at(chain.writable, HEADER_SIZE - 2, b"\1\0")  # it is in one buffer (5.1.6.4)
-            queue.push(chain, size)
+            if not size:
+                self._listening = False  # until the driver has offered more
+                return done
+            self._return(queue, size)
             done = True
         return done
 
-    def _buffer(self, queue: Queue) -> Chain | None:
-        kept, self._kept = self._kept, None
-        return kept if kept is not None else queue.pop()
+    def _take_buffers(self, queue: Queue) -> None:
+        """Take chains for the largest packet that may come, or all that there are."""
+        while not self._buffers or (self._merges and self._room < self._size_max):
+            chain = queue.pop()
+            if chain is None:
+                return
+            room = sum(map(len, chain.writable))
+            if room < HEADER_SIZE or chain.readable:
+                raise RingError("offered a receive buffer smaller than the packet header")
+            self._buffers.append(chain)
+            self._room += room
+
+    def _parts(self) -> list[memoryview]:
+        """Where a packet goes."""
+        if not self._merges:
+            return self._buffers[0].writable
+        parts = [part for chain in self._buffers for part in chain.writable]
+        return parts[:_PARTS_MAX]
+
+    def _copy(self) -> int:
+        """Read a packet, or take that for which there was no room; 0 if there is still none."""
+        packet = self._packet
+        if packet is None:
+            packet = os.read(self._cable.fileno(), self._size_max)
+        if len(packet) > self._room:
+            self._packet = packet
+            return 0
+        self._packet = None
+        _write_at(self._parts(), 0, packet)
+        return len(packet)
+
+    def _return(self, queue: Queue, size: int) -> None:
+        """Return the chains that a packet of `size` bytes is in."""
+        used: list[tuple[Chain, int]] = []
+        left = size
+        while left or not used:
+            chain = self._buffers.popleft()
+            room = sum(map(len, chain.writable))
+            self._room -= room
+            used.append((chain, min(left, room)))
+            left -= used[-1][1]
+        count = len(used).to_bytes(2, "little")  # num_buffers (5.1.6.4)
+        _write_at(used[0][0].writable, HEADER_SIZE - 2, count)
+        queue.push_all(used)
 
     def _send(self, queue: Queue) -> bool:
         done = False

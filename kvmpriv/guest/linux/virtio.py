@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from .layout import GuestAddressError, GuestMemory
@@ -138,9 +138,14 @@ class Queue:
 
     def push(self, chain: Chain, written: int) -> None:
         """Return a request to the driver, with `written` bytes written to it."""
-        at = 2 * (self._used_index % self.size)
-        self._used_ring[at], self._used_ring[at + 1] = chain.head, min(written, 0xFFFFFFFF)
-        self._used_index = (self._used_index + 1) & 0xFFFF
+        self.push_all([(chain, written)])
+
+    def push_all(self, done: Sequence[tuple[Chain, int]]) -> None:
+        """Return several requests at once: the driver sees none of them before the others."""
+        for chain, written in done:
+            at = 2 * (self._used_index % self.size)
+            self._used_ring[at], self._used_ring[at + 1] = chain.head, min(written, 0xFFFFFFFF)
+            self._used_index = (self._used_index + 1) & 0xFFFF
         self._used_head[1] = self._used_index  # after the entry: x86 keeps the order of stores
 
     def wants_interrupt(self) -> bool:
@@ -166,6 +171,9 @@ class VirtioDevice(ABC):
     bounced = 0
     #: The configuration space.
     config = b""
+
+    def negotiated(self, accepted: int) -> None:  # noqa: B027  # most devices don't care
+        """The driver has accepted these of the offered features; `reset` undoes it."""
 
     @abstractmethod
     def serve(self, number: int, queue: Queue) -> bool:
@@ -337,4 +345,6 @@ class Transport:
         refused = self._accepted & ~self._offered or self._required & ~self._accepted
         if value & _FEATURES_OK and refused:
             value &= ~_FEATURES_OK  # the driver reads it back and gives up
+        elif value & _FEATURES_OK and not self._status & _FEATURES_OK:
+            self.device.negotiated(self._accepted)
         self._status = value & 0xFF | self._status & _NEEDS_RESET
