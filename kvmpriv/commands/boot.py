@@ -22,7 +22,13 @@ from ..guest.linux.disk import Block, Entropy
 from ..guest.linux.guest import GuestDied, LinuxGuest
 from ..guest.linux.kernel import LinuxImage, load_linux
 from ..guest.linux.layout import Range, plan
-from ..guest.linux.machine import CPUS_MAX, DEFAULT_CMDLINE, LinuxMachine, check_pin
+from ..guest.linux.machine import (
+    CONSOLES,
+    CPUS_MAX,
+    DEFAULT_CMDLINE,
+    LinuxMachine,
+    check_pin,
+)
 from ..guest.linux.net import Net, parse_mac
 from ..guest.linux.outcome import Interrupted, Outcome
 from ..guest.linux.shell import relay
@@ -129,7 +135,7 @@ EXIT_STATUS: dict[ExitStatus | str, str] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``kvmpriv boot``."""
     parser.description = (
-        "Boot Linux from a bzImage or a vmlinux. The guest's serial console ttyS0 is connected to "
+        "Boot Linux from a bzImage or a vmlinux. The guest's console is connected to "
         f"standard input and output; on a terminal, {HELP}.\n\n"
         "The guest reports its exit status by writing the line `exit N` to ttyS1 before it turns "
         f"itself off; --json also reports the other lines of ttyS1. A byte that the guest writes "
@@ -137,7 +143,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "With --run or --shell, kvmpriv adds an agent to the initial root file system (without "
         "--initrd: one with this host's busybox, which must be linked statically), and talks to it "
         "over a port of a virtio console. The kernel needs CONFIG_VIRTIO_MMIO and "
-        "CONFIG_VIRTIO_CONSOLE, built in. The serial console is not connected then; if the guest "
+        "CONFIG_VIRTIO_CONSOLE, built in. The guest's console is not connected then; if the guest "
         "dies, its last lines are printed. After the command the guest is turned off."
     )
     add = parser.add_argument
@@ -166,6 +172,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=512 << 20,
         metavar="SIZE",
         help="the size of the guest's memory: bytes, or with K, M, G or T (default: 512M)",
+    )
+    add(
+        "--console",
+        choices=sorted(CONSOLES),
+        default="serial",
+        help="what the console is: serial (ttyS0, the default), or virtio (hvc0): much faster, for"
+        " kernels with CONFIG_VIRTIO_CONSOLE built in; ttyS0 then prints until the kernel has hvc0."
+        f" The command line begins with `{CONSOLES['virtio']}`",
     )
     add("--cpus", type=parse_cpus, default=1, metavar="N", help="the number of vCPUs (default: 1)")
     add(
@@ -435,6 +449,7 @@ def _open(options: argparse.Namespace, screen: _Screen, stack: ExitStack) -> Lin
             complain=screen.say,
             output=screen.write,
             pin=options.pin,
+            console=options.console,
         )
     return stack.enter_context(machine)
 

@@ -10,7 +10,7 @@ _shtab_kvmpriv_subparsers=(probe ps run boot trace selftest help)
 _shtab_kvmpriv_probe_option_strings=(-h --help --format --json -q --quiet --output --for --profiles --verbose --device)
 _shtab_kvmpriv_ps_option_strings=(-h --help --json --watch --stat-restricted)
 _shtab_kvmpriv_run_option_strings=(-h --help --hello --mode --memory --load --entry --timeout --device)
-_shtab_kvmpriv_boot_option_strings=(-h --help --kernel --initrd --append --memory --cpus --private --disk --net --run --shell --timeout --pin --watch --trace --json --device)
+_shtab_kvmpriv_boot_option_strings=(-h --help --kernel --initrd --append --memory --console --cpus --private --disk --net --run --shell --timeout --pin --watch --trace --json --device)
 _shtab_kvmpriv_trace_option_strings=(-h --help --page --json)
 _shtab_kvmpriv_selftest_option_strings=(-h --help --list --ktap --json --compare --junit -v --verbose -k --dangerous --timeout)
 _shtab_kvmpriv_help_option_strings=(-h --help)
@@ -33,6 +33,7 @@ _shtab_kvmpriv_selftest___junit_COMPGEN=_shtab_compgen_files
 
 _shtab_kvmpriv_probe___format_choices=(text json prometheus nfd ansible)
 _shtab_kvmpriv_run___mode_choices=(real long)
+_shtab_kvmpriv_boot___console_choices=(serial virtio)
 _shtab_kvmpriv_help_pos_0_choices=(probe ps run boot trace selftest)
 _shtab_kvmpriv_pos_0_choices=(probe ps run boot trace selftest help)
 

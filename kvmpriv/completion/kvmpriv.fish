@@ -51,7 +51,7 @@ function _shtab_kvmpriv_using
 end
 
 set -g _shtab_kvmpriv_commands probe ps run boot trace selftest help
-set -g _shtab_kvmpriv_opts_with_value --append --compare --cpus --device --disk --entry --for --format --initrd --junit --kernel --load --memory --mode --net --output --page --pin --private --profiles --run --timeout --trace --watch -k
+set -g _shtab_kvmpriv_opts_with_value --append --compare --console --cpus --device --disk --entry --for --format --initrd --junit --kernel --load --memory --mode --net --output --page --pin --private --profiles --run --timeout --trace --watch -k
 
 complete -c kvmpriv -e
 complete -c kvmpriv -f
@@ -89,6 +89,7 @@ complete -c kvmpriv -n '_shtab_kvmpriv_using boot' -l kernel -xka "(__fish_compl
 complete -c kvmpriv -n '_shtab_kvmpriv_using boot' -l initrd -xka "(__fish_complete_path (commandline -ct))" -d 'the initial root file system, in a format that the kernel unpacks'
 complete -c kvmpriv -n '_shtab_kvmpriv_using boot' -l append -x -d 'add words to the kernel'"'"'s command line, after `console=ttyS0 panic=-1`'
 complete -c kvmpriv -n '_shtab_kvmpriv_using boot' -l memory -x -d 'the size of the guest'"'"'s memory: bytes, or with K, M, G or T (default: 512M)'
+complete -c kvmpriv -n '_shtab_kvmpriv_using boot' -l console -xka "serial virtio" -d 'what the console is: serial (ttyS0, the default), or virtio (hvc0): much faster, for kernels with CONFIG_VIRTIO_CONSOLE built in; ttyS0 then prints until the kernel has hvc0. The command line begins with `earlycon=uart8250,io,0x3f8 console=hvc0 panic=-1`'
 complete -c kvmpriv -n '_shtab_kvmpriv_using boot' -l cpus -x -d 'the number of vCPUs (default: 1)'
 complete -c kvmpriv -n '_shtab_kvmpriv_using boot' -l private -x -d 'make all of the guest'"'"'s memory above 4 GiB private, and keep its applications there. --private=ABI chooses the ABI (restrictedmem, guest_memfd, guest_memfd_in_place); --private alone uses the first that works'
 complete -c kvmpriv -n '_shtab_kvmpriv_using boot' -l disk -xka "(__fish_complete_path (commandline -ct))" -d 'a raw disk image, the guest'"'"'s /dev/vda (virtio-blk); read-only if the file can'"'"'t be written'

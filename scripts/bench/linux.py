@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pyroute2 import netns
 
 from kvmpriv.guest.linux import initrd
-from kvmpriv.guest.linux.machine import DEFAULT_CMDLINE
+from kvmpriv.guest.linux.machine import CONSOLES
 from kvmpriv.guest.linux.tap import GUEST_ADDRESS, HOST_ADDRESS, Tap
 
 from .run import alternate
@@ -40,6 +41,8 @@ MEMORY = 256 * MIB
 OUTPUT = 32 << 10  # bytes that the guest prints
 SENT = 16 * MIB  # bytes through the network, each way
 PORT = 7000
+#: QEMU's sides -> their console.
+QEMU = {"qemu": "serial", "qemu-virtio": "virtio"}
 # printf and not what is printed: an echo of the command is no sign.
 INIT = f"""
 printf 'at%s\\n' -init >/dev/console
@@ -76,12 +79,17 @@ class Bench:
         arguments = [GUEST, self.kernel, self.initrd, words, kind, fd, MEMORY]
         return [sys.executable, *map(str, arguments)]
 
-    def _qemu(self, words: str, tap: Tap | None) -> list[str]:
+    def _qemu(self, words: str, tap: Tap | None, console: str) -> list[str]:
         # Its ACPI tables have the serial port only for kernels with PNP, and ours has none.
         command = ["qemu-system-x86_64", "-M", "microvm,accel=kvm,acpi=off", "-cpu", "host"]
-        command += ["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio"]
+        command += ["-nodefaults", "-no-user-config", "-display", "none"]
+        if console == "virtio":
+            command += ["-serial", "null", "-chardev", "stdio,id=console"]
+            command += ["-device", "virtio-serial-device", "-device", "virtconsole,chardev=console"]
+        else:
+            command += ["-serial", "stdio"]
         command += ["-m", f"{MEMORY // MIB}M", "-kernel", str(self.kernel)]
-        command += ["-initrd", str(self.initrd), "-append", f"{DEFAULT_CMDLINE} quiet {words}"]
+        command += ["-initrd", str(self.initrd), "-append", f"{CONSOLES[console]} quiet {words}"]
         if tap:
             command += ["-netdev", f"tap,id=net,fd={tap.fileno()}"]
             command += ["-device", "virtio-net-device,netdev=net"]
@@ -89,8 +97,11 @@ class Bench:
 
     @contextmanager
     def _started(self, kind: str, words: str, tap: Tap | None = None) -> Iterator[Console]:
-        """A guest; kind: "qemu", "shared" or "private"."""
-        command = self._qemu(words, tap) if kind == "qemu" else self._ours(words, kind, tap)
+        """A guest; kind: "shared", "private" or "virtio" (its console), or one of QEMU."""
+        if kind in QEMU:
+            command = self._qemu(words, tap, QEMU[kind])
+        else:
+            command = self._ours(words, kind, tap)
         began = time.monotonic()
         process = subprocess.Popen(
             command,
@@ -106,11 +117,12 @@ class Bench:
 
     def boot(self, kind: str) -> Booted:
         with self._started(kind, "") as console:
-            start = 0.0 if kind == "qemu" else float(console.wait(b"created ", b"\n")[0])
+            theirs = kind in QEMU
+            start = 0.0 if theirs else float(console.wait(b"created ", b"\n")[0])
             _, init = console.wait(b"at-init", b"\n")
             _, end = console.wait(b"the-end", b"\n")
             beyond = memory_beyond_ram(console.process.pid)
-        began = console.began if kind == "qemu" else start
+        began = console.began if theirs else start
         return Booted(began - console.began, init - began, end - init, beyond)
 
     def boot_to_init(self, kind: str) -> float:
@@ -222,6 +234,10 @@ def main(arguments: list[str]) -> None:
 
         found = {
             "qemu": alternate(lambda: bench.boot("shared"), lambda: bench.boot("qemu"), count),
+            "console": [
+                alternate(partial(bench.boot, "virtio"), partial(bench.boot, other), count)
+                for other in QEMU
+            ],
             "private": alternate(
                 lambda: bench.boot_to_init("private"), lambda: bench.boot_to_init("shared"), count
             ),

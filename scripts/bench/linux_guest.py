@@ -1,6 +1,8 @@
 """Our side of linux.py: a guest whose console is standard output.
 
-Usage: linux_guest.py KERNEL INITRD WORDS shared|private TAP-FD MEMORY
+Usage: linux_guest.py KERNEL INITRD WORDS shared|private|virtio TAP-FD MEMORY
+
+With virtio its console is a virtio console.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ def main(kernel: str, root: str, words: str, kind: str, tap: str, memory: str) -
             abi=abi,
             devices=[Net(int(tap))] if int(tap) >= 0 else [],
             output=output,
+            console="virtio" if kind == "virtio" else "serial",
         ) as machine:
             output(b"created %f\n" % created)
             machine.run()

@@ -46,6 +46,9 @@ HERE = Path(__file__).resolve().parent
 BASE = (sys.executable, "-c", "import cffi, ctypes")
 PROBE = (sys.executable, "-m", "kvmpriv", "probe")
 MS = 1e6  # nanoseconds
+#: What linux.py measures of a boot.
+BOOTED = ("start", "init", "serial", "memory")
+SERIAL = BOOTED.index("serial")
 #: From this cost of an exit on (ns) the ratio counts; where exits are cheaper than on any
 #: hardware, a ratio says nothing of kvmpriv and its overhead is held to the same time instead.
 DEAR_EXIT = 7000
@@ -358,7 +361,7 @@ class Bench:
         for name in KERNELS:
             found = self._in_kernel(name, "bench.linux", built(name))
             ours, theirs = (
-                [dict(zip(("start", "init", "serial", "memory"), one, strict=True)) for one in side]
+                [dict(zip(BOOTED, one, strict=True)) for one in side]
                 for side in zip(*found["qemu"], strict=True)
             )
             start = median(one["start"] for one in ours)
@@ -374,6 +377,14 @@ class Bench:
                 ]
                 yield Result(f"{what} {name}", unit, pairs, Limit("ratio", limit), note)
                 note = ""
+            for what, limit, sides in zip(
+                ("console", "console_virtio"), (1.0, 1.2), found["console"], strict=True
+            ):
+                pairs = [(mine[SERIAL], other[SERIAL]) for mine, other in sides]
+                note = f"{name}: our virtio console beside QEMU's " + (
+                    "serial port" if what == "console" else "virtio console"
+                )
+                yield Result(f"{what} {name}", "s", pairs, Limit("ratio", limit), note)
             pairs = [(private, shared) for private, shared in found["private"]]
             note = f"{name}: the network, MiB/s down and up: " + "; ".join(
                 f"{'QEMU' if kind == 'qemu' else kind} {rate['down']:.1f}, {rate['up']:.1f}"

@@ -27,7 +27,7 @@ from kvmpriv.guest.linux.kernel import LinuxImage
 from kvmpriv.guest.linux.net import Net
 from kvmpriv.guest.linux.outcome import Ending
 from kvmpriv.guest.linux.pause import Gate
-from kvmpriv.guest.linux.port import Port
+from kvmpriv.guest.linux.port import Console, Port
 from kvmpriv.guest.linux.protocol import Channel
 from kvmpriv.guest.linux.recording import RunRecorder
 from kvmpriv.guest.linux.tap import Tap
@@ -144,6 +144,7 @@ OWNERS: dict[type, Callable[[Place], AbstractContextManager[object]]] = {
     LinuxMachine: lambda place: place.linux(),
     LinuxGuest: lambda _: closing(LinuxGuest(_linux_image(), initrd=b"initrd", memory=LARGE)),
     Port: lambda _: closing(Port("port", lambda data: None)),
+    Console: lambda _: closing(Console(lambda data: None, lambda: True)),
     Block: _block,
     Net: _net,
     Tap: _tap,

@@ -207,7 +207,7 @@ def test_bad_arguments(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError):
         LinuxGuest(image, initrd=INITRD, cpus=0)
     with pytest.raises(ArgumentError, match="virtio devices"):
-        LinuxGuest(image, initrd=INITRD, devices=[Entropy() for _ in range(8)])
+        LinuxGuest(image, initrd=INITRD, devices=[Entropy() for _ in range(7)])
     with pytest.raises(FileNotFoundError):
         LinuxGuest(image, initrd=INITRD, device="/dev/none")
 
@@ -421,7 +421,7 @@ def test_devices_of_ones_own() -> None:
     made.add_device(Ends(), port=0x500, size=1)
     with pytest.raises(ArgumentError, match="overlaps Ends"):
         made.add_device(Ends(), port=0x500, size=1)
-    for _ in range(7):
+    for _ in range(6):
         made.add_device(Entropy())
     with pytest.raises(ArgumentError, match="up to 8 virtio devices"):
         made.add_device(Entropy())

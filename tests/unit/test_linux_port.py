@@ -11,8 +11,10 @@ from collections.abc import Iterator
 import pytest
 
 from kvmpriv.guest.linux.io import IoThread
+from kvmpriv.guest.linux.outcome import Ending
 from kvmpriv.guest.linux.pause import Gate
-from kvmpriv.guest.linux.port import Port
+from kvmpriv.guest.linux.port import Console, Port
+from kvmpriv.guest.linux.supervisor import Supervisor
 from unit.test_linux_virtio import BASE, NEXT, VERSION_1, WRITE, Driver
 
 MULTIPORT = 1 << 1
@@ -192,3 +194,65 @@ def test_the_thread_of_the_devices(guest: Guest) -> None:
     guest.port.close()
     guest.port.send(b"nobody")
     assert failed == []
+
+
+# -- the console -----------------------------------------------------------------------------------
+
+
+def test_the_virtio_console() -> None:
+    """Both directions; nothing is taken from the guest while there is no room for it."""
+    printed: list[bytes] = []
+    room = True
+    console = Console(printed.append, lambda: room)
+    driver = Driver(console)
+    assert driver.negotiate()
+    driver.start()
+
+    def print_(text: bytes) -> None:
+        driver.memory.write(BASE + 0x30000, text)
+        driver.describe(SEND, 0, BASE + 0x30000, len(text), 0, 0)
+        driver.offer(SEND, 0)
+
+    print_(b"hello\n")
+    room = False
+    print_(b"later\n")
+    assert printed == [b"hello\n"]
+    assert len(driver.used(SEND)) == 1
+    poll = select.poll()
+    poll.register(driver.transport.host_fd(), select.POLLIN)
+    assert not poll.poll(0)
+    room = True
+    console.alert()
+    assert poll.poll(0)
+    for queue in console.host_queues:
+        driver.transport.serve(queue)
+    assert printed == [b"hello\n", b"later\n"]
+    assert not poll.poll(0)
+    console.receive(b"typed")
+    assert console.pending() == 5
+    driver.describe(RECEIVE, 0, BASE + 0x10000, 3, WRITE, 0)
+    driver.offer(RECEIVE, 0)
+    assert driver.memory.read(BASE + 0x10000, 3) == b"typ"
+    assert console.pending() == 2
+    console.close()
+    console.alert()
+    assert not driver.stopped
+
+
+def test_output_of_the_virtio_console_waits_for_its_reader() -> None:
+    """A guest that floods it makes this process keep no more than a limit and one request."""
+    ending = Ending()
+    taken: list[bytes] = []
+    alerts: list[bool] = []
+    supervisor = Supervisor(ending, taken.append, lambda: "")
+    supervisor.drained = lambda: alerts.append(supervisor.has_room())
+    assert supervisor.has_room()
+    supervisor.put_all(b"x" * (64 << 10))
+    assert not supervisor.has_room()
+    assert os.eventfd_read(ending.wake.fileno()) == 1
+    supervisor.flush()
+    assert alerts == [True]
+    assert taken == [b"x" * (64 << 10)]
+    supervisor.flush()
+    assert alerts == [True]
+    ending.close()

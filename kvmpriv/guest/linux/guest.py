@@ -89,7 +89,7 @@ class LinuxGuest(Agent):
     `cmdline`: words for the kernel's command line.
     `cpus`: the number of vCPUs.
     `private`: True, or the name of an ABI: all memory above 4 GiB is private (see `plan`).
-    `devices`: virtio devices, which the guest owns from now on; at most 7.
+    `devices`: virtio devices, which the guest owns from now on; at most 6.
     `timeout`: how many seconds `start` waits for the agent.
     `lifetime`: after so many seconds the guest is ended.
     `pin`: for each vCPU the CPU of the host that it runs on; empty: any.
@@ -157,6 +157,7 @@ class LinuxGuest(Agent):
                         complain=complain,
                         output=self._print,
                         pin=pin,
+                        console="virtio",
                     )
                 )
                 self._stack = made.pop_all()

@@ -4,7 +4,7 @@ It has RAM, interrupt controllers and a timer in the kernel, a thread for each v
 two serial ports and a few ports for power:
 
 ====== ===========================================================================================
-0x3f8  COM1 (ttyS0), the console
+0x3f8  COM1 (ttyS0), the console, or its first lines
 0x2f8  COM2 (ttyS1), for reports to the script: see `LinuxMachine.said` and `LinuxMachine.status`
 0xf4   a byte written here ends the guest at once, with that exit status
 0x64   the keyboard controller's reset pulse (0xfe) resets the machine
@@ -37,6 +37,7 @@ from .io import IoThread
 from .layout import MMIO, VIRTIO_MAX, GuestMemory, Range, private_cmdline, resident
 from .outcome import Ending, Interrupted, Outcome, crashed
 from .pause import Gate
+from .port import Console
 from .power import add_power
 from .said import Said
 from .serial import SIZE as SERIAL_SIZE
@@ -54,10 +55,15 @@ if TYPE_CHECKING:
     from .kernel import LinuxImage
     from .recording import RunRecorder
 
-__all__ = ["CPUS_MAX", "DEFAULT_CMDLINE", "LinuxMachine", "check_pin"]
+__all__ = ["CONSOLES", "CPUS_MAX", "DEFAULT_CMDLINE", "LinuxMachine", "check_pin"]
 
-#: The command line begins with this: where to print, and to reset at once after a panic.
-DEFAULT_CMDLINE = "console=ttyS0 panic=-1"
+#: The command line begins with this: to reset at once after a panic, and where to print.  The
+#: kernel prints on ttyS0 until it has the virtio console.
+CONSOLES = {
+    "serial": "console=ttyS0 panic=-1",
+    "virtio": "earlycon=uart8250,io,0x3f8 console=hvc0 panic=-1",
+}
+DEFAULT_CMDLINE = CONSOLES["serial"]
 #: APIC ids have 8 bits, and 255 addresses all vCPUs.
 CPUS_MAX = 254
 
@@ -99,6 +105,9 @@ class LinuxMachine:
     `output`: called with the bytes that the guest prints, in the thread that calls `run`.
     `complain`: called with a line of text when a device stops, from any thread.
     `pin`: for each vCPU the CPU of the host that it runs on; empty: any.
+    `console`: "serial", or "virtio": a virtio console, once the kernel has it.  It is much faster,
+    and takes the place of a virtio device; the kernel needs CONFIG_VIRTIO_MMIO and
+    CONFIG_VIRTIO_CONSOLE, built in.
 
     ImageError names what does not fit into memory, ArgumentError any other argument that can't be
     used, OSError what KVM refuses.
@@ -120,9 +129,9 @@ class LinuxMachine:
     ports: Bus
     #: The same for device memory (MMIO), by guest physical address.
     mmio: Bus
-    #: The console's serial port (COM1).  `console.receive(data)` types `data` in the guest; it may
-    #: be called from any thread.
-    console: Serial
+    #: The console.  `console.receive(data)` types `data` in the guest; it may be called from any
+    #: thread.
+    console: Serial | Console
 
     def __init__(
         self,
@@ -138,16 +147,20 @@ class LinuxMachine:
         complain: Callable[[str], object] = lambda text: None,
         output: Callable[[bytes], object] = lambda data: None,
         pin: Sequence[int] = (),
+        console: str = "serial",
     ) -> None:
         with ExitStack() as stack:
             for device in devices:
                 stack.callback(device.close)
+            if console not in CONSOLES:
+                raise ArgumentError(f"console must be 'serial' or 'virtio', not {console!r}")
             check_pin(pin, cpus)
             if not 1 <= cpus <= CPUS_MAX:
                 raise ArgumentError(f"a guest can have 1 to {CPUS_MAX} vCPUs, not {cpus}")
-            if len(devices) > VIRTIO_MAX:
+            most = VIRTIO_MAX - (console == "virtio")
+            if len(devices) > most:
                 raise ArgumentError(
-                    f"a guest can have up to {VIRTIO_MAX} virtio devices, not {len(devices)}"
+                    f"a guest can have up to {most} virtio devices, not {len(devices)}"
                 )
             self._pin: list[int | None] = [*pin] or [None] * cpus
             self._exits: list[defaultdict[int, int]] = [defaultdict(int) for _ in range(cpus)]
@@ -161,7 +174,7 @@ class LinuxMachine:
             self.image = image._replace(segments=())
             self.ranges = list(ranges)
             self.abi = abi
-            self._own_words = cmdline
+            self._first_words, self._own_words = CONSOLES[console], cmdline
             self._bounced = 0
             self._virtio: list[tuple[int, int, int]] = []  # address, size and interrupt of each
             self._interrupts: list[int] = []  # of devices that are not virtio devices
@@ -180,6 +193,8 @@ class LinuxMachine:
             stack.callback(self._io.close)
             for device in devices:
                 self._add_virtio(device, stack)
+            if console == "virtio":
+                self._add_console(stack)
             self.cmdline = self._whole_cmdline()
             self._dispatcher = Dispatcher(
                 self.vm,
@@ -270,9 +285,16 @@ class LinuxMachine:
         self._virtio.append((base, virtio.SIZE, gsi))
         self._bounced += device.bounced
 
+    def _add_console(self, stack: ExitStack) -> None:
+        supervisor = self._supervisor
+        self.console = made = Console(supervisor.put_all, supervisor.has_room)
+        stack.callback(made.close)
+        supervisor.drained = made.alert
+        self._add_virtio(made, stack)
+
     def _whole_cmdline(self, more_bounced: int = 0) -> str:
         private = private_cmdline(self.ranges, self._bounced + more_bounced)
-        return " ".join(filter(None, (DEFAULT_CMDLINE, private, self._own_words)))
+        return " ".join(filter(None, (self._first_words, private, self._own_words)))
 
     def _describe_virtio(self) -> None:
         """Write the tables that tell the kernel where its devices are."""

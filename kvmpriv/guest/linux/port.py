@@ -15,7 +15,7 @@ from contextlib import suppress
 from ...fd import Fd
 from .virtio import Chain, Queue, RingError, VirtioDevice
 
-__all__ = ["Port"]
+__all__ = ["Console", "Port"]
 
 _F_MULTIPORT = 1 << 1  # a port that is not a terminal, and its name
 _CONFIG = struct.Struct("<HHII")  # columns, rows, ports, emergency write
@@ -88,7 +88,7 @@ class Port(VirtioDevice):
         if number == _CONTROL_RECEIVE:
             return self._tell(queue)
         done = False
-        while (chain := queue.pop()) is not None:
+        while self._has_room() and (chain := queue.pop()) is not None:
             size = sum(map(len, chain.readable))
             if size > _SENT_AT_ONCE_MAX:
                 raise RingError(f"sent {size} bytes at once")
@@ -100,6 +100,10 @@ class Port(VirtioDevice):
             else:
                 self._heed(data)
         return done
+
+    def _has_room(self) -> bool:
+        """Whether `received` may be called now."""
+        return True
 
     def _fill(self, queue: Queue) -> bool:
         """Give the driver what waits for it."""
@@ -158,6 +162,43 @@ class Port(VirtioDevice):
     def close(self) -> None:
         with self._lock:
             self._wake.close()
+
+
+class Console(Port):
+    """A console device with nothing but the console, which Linux calls hvc0.
+
+    `output` is called with the bytes that the guest has printed, while `has_room()`; call `alert`
+    when there is room again.
+    """
+
+    name = "console (hvc0)"
+    features = 0
+    queue_count = 2
+    queue_size = 16
+    host_queues: tuple[int, ...] = (_RECEIVE, _SEND)
+    bounced = 512 << 10  # pages to receive into, and pieces of a page that are printed
+    config = bytes(64)
+
+    def __init__(self, output: Callable[[bytes], object], has_room: Callable[[], bool]) -> None:
+        super().__init__("", output)
+        self._room = has_room
+
+    def _has_room(self) -> bool:
+        return self._room()
+
+    def alert(self) -> None:
+        """There is room again.  Any thread may call."""
+        with self._lock:
+            self._alert()
+
+    def receive(self, data: bytes) -> None:
+        """Let the guest receive `data`: it waits until a program has opened the console."""
+        self.send(data)
+
+    def pending(self) -> int:
+        """How many bytes the guest has not received yet."""
+        with self._lock:
+            return sum(map(len, self._outgoing))
 
 
 def _check_room(chain: Chain, size: int) -> None:

@@ -11,9 +11,8 @@ from contextlib import suppress
 from typing import Protocol
 
 from .outcome import EXIT_STATUSES, Ending, Outcome
-from .serial import Serial
 
-__all__ = ["Input", "Periodic", "Supervisor"]
+__all__ = ["Console", "Input", "Periodic", "Supervisor"]
 
 _PANIC = b"Kernel panic - not syncing: "
 _PANIC_GRACE = 5.0  # seconds that a kernel which has panicked has to reset the machine itself
@@ -34,6 +33,18 @@ class Input(Protocol):
 
     def read(self) -> bytes | None:
         """Bytes for the guest; None at the end of the input."""
+        ...
+
+
+class Console(Protocol):
+    """Where the console's input goes."""
+
+    def receive(self, data: bytes) -> None:
+        """Let the guest receive `data`."""
+        ...
+
+    def pending(self) -> int:
+        """How many bytes the guest has not read yet."""
         ...
 
 
@@ -62,6 +73,8 @@ class Supervisor:
         self._stuck = stuck
         #: Called before `output`, with the same bytes.
         self.observe: Callable[[bytes], object] = lambda data: None
+        #: Called when `output` has taken what waited for it.
+        self.drained: Callable[[], object] = lambda: None
         #: Whether `put` returns at once, however much waits for `output`.
         self.unlimited: bool = False
         self._pending = bytearray()
@@ -88,12 +101,25 @@ class Supervisor:
             self._drained.clear()
             self._drained.wait(0.05)
 
+    # -- in the thread of the devices ----------------------------------------------------------
+
+    def put_all(self, data: bytes) -> None:
+        """Take bytes of the console, without waiting; see `has_room`."""
+        self._pending += data
+        if not self._alerted:
+            self._alerted = True
+            self._ending.alert()
+
+    def has_room(self) -> bool:
+        """Whether more bytes should come; `drained` is called when there is room again."""
+        return len(self._pending) < _OUTPUT_MAX
+
     # -- in the thread that calls run ----------------------------------------------------------
 
     def watch(
         self,
         threads: Sequence[threading.Thread],
-        console: Serial,
+        console: Console,
         source: Input | None,
         timeout: float | None,
         calls: Sequence[Periodic],
@@ -168,6 +194,7 @@ class Supervisor:
         if data and not self._output_failed:
             self._look_for_panic(data)
             self.observe(data)
+            self.drained()
             try:
                 self._output(data)
             except Exception:  # but not what a signal handler raises
