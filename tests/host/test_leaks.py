@@ -20,6 +20,7 @@ from kvmpriv import HostMemory, Kvm, Vcpu, VcpuThread, Vm, private, uapi
 from kvmpriv.fd import Fd
 from kvmpriv.guest import Machine, Puppet, load_flat
 from kvmpriv.guest.linux import GuestProcess, LinuxGuest, LinuxMachine, load_linux, plan
+from kvmpriv.guest.linux.device import Device, InterruptLine
 from kvmpriv.guest.linux.disk import Block, Entropy
 from kvmpriv.guest.linux.dispatch import GuestThread
 from kvmpriv.guest.linux.io import IoThread
@@ -46,7 +47,7 @@ LARGE = 64 * MIB
 #: They own nothing themselves: what is made of them, or what they are given, is in the table.
 BASES = {"HeldBySlots", "KvmFd", "PrivateFile", "VirtioDevice", "Cable"}
 #: Their ends are in the guest, or they have no end: they have no descriptor, mapping or thread.
-OWN_NOTHING = {Channel, Entropy, GuestProcess}
+OWN_NOTHING = {Channel, Device, Entropy, GuestProcess}
 
 
 class Place(NamedTuple):
@@ -152,6 +153,7 @@ OWNERS: dict[type, Callable[[Place], AbstractContextManager[object]]] = {
     GuestThread: lambda place: GuestThread(
         place.vcpu(), lambda *_: None, lambda: None, None, Gate()
     ),
+    InterruptLine: lambda _: closing(InterruptLine()),
     Ending: lambda _: closing(Ending()),
     Recorder: lambda place: closing(Recorder(place.path.open("w"), {})),
     RunRecorder: lambda place: closing(
