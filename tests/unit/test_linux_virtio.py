@@ -175,6 +175,42 @@ def test_registers() -> None:
     assert one.get(0x0, 1) == one.get(0x2, 4) == 0
 
 
+class Recorder(Entropy):
+    """Records what the driver accepted, and returns two requests at once."""
+
+    def __init__(self) -> None:
+        self.accepted: list[int] = []
+
+    def negotiated(self, accepted: int) -> None:
+        self.accepted.append(accepted)
+
+    def serve(self, number: int, queue: Queue) -> bool:
+        first, second = queue.pop(), queue.pop()
+        if first is None or second is None:
+            return False
+        queue.push_all([(second, 2), (first, 1)])
+        return True
+
+
+def test_a_device_learns_what_was_accepted_and_returns_several_requests() -> None:
+    device = Recorder()
+    one = Driver(device)
+    assert not one.negotiate(VERSION_1 | 1)
+    assert device.accepted == []
+    assert one.negotiate()
+    assert device.accepted == [VERSION_1]
+    one.put(0x70, 0xF)
+    assert device.accepted == [VERSION_1], "once"
+    one.start()
+    one.describe(0, 0, BASE + 0x20000, 8, WRITE, 0)
+    one.describe(0, 1, BASE + 0x20000, 8, WRITE, 0)
+    one.memory.write(one.rings(0)[1] + 4, struct.pack("<HH", 0, 1))
+    one.memory.write(one.rings(0)[1] + 2, b"\2\0")
+    one.put(0x50, 0)
+    assert one.used(0) == [(1, 2), (0, 1)]
+    assert one.interrupts == 1
+
+
 def test_random_numbers(driver: MakeDriver) -> None:
     one = driver(Entropy())
     first, second = one.request((100, WRITE), (28, WRITE))

@@ -95,7 +95,7 @@ class Block(VirtioDevice):
         except BaseException:
             os.close(self._fd)
             raise
-        self.features = _F_SEG_MAX | _F_FLUSH
+        self.features: int = _F_SEG_MAX | _F_FLUSH
         self.features |= _F_RO if self.read_only else _F_DISCARD | _F_WRITE_ZEROES
         limits = (_DISCARD_MAX, _RANGES_MAX, 1, _ZEROES_MAX, 1, 1)
         config = _CONFIG.pack(self.size // _SECTOR, 0, _SEGMENTS_MAX, *limits)

@@ -118,7 +118,7 @@ class Net(VirtioDevice):
         self._cable = _Borrowed(cable) if isinstance(cable, int) else cable
         self._complain = complain
         self._is_tap = self._offload(0)
-        self.features = self._ALWAYS | (sum(_OFFLOADS) if self._is_tap else 0)
+        self.features: int = self._ALWAYS | (sum(_OFFLOADS) if self._is_tap else 0)
         self._gone = False
         self._forget()
 

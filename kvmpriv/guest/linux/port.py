@@ -171,13 +171,13 @@ class Console(Port):
     when there is room again.
     """
 
-    name = "console (hvc0)"
-    features = 0
-    queue_count = 2
-    queue_size = 16
+    name: str = "console (hvc0)"
+    features: int = 0
+    queue_count: int = 2
+    queue_size: int = 16
     host_queues: tuple[int, ...] = (_RECEIVE, _SEND)
-    bounced = 512 << 10  # pages to receive into, and pieces of a page that are printed
-    config = bytes(64)
+    bounced: int = 512 << 10  # pages to receive into, and pieces of a page that are printed
+    config: bytes = bytes(64)
 
     def __init__(self, output: Callable[[bytes], object], has_room: Callable[[], bool]) -> None:
         super().__init__("", output)
