@@ -839,3 +839,21 @@ def test_a_device_that_raises(kvm: Kvm) -> None:
         machine.ports.add(Broken(), 0x500, 1)
         with pytest.raises(RuntimeError, match="the device is broken"):
             machine.run(timeout=20)
+
+
+def test_a_virtio_console(kvm: Kvm) -> None:
+    """Its words are on the command line, it takes a device's place, and a mistake is reported."""
+    image = load_linux(kernel(UP))
+    with LinuxMachine(kvm, image, plan(32 << 20), console="virtio", cmdline="quiet x") as machine:
+        assert machine.cmdline == "quiet earlycon=uart8250,io,0x3f8 console=hvc0 panic=-1 quiet x"
+        assert machine.mmio.ranges == [(0xD0000000, 0x200, "console (hvc0)")]
+        printed: list[bytes] = []
+        machine._supervisor._output = printed.append
+        assert machine.run(timeout=0.5).how == "timeout"
+        assert b"".join(printed) == b"up\n", "ttyS0 is there, too"
+    with LinuxMachine(kvm, image, plan(32 << 20), console="virtio", cmdline="x") as machine:
+        assert machine.cmdline == "earlycon=uart8250,io,0x3f8 console=hvc0 panic=-1 x"
+    with pytest.raises(ArgumentError, match="up to 7 virtio devices, not 8"):
+        LinuxMachine(kvm, image, plan(32 << 20), console="virtio", devices=[Closed()] * 8)
+    with pytest.raises(ArgumentError, match="console must be 'serial' or 'virtio', not 'vga'"):
+        LinuxMachine(kvm, image, plan(32 << 20), console="vga")

@@ -175,6 +175,9 @@ class LinuxMachine:
             self.ranges = list(ranges)
             self.abi = abi
             self._first_words, self._own_words = CONSOLES[console], cmdline
+            if "quiet" in cmdline.split() and console == "virtio":
+                # The early console prints what there is when the kernel comes to its word.
+                self._first_words = f"quiet {self._first_words}"
             self._bounced = 0
             self._virtio: list[tuple[int, int, int]] = []  # address, size and interrupt of each
             self._interrupts: list[int] = []  # of devices that are not virtio devices
