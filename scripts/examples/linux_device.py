@@ -56,8 +56,9 @@ class ComputedDisk(VirtioDevice):
             for part in room:
                 part[:] = self._contents(sector, len(part))
                 sector += len(part) // SECTOR
-        elif kind == WRITE and sector < SECTORS:
-            self.written[sector] = data[16:]
+        elif kind == WRITE and sector * SECTOR + len(data) - 16 <= SECTORS * SECTOR:
+            for at in range(16, len(data), SECTOR):  # a page and not a sector, as a rule
+                self.written[sector + at // SECTOR] = data[at : at + SECTOR]
         elif kind != FLUSH:
             status = UNSUPPORTED if kind not in (READ, WRITE) else IO_ERROR
         last[-1:] = status
@@ -65,7 +66,8 @@ class ComputedDisk(VirtioDevice):
 
     def _contents(self, first: int, size: int) -> bytes:
         sectors = range(first, first + -(-size // SECTOR))
-        return b"".join((b"this is sector %d\n" % n).ljust(SECTOR) for n in sectors)[:size]
+        parts = [self.written.get(n) or (b"this is sector %d\n" % n).ljust(SECTOR) for n in sectors]
+        return b"".join(parts)[:size]
 
 
 class Doubler(Device):

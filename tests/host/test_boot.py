@@ -392,6 +392,21 @@ def test_a_tap_and_its_namespace_come_and_go() -> None:
     assert namespaces() == set()
 
 
+def test_taps_made_at_the_same_time() -> None:
+    """Each thread gets a namespace of its own."""
+    tap_or_skip().close()
+    made: list[Tap] = []
+    threads = [threading.Thread(target=lambda: made.append(Tap())) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({tap.namespace for tap in made}) == 8
+    for tap in made:
+        tap.close()
+    assert namespaces() == set()
+
+
 def test_what_a_killed_process_leaves_is_removed() -> None:
     tap_or_skip().close()
     code = (

@@ -354,8 +354,9 @@ def test_a_guest_that_starts_paused() -> None:
     thread.join(10)
 
 
-def test_a_pause_while_the_console_is_full() -> None:
+def test_a_pause_while_the_console_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     """The thread that takes the console's output pauses the guest, which floods it."""
+    monkeypatch.setattr("kvmpriv.guest.linux.supervisor._OUTPUT_MAX", 4)
     made: LinuxGuest
     paused = threading.Event()
 

@@ -525,6 +525,10 @@ def test_the_disk_of_an_example(driver: MakeDriver) -> None:
     )
     assert one.request(block(1, 7), (b"x" * 512, 0), (1, WRITE)) == [b"\0"]
     assert device.written == {7: b"x" * 512}
+    assert one.request(block(1, 8), (b"y" * 512 + b"z" * 512, 0), (1, WRITE)) == [b"\0"]
+    assert device.written[9] == b"z" * 512
+    assert one.request(block(0, 9), (512, WRITE), (1, WRITE))[0] == b"z" * 512
+    assert one.request(block(1, (1 << 20) - 1), (bytes(1024), 0), (1, WRITE)) == [b"\1"]
     assert one.request(block(0, (1 << 20) - 1), (1024, WRITE), (1, WRITE))[1] == b"\1"
     assert one.request(block(8), (20, WRITE), (1, WRITE))[1] == b"\2"
     one.request((b"short", 0), (1, WRITE))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno as _errno
 import fcntl
+import itertools
 import os
 import socket
 import struct
@@ -27,6 +28,7 @@ HEADER_SIZE = 12
 _NAME = "kvmpriv-{pid}-{started}"
 _NAMESPACES = Path("/run/netns")
 _TUN = "/dev/net/tun"
+_numbers = itertools.count()
 #: Waits for the end of the process that has made a namespace, and removes it.
 _GUARD = 'read -r line; umount -l "$1"; rm -f "$1"'
 # <linux/if_tun.h>
@@ -157,11 +159,8 @@ class Tap:
         remove_stale()
         me = os.getpid()
         base = _NAME.format(pid=me, started=_started(me))
-        name = next(
-            name
-            for name in (f"{base}-{number}" for number in range(1 << 16))
-            if not (_NAMESPACES / name).exists()
-        )
+        # Several threads may make networks at a time: no number is used twice.
+        name = f"{base}-{next(_numbers)}"
         self._guard = subprocess.Popen(  # noqa: S603  # a fixed script
             ["/bin/sh", "-c", _GUARD, "kvmpriv-tap", _NAMESPACES / name],
             stdin=subprocess.PIPE,
