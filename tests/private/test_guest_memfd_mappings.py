@@ -568,11 +568,11 @@ def test_a_poisoned_page(mapped: MappedGuest) -> None:
         if mapped.vm.check_extension(gm.KVM_CAP_PRE_FAULT_MEMORY):
             said = answer(lambda: guest_memfd.pre_fault_memory(mapped.guest.vcpu, GPA + at, PAGE))
             assert said == "EHWPOISON"
-    for beside in (at - PAGE, at + PAGE):
-        assert mapped.both_see(beside, OURS)
     mapped.punch_hole(at)
     assert mapped.guest.resume() == 0, "the load that was stopped"
     assert mapped.both_see(at, 0)
+    for beside in (at - PAGE, at + PAGE):
+        assert mapped.both_see(beside, OURS)
     mapped.guest.fill(GPA + at, THEIRS, PAGE)
     assert mapped.both_see(at, THEIRS)
 

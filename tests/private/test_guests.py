@@ -17,9 +17,10 @@ from kvmpriv.exits import Exit, ExitReason, HypercallExit, MemoryFaultExit, Mmio
 from kvmpriv.guest.puppet import GuestExit
 from kvmpriv.private import restrictedmem
 
+from .support.defects import mainline_defect
 from .support.kernels import MakeVm
 from .support.races import ROUNDS, beside, rounds
-from .support.rig import GPA, OFFSET, SIZE, MakeRig, OneSlotRig, only, run_again
+from .support.rig import GPA, OFFSET, SIZE, MakeRig, OneSlotRig, Rig, only, run_again
 from .support.rules import rule
 from .support.syscalls import MIB, PAGE
 
@@ -477,6 +478,33 @@ def test_slot_deletion_under_access(make: MakeGuest) -> None:
     private.guest.serve = None
     private.guest.write(GPA, b"works")
     assert private.guest.read(GPA, 5) == b"works"
+
+
+@rule("gm.fault.after-mmio")
+@only("guest_memfd")
+@pytest.mark.parametrize("before", [False, True], ids=["untouched", "mmio"])
+def test_private_memory_where_mmio_was(rig: Rig, before: bool) -> None:
+    """A gfn that the guest has accessed without a slot is served from the file once it is private.
+
+    KVM remembers MMIO in the page tables.  The next access is reported as one of a reserved bit,
+    which KVM takes for a shared one; it has outlived what made it MMIO.
+    """
+    if before:
+        with pytest.raises(GuestExit) as stopped:
+            rig.guest.load(GPA, 4)
+        assert stopped.value.exit.reason == k.KVM_EXIT_MMIO
+        rig.guest.resume()
+    rig.bind(GPA, PAGE, rig.file(PAGE))
+    fault = None
+    try:
+        assert rig.guest.load(GPA, 4) == 0
+    except GuestExit as again:
+        fault = again.exit
+    if before and fault == rig.fault_at(GPA, private=False):
+        mainline_defect("stale-mmio", str(fault))
+    assert fault is None
+    rig.guest.write(GPA, b"works")
+    assert rig.guest.read(GPA, 5) == b"works"
 
 
 @rule("v9.hook.off")

@@ -160,6 +160,12 @@ _MAINLINE = (
         (*OLD, *NEW),
     ),
     MainlineDefect(
+        "stale-mmio",
+        "a private access where MMIO was before is reported as a fault of a shared one, each time",
+        "",
+        (*OLD, *NEW),
+    ),
+    MainlineDefect(
         "pre-fault-obsolete-root",
         "KVM_PRE_FAULT_MEMORY by a vCPU that never ran does not end after a slot was deleted",
         "20a6cff3b283",

@@ -168,6 +168,9 @@ class Arena:
         self.guest.serve = None
         try:
             if self.converts:
+                # MMIO that KVM remembers ends by an access to shared memory: see the known defect
+                # stale-mmio, which is not tested here.
+                self.guest.touch(GPA, PAGE, SIZE // PAGE)
                 struct = gm.ffi.new("struct kvm_memory_attributes *", (GPA, SIZE, 8, 0))
                 self.vm.ioctl(gm.KVM_SET_MEMORY_ATTRIBUTES, struct)
             self.guest.fill(GPA, 0x5A, SIZE)
