@@ -86,8 +86,9 @@ class GuestMemfdInPlaceAbi(GuestMemfdAbi):
     file: it needs no slot, and it survives slots, their deletion, and holes.
 
     `patience`: for how many seconds a conversion that is refused with EAGAIN is tried again, every
-    millisecond; 0, the default, passes the kernel's answer on.  Within them the VM's slots can't
-    be changed.  A page that is pinned for long (by io_uring, VFIO) is never free within them.
+    millisecond; 0 passes the kernel's answer on.  A page fault that another vCPU or the host is
+    about to finish has a reference to its page, for some microseconds; a page that is pinned (by
+    io_uring, VFIO) is in use for long.  Meanwhile the VM's slots can't be changed.
 
     bind: guest accesses of both kinds reach the file.  KVM's own (its emulator's) go to `memory`,
     which should be a mapping of the same range: :meth:`create_memory` makes it.
@@ -101,7 +102,7 @@ class GuestMemfdInPlaceAbi(GuestMemfdAbi):
         file_flags: int = (
             guest_memfd_h.GUEST_MEMFD_FLAG_MMAP | guest_memfd_h.GUEST_MEMFD_FLAG_INIT_SHARED
         ),
-        patience: float = 0,
+        patience: float = 0.05,
     ) -> None:
         if patience < 0:
             raise ArgumentError(f"patience must be 0 or more seconds, not {patience}")

@@ -77,6 +77,18 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         missing("dangerous", f"{mark.args[0]} (--dangerous runs it)")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out tests of two memories for ABIs that have one: there they have no meaning."""
+
+    def has_meaning(item: pytest.Item) -> bool:
+        if item.get_closest_marker("two_backings") is None:
+            return True
+        abi = private.ABIS[str(cast("pytest.Function", item).callspec.params["make_rig"])]
+        return abi.traits.backings == 2
+
+    items[:] = filter(has_meaning, items)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
     names = [name for mark in pyfuncitem.iter_markers("known_defect") for name in mark.args]

@@ -14,7 +14,7 @@ from kvmpriv import HostMemory
 from .support.accounting import BIG, SLACK, Unevictable, meminfo
 from .support.processes import in_cgroup, in_child
 from .support.races import eventually
-from .support.rig import Rig, only
+from .support.rig import Rig, only, two_backings
 from .support.rules import rule
 from .support.syscalls import GIB, HOLE, KEEP_SIZE, MIB, PAGE, fallocate
 
@@ -148,6 +148,7 @@ def resident(memory: HostMemory) -> int:
 @rule("account.convert.tidy", "account.convert.keep")
 @pytest.mark.known_defect("notified-in-bytes", "pages-not-zeroed")
 @pytest.mark.parametrize("keep", [False, True], ids=["tidy", "keep"])
+@two_backings
 def test_conversion_and_what_it_frees(rig: Rig, keep: bool) -> None:
     """A conversion frees the pages that become unreachable; with keep=True both pages remain."""
     private_side = Unevictable()

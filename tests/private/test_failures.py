@@ -26,7 +26,7 @@ from .support.mappings import MADV, MappedGuest
 from .support.processes import child_status, in_cgroup, in_child
 from .support.races import beside, eventually, within_cpu_time
 from .support.requirements import missing
-from .support.rig import LARGE, Rig, only
+from .support.rig import LARGE, Rig, only, two_backings
 from .support.rules import rule
 from .support.syscalls import GIB, MIB, PAGE, answer, call, errno_of
 
@@ -245,6 +245,7 @@ def test_binding_with_failing_allocations(rig: Rig) -> None:
 
 @rule("fail.injected.convert")
 @pytest.mark.known_defect("failed-conversion-erases")
+@two_backings
 def test_converting_with_failing_allocations(rig: Rig) -> None:
     """Each call is ENOMEM and converts nothing, or converts the whole range."""
     first, last = 4, 200

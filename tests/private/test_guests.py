@@ -20,7 +20,7 @@ from kvmpriv.private import restrictedmem
 from .support.defects import mainline_defect
 from .support.kernels import MakeVm
 from .support.races import ROUNDS, beside, rounds
-from .support.rig import GPA, OFFSET, SIZE, MakeRig, OneSlotRig, Rig, only, run_again
+from .support.rig import GPA, OFFSET, SIZE, MakeRig, OneSlotRig, Rig, only, run_again, two_backings
 from .support.rules import rule
 from .support.syscalls import MIB, PAGE
 
@@ -58,6 +58,7 @@ PATTERN = bytes(range(256)) * 16
 
 
 @rule("faults.private-from-file", "faults.shared-from-userspace-addr")
+@two_backings
 def test_private_and_shared_are_two_memories(private: OneSlotRig) -> None:
     """What the guest writes to private memory is in the file, not where the host can read."""
     gpa = GPA + 3 * PAGE
@@ -121,6 +122,7 @@ def test_holes_beside_the_binding(private: OneSlotRig) -> None:
 
 
 @rule("convert.state-survives-the-slot")
+@two_backings
 def test_the_state_survives_the_slot(private: OneSlotRig) -> None:
     """The state belongs to the VM and the gfn: deleting the slot does not change it."""
     private.shared.write(0, b"host 0 ")
@@ -141,6 +143,7 @@ def test_the_state_survives_the_slot(private: OneSlotRig) -> None:
 
 
 @rule("convert.large-ranges")
+@two_backings
 def test_conversion_of_parts_of_a_large_range(private: OneSlotRig) -> None:
     """2 MiB and its parts are converted back and forth; both sides are checked each time."""
     private.shared.write(0, b"\x11" * SIZE)
@@ -179,6 +182,7 @@ def test_two_slots_of_one_file(private: OneSlotRig) -> None:
 
 
 @rule("convert.range-across-slots")
+@two_backings
 def test_ranges_across_pages(private: OneSlotRig) -> None:
     """One access across a shared and a private page reaches both memories."""
     private.convert(GPA, PAGE, private=False)
@@ -188,6 +192,7 @@ def test_ranges_across_pages(private: OneSlotRig) -> None:
 
 
 @rule("isolation.host-mapping")
+@two_backings
 def test_the_marker_is_nowhere_in_the_process(private: OneSlotRig) -> None:
     """A marker in private memory is in no page of this process; one in shared memory is found."""
     # This process never has it whole: the guest itself assembles its copy.
@@ -424,6 +429,7 @@ def test_holes_against_faults(make: MakeGuest) -> None:
 
 @rule("race.conversion-against-fault")
 @pytest.mark.known_defect("notified-in-bytes", "pages-not-zeroed")
+@two_backings
 def test_conversions_against_faults(make: MakeGuest) -> None:
     """A write during a conversion reaches one of the two memories."""
     private = make(cpus=2)

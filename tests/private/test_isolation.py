@@ -25,7 +25,7 @@ from .support.arch_hook import hook
 from .support.kernels import require_scripts_vm
 from .support.processes import child_status, in_child
 from .support.requirements import missing
-from .support.rig import Marker, Rig
+from .support.rig import Marker, Rig, two_backings
 from .support.rules import rule
 from .support.syscalls import (
     GIB,
@@ -42,7 +42,7 @@ from .support.syscalls import (
 if TYPE_CHECKING:
     from kvmpriv.private import PrivateAbi
 
-pytestmark = pytest.mark.usefixtures("no_leak")
+pytestmark = [pytest.mark.usefixtures("no_leak"), two_backings]
 
 PAGES = 16
 SIZE = PAGES * PAGE

@@ -13,7 +13,7 @@ from kvmpriv.guest.puppet import GuestExit
 from kvmpriv.private import PrivateSlot
 
 from .support.large_pages import huge_pages, need_large_pages
-from .support.rig import LARGE, MakeRig, Rig, only
+from .support.rig import LARGE, MakeRig, Rig, only, two_backings
 from .support.rules import rule
 from .support.syscalls import GIB, MIB, PAGE, answer
 
@@ -81,6 +81,7 @@ class Laid:
 
 @rule("private.layout.both-sides")
 @layouts
+@two_backings
 def test_each_page_has_its_place(rig: Rig, layout: Layout) -> None:
     """Each private and shared page is where the offsets put it, and nowhere else."""
     laid = Laid(rig, layout)
@@ -122,6 +123,7 @@ def test_each_hole_has_its_place(rig: Rig, layout: Layout) -> None:
 
 @rule("private.layout.convert")
 @layouts
+@two_backings
 def test_each_conversion_has_its_place(rig: Rig, layout: Layout) -> None:
     """Single pages are converted, at both ends and between: each has the other memory then."""
     laid = Laid(rig, layout)
@@ -144,6 +146,7 @@ LOW, HIGH = 2 * GIB, 4 * GIB
 @pytest.mark.timeout(600)  # 6.12 converts page by page, slowly in a debug kernel
 @pytest.mark.known_defect("far-conversion")  # looked for after the harmless ones below
 @holes
+@two_backings
 def test_split_layout(rig: Rig) -> None:
     """QEMU's layout: 2 GiB at 0, and the rest of the file at 4 GiB."""
     guest, file = rig.guest, rig.file(LOW + GIB)
@@ -182,6 +185,7 @@ def test_split_layout(rig: Rig) -> None:
 
 @rule("private.layout.gpa-0", "private.layout.last-gpa")
 @holes
+@two_backings
 def test_both_ends_of_the_address_space(rig: Rig, kvm: Kvm) -> None:
     """Slots at gpa 0 and up to the processor's last address work; one page beyond is EINVAL."""
     (bits,) = {entry.eax & 0xFF for entry in kvm.get_supported_cpuid() if entry[0] == 0x80000008}
@@ -211,6 +215,7 @@ def test_both_ends_of_the_address_space(rig: Rig, kvm: Kvm) -> None:
 
 @rule("private.layout.across-slots")
 @holes
+@two_backings
 def test_ranges_across_slots(rig: Rig) -> None:
     """One conversion covers private slots, an ordinary one and a gap: each gets its part."""
     guest, gpa, each = rig.guest, 6 * GIB, 3 * PAGE

@@ -17,7 +17,7 @@ from kvmpriv.private import PrivateFile, serve_conversion
 
 from .support.accounting import BIG, SLACK, Unevictable
 from .support.races import eventually
-from .support.rig import LARGE, Guest, MakeRig, Rig
+from .support.rig import LARGE, Guest, MakeRig, Rig, two_backings
 from .support.rules import rule
 from .support.syscalls import GIB, MIB, PAGE
 
@@ -123,6 +123,7 @@ machines = pytest.mark.parametrize(
 @machines
 @pytest.mark.parametrize("allocate", [False, True], ids=["on demand", "fallocate"])
 @fresh
+@two_backings
 def test_explicit_conversion(make_rig: MakeRig, cpus: int, slots: int, allocate: bool) -> None:
     """Each vCPU converts each range and back, its odd pages first; the memory around it stays."""
     ground = Ground(make_rig(cpus=cpus), slots, allocate=allocate)
@@ -390,6 +391,7 @@ class Held:
 
 
 @rule("convert.implicit", "slot.again")
+@two_backings
 def test_a_slot_that_comes_and_goes_under_a_private_page(rig: Rig) -> None:
     """KVM caches that a gfn has no memory; the guest must run on each time that there is a slot."""
     guest, file = rig.guest, rig.file(BIG)
@@ -410,6 +412,7 @@ def test_a_slot_that_comes_and_goes_under_a_private_page(rig: Rig) -> None:
 
 
 @rule("convert.no-page-twice")
+@two_backings
 def test_no_page_is_held_twice(rig: Rig) -> None:
     """A conversion that frees unreachable pages leaves one copy of each; with keep=True, two."""
     memory, file = rig.memory(BIG), rig.file(BIG)

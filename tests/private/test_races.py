@@ -11,7 +11,7 @@ from kvmpriv.exits import ExitReason, MmioExit
 
 from .support.accounting import BIG, Unevictable
 from .support.races import ROUNDS, beside, rounds
-from .support.rig import MakeRig, Rig, run_again
+from .support.rig import MakeRig, Rig, run_again, two_backings
 from .support.rules import rule
 from .support.syscalls import GIB, MIB, PAGE
 
@@ -71,7 +71,7 @@ def test_holes_against_slots_in_use(make_rig: MakeRig) -> None:
     rig = make_rig(cpus=2)
     file, other = rig.file(SIZE), rig.guest.cpus[1]
     other.serve = lambda _cpu, _exit: True  # no slot: try again
-    rig.convert(GPA, SIZE, private=True)
+    rig.convert_all(file, GPA, private=True)
 
     def change() -> None:
         file.punch_hole(0, SIZE // 2)
@@ -101,6 +101,7 @@ def test_holes_against_slots_in_use(make_rig: MakeRig) -> None:
 
 
 @rule("race.conversion-against-fault.two")
+@two_backings
 def test_conversions_against_two_vcpus(make_rig: MakeRig) -> None:
     """Two vCPUs count in a page that is converted meanwhile: no increment is lost."""
     rig = make_rig(cpus=2)
@@ -128,6 +129,7 @@ def test_conversions_against_two_vcpus(make_rig: MakeRig) -> None:
 
 
 @rule("race.conversion-against-slot")
+@two_backings
 def test_conversions_against_slots(rig: Rig) -> None:
     """Ranges are converted while their slot is made and deleted: the last conversion holds."""
     file = rig.file(SIZE)
@@ -155,6 +157,7 @@ def test_conversions_against_slots(rig: Rig) -> None:
 
 
 @rule("race.conversion-against-conversion", "race.conversion-against-hole")
+@two_backings
 def test_conversions_against_each_other(rig: Rig) -> None:
     """Two threads convert overlapping ranges and punch holes: each page ends in one state."""
     with HostMemory(SIZE) as memory:

@@ -20,7 +20,7 @@ from kvmpriv.private.restrictedmem import RestrictedMem
 
 from .support.large_pages import huge_pages
 from .support.requirements import missing
-from .support.rig import LARGE, MakeRig, Rig, only, run_again
+from .support.rig import LARGE, MakeRig, Rig, only, run_again, two_backings
 from .support.rules import rule
 from .support.slot_requests import RestrictedSlots
 from .support.syscalls import GIB, MIB, PAGE
@@ -343,6 +343,7 @@ def test_reads_against_holes(make_rig: MakeRig) -> None:
 
 
 @rule("private.race.read-against-host")
+@two_backings
 def test_reads_against_the_hosts_own_holes(make_rig: MakeRig) -> None:
     """Reads of shared memory while the host frees it leave no mapping of the old page."""
     rig, size = make_rig(cpus=2), READ * PAGE
@@ -358,6 +359,7 @@ def test_reads_against_the_hosts_own_holes(make_rig: MakeRig) -> None:
 
 
 @rule("private.race.read-against-conversion")
+@two_backings
 def test_reads_against_conversions(make_rig: MakeRig) -> None:
     """Reads during a conversion leave no mapping of the other memory."""
     rig, size = make_rig(cpus=2), READ * PAGE
@@ -437,6 +439,7 @@ def apart(pool: ThreadPoolExecutor) -> Iterator[None]:
 @rule("private.unmap.at-once")
 @pytest.mark.known_defect("notified-in-bytes", "pages-not-zeroed")
 @pytest.mark.parametrize("change", ["hole", "conversion"])
+@two_backings
 def test_a_guest_that_runs_sees_it_at_once(make_rig: MakeRig, change: str) -> None:
     """A vCPU that stays in the guest loses the mapping too: its TLB is flushed."""
     rig, turns = make_rig(cpus=2), 10

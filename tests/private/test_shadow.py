@@ -22,11 +22,11 @@ from kvmpriv.guest.crash import GuestCrash
 
 from .support.kernels import cpu_flags
 from .support.requirements import missing
-from .support.rig import LARGE, MakeRig, Rig
+from .support.rig import LARGE, MakeRig, Rig, two_backings
 from .support.rules import rule
 from .support.syscalls import GIB, MIB, PAGE
 
-pytestmark = pytest.mark.usefixtures("no_leak")
+pytestmark = [pytest.mark.usefixtures("no_leak"), two_backings]
 
 #: 1 MiB of private memory; behind it, still in the same large page, is nothing: MMIO.
 BASE, SIZE = 8 * GIB, MIB

@@ -112,11 +112,11 @@ def test_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     assert now[0] == pytest.approx(100.002)
     with played(busy, busy, busy, busy) as file, pytest.raises(ConversionError):
         patient.convert_file(file, 0, PAGE, private=True)
-    for abi in (patient, GuestMemfdInPlaceAbi("none")):
+    for abi in (patient, GuestMemfdInPlaceAbi("none", patience=0)):
         with played((errno.ENOMEM, 0)) as file, pytest.raises(ConversionError):
             abi.convert_file(file, 0, PAGE, private=False)
     with played(busy) as file, pytest.raises(ConversionError):
-        GuestMemfdInPlaceAbi("none").convert_file(file, 0, PAGE, private=True)
+        GuestMemfdInPlaceAbi("none", patience=0).convert_file(file, 0, PAGE, private=True)
     with pytest.raises(ArgumentError, match="patience must be 0 or more seconds, not -1"):
         GuestMemfdInPlaceAbi(patience=-1)
     assert time.monotonic() != now[0], "the clock of this test is its own"

@@ -13,6 +13,12 @@ from .kernels import open_kvm
 from .leaks import kvm_mappings, open_fds
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the mark of support/rig.py, which tests outside the suite import as well."""
+    line = "two_backings: is not run for an ABI by which a page is one in either state"
+    config.addinivalue_line("markers", line)
+
+
 @pytest.fixture
 def kvm() -> Iterator[kvmpriv.Kvm]:
     """The host's KVM."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import kvmpriv
 from kvmpriv import Kvm
 from kvmpriv.cdefs import guest_memfd as gm
-from kvmpriv.private import PrivateVm, restrictedmem
+from kvmpriv.private import ABIS, PrivateVm, restrictedmem
 from kvmpriv.private.restrictedmem import RestrictedMem
 
 from .arch_hook import hook
@@ -72,6 +72,25 @@ def require_sw_protected_vm(kvm: Kvm) -> None:
     """Skip the test if this kernel can't make VMs of type KVM_X86_SW_PROTECTED_VM."""
     if not kvm.check_extension(gm.KVM_CAP_VM_TYPES) >> gm.KVM_X86_SW_PROTECTED_VM & 1:
         missing("guest_memfd", "no VM type here has private memory")
+    if not answer_to_in_place():
+        missing("guest_memfd", "kvm.gmem_in_place_conversion is on: VMs are not converted")
+
+
+@cache
+def answer_to_in_place() -> str:
+    """The kernel's answer to the ABI whose files are converted: "" if it has it."""
+    try:
+        with Kvm() as kvm:
+            ABIS["guest_memfd_in_place"].try_out(kvm)
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+def require_in_place(_kvm: Kvm) -> None:
+    """Skip the test if this kernel does not convert guest_memfd files in place."""
+    if said := answer_to_in_place():
+        missing("guest_memfd_in_place", said)
 
 
 @cache

@@ -27,6 +27,7 @@ REQUIREMENTS = {
     "guest-memfd-flags": "the flags MMAP and INIT_SHARED of KVM_CREATE_GUEST_MEMFD",
     "guest-memfd-lifetime": "an ABI whose slot loses its memory when the file is closed",
     "guest_memfd": "guest_memfd in a VM of the type that the test uses",
+    "guest_memfd_in_place": "guest_memfd files that can be converted in place",
     "host": "/dev/kvm, readable and writable",
     "huge-pages": "shmem with large pages, and free ones",
     "implicit-conversion": "a guest that chooses how it accesses a page",
@@ -66,6 +67,7 @@ REQUIREMENTS = {
     "stats": "KVM_CAP_BINARY_STATS_FD",
     "steal-time": "paravirtual steal time",
     "test-vehicle": "the module parameter kvm.private_mem_testing of this project's v9 kernels",
+    "two-backings": "an ABI by which a private page and a shared one are two pages",
     "userfaultfd": "userfaultfd(2) for faults of the kernel",
     "wall-clock": "the paravirtual wall clock",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
@@ -15,6 +16,7 @@ from kvmpriv.cdefs import kvm as k
 from kvmpriv.cdefs import restrictedmem as rm
 from kvmpriv.exits import ExitReason, MemoryFaultExit
 from kvmpriv.guest.puppet import GuestExit, Puppet, PuppetCpu
+from kvmpriv.private import ConversionError
 
 from .behaviour import behaviour_of
 from .syscalls import GIB, MIB, PAGE
@@ -85,8 +87,25 @@ class Rig:
         return made
 
     def convert(self, gpa: int, size: int, *, private: bool) -> None:
-        """Convert a range as the kernel does, which frees no page."""
-        self.abi.convert(self.vm, gpa, size, private=private, keep=True)
+        """Convert a range as the kernel does, which frees no page.
+
+        Where files are converted, a page fault that another vCPU is about to finish keeps its page
+        in use for a moment: then again.
+        """
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                return self.abi.convert(self.vm, gpa, size, private=private, keep=True)
+            except ConversionError as error:
+                if error.errno != errno.EAGAIN or time.monotonic() > deadline:
+                    raise
+
+    def convert_all(self, file: PrivateFile, gpa: int, *, private: bool) -> None:
+        """Convert all of a file at `gpa`, where its slot may be one that kvmpriv does not know."""
+        if self.abi.traits.converts == "file":
+            self.abi.convert_file(file, 0, file.size, private=private)
+        else:
+            self.convert(gpa, file.size, private=private)
 
     def mapped(self) -> tuple[int, int]:
         """The number of small and of large pages that the guest has mapped, by KVM's counters."""
@@ -203,6 +222,10 @@ class MakeRig(Protocol):
 def only(name: str) -> pytest.MarkDecorator:
     """The test is about one ABI, by name."""
     return pytest.mark.parametrize("make_rig", [name], indirect=True)
+
+
+#: The test is about two memories: for ABIs by which a private page and a shared one are two pages.
+two_backings = pytest.mark.two_backings
 
 
 def run_again(abi: PrivateAbi) -> Callable[[PuppetCpu, object], bool]:
