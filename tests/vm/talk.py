@@ -470,7 +470,7 @@ def test_several(make_linux_guest: MakeLinuxGuest) -> None:
     guests: list[LinuxGuest] = []
 
     def start() -> None:
-        guests.append(make_linux_guest(memory=96 * MIB, devices=[Net(Tap())]))
+        guests.append(make_linux_guest(memory=96 * MIB, devices=[Net(Tap())], timeout=400))
 
     threads = [threading.Thread(target=start) for _ in range(8)]
     for thread in threads:
