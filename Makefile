@@ -52,6 +52,7 @@ calibrate: kernels  ## our suite beside the kernel's own C selftests, case by ca
 
 mutate: $(SETUP)  ## break the kernel series, one line at a time: a test must fail each time (hours)
 	scripts/kernel/mutate
+	scripts/kernel/mutate --kernel guest_memfd-in-place
 
 # The unit tests wait for other processes often: beside them there is time for the types.
 check: $(SETUP)  ## lint, format, types and unit tests (about a minute)

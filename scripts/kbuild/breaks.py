@@ -1,6 +1,6 @@
-"""The breaks of `mutate`: the patches of scripts/kernel/breaks, each of which breaks a rule.
+"""The breaks of `mutate`: patches of a kernel's folder of breaks, each of which breaks a rule.
 
-A break is a diff that applies on top of the fixed series, below a header like that of a mail:
+A break is a diff that applies on top of the kernel's patches, below a header like that of a mail:
 
     Rule: v9.slot.copy.recheck
     Tests: test_restrictedmem_slots.py::test_flags_that_change
@@ -22,9 +22,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .errors import Refused, Status
+from .kernels import Kernel
 from .paths import DATA
-
-BREAKS = DATA / "breaks"
 
 
 class Break(NamedTuple):
@@ -52,14 +51,15 @@ def parse(name: str, text: str) -> Break:
     description = str(message.get_payload()).strip()
     for what, value in (("Rule:", rule), ("Tests:", tests), ("diff", mark)):
         if not value:
-            raise Refused(Status.PATCH, f"breaks/{name}.patch has no {what}")
+            raise Refused(Status.PATCH, f"the break {name}.patch has no {what}")
     append = message.get("Append", "")
     return Break(name, rule, tuple(tests), append, description, mark.lstrip("\n") + diff)
 
 
-def read(folder: Path = BREAKS) -> list[Break]:
-    """All breaks of a folder, by name."""
-    return [parse(path.stem, path.read_text()) for path in sorted(folder.glob("*.patch"))]
+def read(kernel: Kernel, data: Path = DATA) -> list[Break]:
+    """All breaks of a kernel, by name."""
+    paths = sorted((data / kernel.breaks).glob("*.patch")) if kernel.breaks else []
+    return [parse(path.stem, path.read_text()) for path in paths]
 
 
 def apply(diff: str, sources: dict[str, str]) -> dict[str, str]:

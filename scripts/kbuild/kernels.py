@@ -27,6 +27,10 @@ class Kernel(NamedTuple):
     in_place: bool = False
     #: Words for its command line, before those of --append.
     words: str = ""
+    #: The folder of its breaks, for `mutate`, and the file and module that select one of them.
+    breaks: str = ""
+    selecting: str = ""
+    module: str = ""
 
 
 KERNELS = {
@@ -38,6 +42,9 @@ KERNELS = {
             "6.1",
             posted="restrictedmem/abi",
             fixes="restrictedmem/fixes",
+            breaks="restrictedmem/breaks",
+            selecting="mm/restrictedmem.c",
+            module="restrictedmem",
         ),
         # Two nodes, so that the suite sees where pages are placed.
         Kernel(
@@ -55,6 +62,9 @@ KERNELS = {
             posted="in_place/abi",
             words="numa=fake=2",
             in_place=True,
+            breaks="in_place/breaks",
+            selecting="virt/kvm/guest_memfd.c",
+            module="kvm",
         ),
     )
 }

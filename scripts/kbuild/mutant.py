@@ -1,4 +1,4 @@
-"""The image of `mutate`: the fixed series, with a switch for each break."""
+"""The image of `mutate`: a kernel with all its patches, and with a switch for each break."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from .recipe import Maker, Plan
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-#: The file that gets the parameter `restrictedmem.break`.
-SELECTING = "mm/restrictedmem.c"
 HEADER = "include/linux/kvmpriv_break.h"
 HEADER_TEXT = """\
 /* SPDX-License-Identifier: GPL-2.0 */
@@ -42,7 +40,7 @@ static int kvmpriv_break_set(const char *name, const struct kernel_param *kp)
 	if (number < 0)
 		return number;
 	kvmpriv_break = number;
-	pr_notice("restrictedmem.break: %s\\n", kvmpriv_breaks[number]);
+	pr_notice("kvmpriv: break: %s\\n", kvmpriv_breaks[number]);
 	return 0;
 }}
 
@@ -59,8 +57,11 @@ module_param_cb(break, &kvmpriv_break_ops, NULL, 0644);
 """
 
 
-def put_breaks(tree: Path, chosen: Sequence[breaks.Break]) -> None:
-    """Put `chosen` into a patched tree, numbered from 1; Refused names those that do not apply."""
+def put_breaks(tree: Path, chosen: Sequence[breaks.Break], selecting: str) -> None:
+    """Put `chosen` into a patched tree, numbered from 1; Refused names those that do not apply.
+
+    The file `selecting` gets the parameter `break` of its module.
+    """
     sources: dict[str, str] = {}
     places: dict[str, dict[tuple[int, int], switches.Place]] = {}
     lost = []
@@ -81,7 +82,7 @@ def put_breaks(tree: Path, chosen: Sequence[breaks.Break]) -> None:
     (tree / HEADER).write_text(HEADER_TEXT)
     for file, there in places.items():
         text = switches.with_switches(sources[file], list(there.values()))
-        if file == SELECTING:
+        if file == selecting:
             text += SELECTOR.format(names=", ".join(f'"{one.name}"' for one in chosen))
         (tree / file).write_text(_include(text, is_header=file.endswith(".h")))
 
@@ -106,16 +107,16 @@ def _include(text: str, is_header: bool) -> str:
 
 
 class MutatedPlan(Plan):
-    """The fixed series, and in it the breaks."""
+    """A kernel with all its patches, and in it the breaks."""
 
     @property
     def variant(self) -> str:
         """The name in the cache, and the kernel's release."""
-        return "restrictedmem-mutate"
+        return f"{self.name}-mutate"
 
     def breaks(self) -> list[breaks.Break]:
         """The breaks, from the plan's data."""
-        return breaks.read(self.data / "breaks")
+        return breaks.read(self.kernel, self.data)
 
     def key(self) -> str:
         """A digest of all that decides the outcome: also of the code that puts in the switches."""
@@ -135,7 +136,7 @@ class _Maker(Maker):
     def patch(self) -> None:
         super().patch()
         chosen = self.plan.breaks()
-        put_breaks(self.tree, chosen)
+        put_breaks(self.tree, chosen, self.plan.kernel.selecting)
         say(f"put in {len(chosen)} breaks")
 
 

@@ -1,13 +1,14 @@
-"""Mutation testing for the kernel series: break one line at a time, and run the tests.
+"""Mutation testing for a kernel series: break one line at a time, and run the tests.
 
-One image of `restrictedmem` contains all breaks (the patches in scripts/kernel/breaks).  The boot
-parameter restrictedmem.break=NAME, or a write to it in /sys/module, selects one of them; without
-it nothing is broken.  First the suite has to pass without a break (--quick leaves this out).  Then
-a VM tries one break after the other: it runs the tests that should notice the break, and where
-they fail, runs them again without the break, when they must pass.  If they do not, or if the break
-ended the kernel, the next VM goes on.  A break that its tests did not notice gets a VM of its own
-that is booted with it; if the tests do not notice it there either, the whole suite is run.
-The output is a table: each break, with the test that caught it, or with how the kernel ended.
+One image of the kernel contains all breaks (the patches in scripts/kernel/*/breaks).  The parameter
+`break` of a module, restrictedmem.break or kvm.break, selects one of them at boot, or later by a
+write to it in /sys/module; without it nothing is broken.  First the suite has to pass without a
+break (--quick leaves this out).  Then a VM tries one break after the other: it runs the tests that
+should notice the break, and where they fail, runs them again without the break, when they must
+pass.  If they do not, or if the break ended the kernel, the next VM goes on.  A break that its
+tests did not notice gets a VM of its own that is booted with it; if the tests do not notice it
+there either, the whole suite is run.  The output is a table: each break, with the test that caught
+it, or with how the kernel ended.
 
 NAME is the name of a break, or a pattern such as 'copy.*'.  The output of the VMs is kept in the
 cache, beside the logs of the kernels.
@@ -26,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import breaks
+from . import breaks, kernels
 from .command import Parser
 from .errors import Refused, say
 from .mutant import MutatedPlan, make
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from .breaks import Break
+    from .kernels import Kernel
 
 EXIT_CODES = """exit codes:
   0  the suite passes without a break and fails for each
@@ -111,9 +113,9 @@ def reports(said: str) -> list[Report]:
 class Runner:
     """Runs tests in the image; keeps the output of the VMs."""
 
-    def __init__(self, image: Path) -> None:
-        self.image = image
-        self.folder = cache_root() / "logs" / "mutate"
+    def __init__(self, kernel: Kernel, image: Path) -> None:
+        self.kernel, self.image = kernel, image
+        self.folder = cache_root() / "logs" / "mutate" / kernel.name
         self.folder.mkdir(parents=True, exist_ok=True)
         self.running: set[subprocess.Popen[bytes]] = set()
         self.over = False
@@ -129,10 +131,12 @@ class Runner:
         if self.over:
             raise Refused(1, "stopped")
         said = self.folder / f"{name}.txt"
-        options = ["--quiet", "--append", append, "--env", "PYTHONUNBUFFERED=1"]
+        words = f"{self.kernel.words} {append}".strip()
+        options = ["--quiet", "--append", words, "--env", "PYTHONUNBUFFERED=1"]
         options += ["--log", str(self.folder / f"{name}.log")]
-        options += ["--env", "KVMPRIV_REQUIRE=host,restrictedmem"]
-        options += ["--env", "KVMPRIV_KERNEL=restrictedmem"]
+        abi = kernels.abi_of(self.kernel.name, append.split(), own_tree=False)
+        options += ["--env", f"KVMPRIV_REQUIRE=host,{abi}"]
+        options += ["--env", f"KVMPRIV_KERNEL={self.kernel.name}"]
         with (
             said.open("w") as file,
             subprocess.Popen(
@@ -178,9 +182,9 @@ class Runner:
 
     def trial(self, one: Break, tests: Sequence[str]) -> Result:
         """One break in a VM of its own, selected at boot."""
-        append = f"restrictedmem.break={one.name} {one.append}".strip()
+        append = f"{self.kernel.module}.break={one.name} {one.append}".strip()
         job = json.dumps([[one.name, list(tests)]])
-        code, text = self.vm(one.name, append, [*TRIAL, job])
+        code, text = self.vm(one.name, append, [*TRIAL, self.kernel.module, job])
         return self.judge(one, code, reports(text))
 
     def judge(self, one: Break, code: int, said: Sequence[Report]) -> Result:
@@ -204,7 +208,8 @@ class Runner:
         left = list(breaks)
         while left:
             first, jobs = left[0], json.dumps([[one.name, one.tests] for one in left])
-            code, text = self.vm(f"from-{first.name}", first.append, [*TRIAL, jobs])
+            command = [*TRIAL, self.kernel.module, jobs]
+            code, text = self.vm(f"from-{first.name}", first.append, command)
             told = reports(text)
             if not told or code not in (0, STUCK, *DEATHS):
                 raise Refused(1, f"a VM ended with {code}: see from-{first.name} in {self.folder}")
@@ -269,6 +274,9 @@ def table(chosen: Sequence[Break], results: dict[str, Result]) -> str:
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser("mutate", __doc__, EXIT_CODES)
     parser.add_argument("names", metavar="NAME", nargs="*", help="these breaks only")
+    mutable = [name for name, kernel in kernels.KERNELS.items() if kernel.breaks]
+    help_ = "the kernel that is broken (default restrictedmem)"
+    parser.add_argument("--kernel", choices=mutable, default=mutable[0], help=help_)
     parser.add_argument("--list", action="store_true", help="list the breaks: name, rule, files")
     parser.add_argument(
         "--quick", action="store_true", help="do not run the suite without a break first"
@@ -277,7 +285,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--jobs", type=int, default=1, metavar="N", help="VMs that run at the same time (default 1)"
     )
     options = parser.parse_args(arguments)
-    known = breaks.read()
+    known = breaks.read(kernels.KERNELS[options.kernel])
     if options.jobs < 1:
         parser.error(f"--jobs must be 1 or more, not {options.jobs}")
     for name in options.names:
@@ -301,8 +309,8 @@ def main(arguments: list[str]) -> int:
             print(one.name, one.rule, *one.files, sep="\t")
         return 0
     try:
-        image = find_or_build(MutatedPlan("restrictedmem"), make) / "bzImage"
-        runner = Runner(image)
+        image = find_or_build(MutatedPlan(options.kernel), make) / "bzImage"
+        runner = Runner(kernels.KERNELS[options.kernel], image)
         if not options.quick:
             for append in dict.fromkeys(["", *(one.append for one in chosen)]):
                 runner.control(append)

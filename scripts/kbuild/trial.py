@@ -1,7 +1,8 @@
 """The part of `mutate` that runs in the VM: try one break after the other, each in a process.
 
-    scripts/launch.py kbuild.trial '[["NAME", ["test_file.py::test", …]], …]'
+    scripts/launch.py kbuild.trial MODULE '[["NAME", ["test_file.py::test", …]], …]'
 
+MODULE is that of the kernel whose parameter `break` selects a break.
 Lines that begin with `@@` are for mutate: `@@ NAME`, then what pytest prints while the break is in
 force, `@@ ended STATUS`; where tests failed `@@ without STATUS`, when they were tried again without
 it; `@@ stuck` when a process cannot be ended.  The tests are imported once for all: in an emulated
@@ -17,7 +18,6 @@ import sys
 import time
 from pathlib import Path
 
-SELECTED = Path("/sys/module/restrictedmem/parameters/break")
 SUITE = Path("tests/private")
 #: Seconds for one test: spins are made to end.
 ONE = 60
@@ -64,20 +64,21 @@ def main(arguments: list[str]) -> int:
     """Try them all."""
     import pytest
 
-    jobs: list[tuple[str, list[str]]] = json.loads(arguments[0])
+    selected = Path("/sys/module", arguments[0], "parameters/break")
+    jobs: list[tuple[str, list[str]]] = json.loads(arguments[1])
     files = {str(SUITE / test.partition("::")[0]) for _, tests in jobs for test in tests}
     if code := pytest.main(["--collect-only", "-qq", "-p", "no:cacheprovider", *sorted(files)]):
         return int(code)
-    booted_with = SELECTED.read_text().strip()
+    booted_with = selected.read_text().strip()
     for name, tests in jobs:
         if booted_with == "none":
-            SELECTED.write_text(name)
-        assert SELECTED.read_text().strip() == name, f"the kernel has no break {name}"
+            selected.write_text(name)
+        assert selected.read_text().strip() == name, f"the kernel has no break {name}"
         report(name)
         code = run_tests(tests)
         report("ended", code)
         if booted_with == "none":
-            SELECTED.write_text("none")
+            selected.write_text("none")
             if code != 0:
                 report("without", run_tests(tests))
     return 0

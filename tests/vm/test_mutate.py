@@ -12,13 +12,17 @@ from conftest import ROOT
 from kbuild import breaks, mutant
 from kbuild.breaks import Break
 from kbuild.errors import Refused
+from kbuild.kernels import KERNELS
 from kbuild.recipe import Plan
 from kbuild.store import with_source
 from kvmpriv.selftest import rules
 from private.support.requirements import missing
 
 MUTATE = ROOT / "scripts/kernel/mutate"
-BREAKS = breaks.read()
+BREAKS = {name: breaks.read(kernel) for name, kernel in KERNELS.items() if kernel.breaks}
+LEAST = {"restrictedmem": 200, "guest_memfd-in-place": 60}
+ALL = [one for some in BREAKS.values() for one in some]
+SELECTING = "mm/selecting.c"
 SOURCE = """\
 #include <linux/x.h>
 static int f(int a, int b, int c)
@@ -41,8 +45,10 @@ static int f(int a, int b, int c)
 
 def test_the_names() -> None:
     """Each break has a name that fits the kernel's command line, and a description."""
-    assert len(BREAKS) > 200
-    for one in BREAKS:
+    assert {name: len(some) >= LEAST[name] for name, some in BREAKS.items()} == dict.fromkeys(
+        LEAST, True
+    )
+    for one in ALL:
         assert re.fullmatch(r"[a-z0-9-]+\.[a-z0-9-]+", one.name)
         assert one.description, one.name
 
@@ -51,25 +57,24 @@ def test_the_rules() -> None:
     """Each break names a rule of the suite's table."""
     table = rules.read(ROOT / "tests/private")
     assert table
-    assert [(one.name, one.rule) for one in BREAKS if one.rule not in table] == []
+    assert [(one.name, one.rule) for one in ALL if one.rule not in table] == []
 
 
 def test_the_tests_that_are_named() -> None:
     """The tests of each break exist."""
-    for one in BREAKS:
+    for one in ALL:
         for test in one.tests:
             file, _, name = test.partition("::")
             source = (ROOT / "tests" / "private" / file).read_text()
             assert f"def {name.partition('[')[0]}(" in source, test
 
 
-@pytest.fixture(scope="module")
-def series(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files that the breaks change, with the fixed series applied."""
+def patched(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files that the breaks change, with the kernel's patches applied."""
     try:
-        plan = with_source(Plan("restrictedmem"))
+        plan = with_source(Plan(name))
     except Refused as refused:
-        missing("restrictedmem", str(refused))
+        missing(name, str(refused))
     tree = tmp_path_factory.mktemp("series")
     patches = "".join(patch.read_text() for patch in plan.patches())
     pairs = re.findall(r"^--- (\S+)\n\+\+\+ (\S+)", patches, re.MULTILINE)
@@ -85,11 +90,13 @@ def series(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.timeout(400)
-def test_every_break_applies(series: Path) -> None:
+@pytest.mark.parametrize("name", BREAKS)
+def test_every_break_applies(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     """All breaks are applied to one source, each with a switch."""
-    mutant.put_breaks(series, BREAKS)
-    text = "".join((series / file).read_text() for one in BREAKS for file in set(one.files))
-    for number, one in enumerate(BREAKS, 1):
+    series, some = patched(name, tmp_path_factory), BREAKS[name]
+    mutant.put_breaks(series, some, KERNELS[name].selecting)
+    text = "".join((series / file).read_text() for one in some for file in set(one.files))
+    for number, one in enumerate(some, 1):
         assert f"kvmpriv_broken({number})" in text, one.name
 
 
@@ -97,7 +104,7 @@ def test_every_break_applies(series: Path) -> None:
 def tree(tmp_path: Path) -> Path:
     (tmp_path / "mm").mkdir()
     (tmp_path / "include" / "linux").mkdir(parents=True)
-    (tmp_path / mutant.SELECTING).write_text(SOURCE)
+    (tmp_path / SELECTING).write_text(SOURCE)
     return tmp_path
 
 
@@ -110,7 +117,7 @@ def one(name: str, old: str, new: str) -> Break:
         for sign, text in (("-", old), ("+", new))
     )
     counts = f"@@ -{at},{old.count(chr(10))} +{at},{new.count(chr(10))} @@\n"
-    diff = f"--- a/{mutant.SELECTING}\n+++ b/{mutant.SELECTING}\n{counts}{minus}{plus}"
+    diff = f"--- a/{SELECTING}\n+++ b/{SELECTING}\n{counts}{minus}{plus}"
     return Break(name, "a.rule", ("test",), "", "", diff)
 
 
@@ -142,8 +149,8 @@ def one(name: str, old: str, new: str) -> Break:
 )  # fmt: skip
 def test_what_is_switched(tree: Path, old: str, new: str, switched: str) -> None:
     """The smallest expression or statement around the change."""
-    mutant.put_breaks(tree, [one("x.a", old, new)])
-    text = (tree / mutant.SELECTING).read_text()
+    mutant.put_breaks(tree, [one("x.a", old, new)], SELECTING)
+    text = (tree / SELECTING).read_text()
     assert text.startswith("#include <linux/kvmpriv_break.h>\n#include <linux/x.h>\n")
     assert switched in text
     assert '{ "none", "x.a" }' in text
@@ -159,8 +166,9 @@ def test_breaks_of_one_place_and_within_another(tree: Path) -> None:
             one("x.c", "\tr = g(a, b);\n", "\tr = g(a);\n"),
             one("x.d", "\tr = g(a, b);\n", ""),
         ],
+        SELECTING,
     )
-    text = (tree / mutant.SELECTING).read_text()
+    text = (tree / SELECTING).read_text()
     assert (
         "{ if (kvmpriv_broken(4)) {  } else { r = (kvmpriv_broken(3) ? (g(a)) : (g(a, "
         "(kvmpriv_broken(1) ? (1) : kvmpriv_broken(2) ? (2) : (b))))); } }\n"
@@ -173,11 +181,11 @@ def test_a_break_that_does_not_apply(tree: Path) -> None:
     gone = gone._replace(diff=gone.diff.replace("-\treturn r;", "-\treturn q;"))
     outside = one("x.outside", "\tint r;\n", "\tlong r;\n")
     with pytest.raises(Refused) as refused:
-        mutant.put_breaks(tree, [gone, outside])
+        mutant.put_breaks(tree, [gone, outside], SELECTING)
     assert refused.value.code == 4
     assert re.search(r"x\.gone: .*Hunk #1 FAILED at 15", str(refused.value), re.DOTALL)
     assert "x.outside: line 4: the change is not within one expression" in str(refused.value)
-    assert (tree / mutant.SELECTING).read_text() == SOURCE
+    assert (tree / SELECTING).read_text() == SOURCE
 
 
 @pytest.mark.parametrize("lacking", ["Rule: a.b\n", "Tests: t.py::test\n", "--- a/f\n+++ b/f\n"])
@@ -185,7 +193,7 @@ def test_a_header_that_lacks_something(lacking: str) -> None:
     """The error names what is missing."""
     text = "Rule: a.b\nTests: t.py::test\n\nA sentence.\n\n--- a/f\n+++ b/f\n@@ -1 +1 @@\n-a\n+b\n"
     assert breaks.parse("x.y", text).description == "A sentence."
-    with pytest.raises(Refused, match=r"breaks/x\.y\.patch has no (Rule|Tests|diff)"):
+    with pytest.raises(Refused, match=r"the break x\.y\.patch has no (Rule|Tests|diff)"):
         breaks.parse("x.y", text.replace(lacking, ""))
 
 
@@ -194,6 +202,8 @@ def test_a_header_that_lacks_something(lacking: str) -> None:
     [
         (["no.such"], "there is no break 'no.such'"),
         (["--jobs", "0"], "--jobs must be 1 or more"),
+        (["--kernel", "guest_memfd"], "invalid choice: 'guest_memfd'"),
+        (["--kernel", "guest_memfd-in-place", "copy.*"], "there is no break 'copy.*'"),
         (["--nothing"], "unrecognized"),
     ],
 )
@@ -203,10 +213,14 @@ def test_usage(arguments: list[str], words: str) -> None:
     assert words in done.stderr
 
 
-def test_list() -> None:
+@pytest.mark.parametrize(
+    ("options", "group"), [((), "copy."), (("--kernel", "guest_memfd-in-place"), "busy.")]
+)
+def test_list(options: tuple[str, ...], group: str) -> None:
     """A break a line: name, rule, files."""
-    done = subprocess.run([MUTATE, "--list", "copy.*"], capture_output=True, text=True)
+    command = [str(MUTATE), *options, "--list", f"{group}*"]
+    done = subprocess.run(command, capture_output=True, text=True)
     lines = [line.split("\t") for line in done.stdout.splitlines()]
     assert done.returncode == 0
     assert len(lines) > 8
-    assert all(name.startswith("copy.") and rule and files for name, rule, *files in lines)
+    assert all(name.startswith(group) and rule and files for name, rule, *files in lines)
