@@ -101,7 +101,7 @@ def test_the_examples(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize(("value", "count"), [("1", 300), ("0", 30)])
+@pytest.mark.parametrize(("value", "count"), [("1", 400), ("0", 20)])
 def test_a_witness_to_conversion_in_place(tmp_path: Path, value: str, count: int) -> None:
     """A C program finds what the ABI promises, and what 7.3 has if the parameter is off."""
     name = "guest_memfd-in-place"
