@@ -106,5 +106,7 @@ struct kvm_run_memory_fault {
 #define KVM_SET_MEMORY_ATTRIBUTES	_IOW(KVMIO, 0xd2, struct kvm_memory_attributes)
 /* An ioctl of a guest_memfd. */
 #define KVM_SET_MEMORY_ATTRIBUTES2	_IOWR(KVMIO, 0xd2, struct kvm_memory_attributes2)
+/* Its number in the first posting of its series, where 0xd6 is not KVM_ASYNC_PF. */
+#define KVM_SET_MEMORY_ATTRIBUTES2_V1	_IOWR(KVMIO, 0xd6, struct kvm_memory_attributes2)
 #define KVM_CREATE_GUEST_MEMFD		_IOWR(KVMIO, 0xd4, struct kvm_create_guest_memfd)
 #define KVM_PRE_FAULT_MEMORY		_IOWR(KVMIO, 0xd5, struct kvm_pre_fault_memory)

@@ -42,6 +42,5 @@ struct kvm_userspace_memory_region2 {
 #define IN_PLACE_V2_CAP_FIRST			248
 #define IN_PLACE_V8_CAP_LAST			251
 
-/* The ioctl's number alone: KVM_ASYNC_PF, and the first posting of conversion in place. */
+/* The ioctl's number alone; the first posting of conversion in place has the same. */
 #define KVM_ASYNC_PF_NR		0xd6
-#define IN_PLACE_V1_NR		0xd6

@@ -27,6 +27,5 @@ IN_PLACE_V1_CAP: Final[int] = 246
 IN_PLACE_V2_CAP_FIRST: Final[int] = 248
 IN_PLACE_V8_CAP_LAST: Final[int] = 251
 KVM_ASYNC_PF_NR: Final[int] = 214
-IN_PLACE_V1_NR: Final[int] = 214
 
 REQUESTS: Final[dict[int, str]]

@@ -566,9 +566,7 @@ def _ask_in_place(out: _Recorder, vm: Vm) -> tuple[Asked, ...]:
 
 def _has_first_posting(file: guest_memfd.GuestMemfd) -> bool:
     """Whether the ioctl has the number of the series' first posting: the struct is as large."""
-    from ..cdefs import unmerged as unmerged_h
-
-    first = guest_memfd_h.KVM_SET_MEMORY_ATTRIBUTES2 & ~0xFF | unmerged_h.IN_PLACE_V1_NR
+    first = guest_memfd_h.KVM_SET_MEMORY_ATTRIBUTES2_V1
     values = {"size": PAGE_SIZE, "flags": 1 << 63}
     return file.ioctl_errno(first, new_struct(_ATTRIBUTES2, values)) == _errno.EINVAL
 

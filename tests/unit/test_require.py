@@ -85,7 +85,7 @@ def test_a_skip_nobody_could_require() -> None:
 def test_danger_can_be_required(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conftest, "FIXED", False)
     item: Any = SimpleNamespace(
-        get_closest_marker=lambda _: SimpleNamespace(args=["it wedges"]),
+        get_closest_marker=lambda _: SimpleNamespace(args=["it wedges"], kwargs={}),
         config=SimpleNamespace(getoption=lambda *_, **__: False),
     )
     with pytest.raises(OUTCOMES, match=r"^dangerous: it wedges \(--dangerous runs it"):
