@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """A private page: the guest writes to it, and the host looks for what the guest wrote.
 
-Works with v9's memfd_restricted, with mainline's guest_memfd and with its conversion in place,
-whichever the kernel has.
+Works with the ABI that the kernel has: v9's memfd_restricted, mainline's guest_memfd, or conversion
+in place.
 """
 
 from __future__ import annotations

@@ -352,6 +352,7 @@ def test_a_guest_that_starts_paused() -> None:
         time.sleep(0.01)
     made.close()
     thread.join(10)
+    assert not thread.is_alive()
 
 
 def test_a_pause_while_the_console_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -368,9 +369,12 @@ def test_a_pause_while_the_console_is_full(monkeypatch: pytest.MonkeyPatch) -> N
 
     made = guest(FLOOD, output=output)
     thread = starting(made, paused.is_set)
+    assert made.machine.paused
     made.resume()
+    assert not made.machine.paused
     made.close()
     thread.join(10)
+    assert not thread.is_alive()
 
 
 def test_a_device_can_not_pause_its_guest() -> None:
