@@ -16,7 +16,7 @@ demo: $(SETUP)  ## probe this host, and run a guest and Linux in private memory,
 
 test: kernels browser  ## unit and host tests, the suite in v9's and in the newest kernel (under an hour)
 	KVMPRIV_REQUIRE="$${KVMPRIV_REQUIRE:+$$KVMPRIV_REQUIRE,}browser" \
-		$(BIN)/python -m pytest -n 2 tests/unit
+		$(BIN)/python -m pytest -n 2 --dist worksteal tests/unit
 	$(BIN)/python -m pytest tests/host tests/guest tests/private
 	KVMPRIV_REQUIRE=restrictedmem,guest_memfd $(BIN)/python -m pytest tests/vm
 	scripts/suite restrictedmem
@@ -64,7 +64,7 @@ check-static:
 	$(BIN)/mypy
 
 check-unit:
-	$(BIN)/python -m pytest -q -n 2 tests/unit
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal tests/unit
 
 kernels: $(SETUP)  ## build the kernels of `make test`, or find them in the cache (~/.cache/kvmpriv)
 	scripts/kernel/build restrictedmem

@@ -165,7 +165,7 @@ def test_timeout(linux_guest: LinuxGuest) -> None:
 @shared
 def test_room(linux_guest: LinuxGuest, tmp_path: Path) -> None:
     linux_guest.run("mkdir /tmp/small; mount -t tmpfs -o size=1m none /tmp/small", check=True)
-    with raises(OSError, "No space left on device (in the linux_guest)") as full:
+    with raises(OSError, "No space left on device (in the guest)") as full:
         linux_guest.put(bytes(2 * MIB), "/tmp/small/big")
     assert (full[0].errno, full[0].filename) == (errno.ENOSPC, "/tmp/small/big")
     assert linux_guest.get("/proc/version").startswith(b"Linux version")
@@ -274,12 +274,15 @@ def on_terminal(call: Callable[[], int], typed: bytes) -> tuple[int, bytes, bool
     thread.start()
     os.dup2(slave, 0)
     os.dup2(slave, 1)
+    captured = sys.stdin, sys.stdout  # pytest's, which are no terminal
     try:
         tcgetpgrp = os.tcgetpgrp
         os.tcgetpgrp = lambda fd: os.getpgrp()  # it is not our controlling terminal
-        status = call()
+        with open(0, closefd=False) as sys.stdin, open(1, "w", closefd=False) as sys.stdout:
+            status = call()
     finally:
         os.tcgetpgrp = tcgetpgrp
+        sys.stdin, sys.stdout = captured
         os.dup2(saved[0], 0)
         os.dup2(saved[1], 1)
     same = termios.tcgetattr(slave) == before
