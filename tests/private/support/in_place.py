@@ -76,7 +76,7 @@ def persist(file: Fd, offset: int, size: int, *, private: bool) -> int:
         assert (said, private) == ("EAGAIN", True)
         assert at is not None
         assert offset <= at < offset + size
-        assert time.monotonic() < deadline, "nobody keeps a page in use for so long"
+        assert time.monotonic() < deadline, "the page is still in use at the deadline"
         refused += 1
         time.sleep(0)
 
