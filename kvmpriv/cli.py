@@ -247,7 +247,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError):
             raise
-        status = fail(name, f"a module can't be loaded: {error}", ExitStatus.UNABLE)
+        limits = "often for lack of memory or files (see `ulimit -v` and `ulimit -n`)"
+        status = fail(name, f"a module can't be loaded, {limits}: {error}", ExitStatus.UNABLE)
     else:
         return status
     _discard(sys.stdout)

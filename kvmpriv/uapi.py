@@ -1,8 +1,9 @@
 """The kernel's numbers, for programs: ``uapi.kvm.KVM_EXIT_IO``.
 
-Five namespaces, one per header in ``cdefs/``: ``kvm`` (what all private-memory ABIs share),
-``restrictedmem`` (v9), ``restrictedmem_v10`` (what v10 changed), ``guest_memfd`` (mainline) and
-``unmerged`` (numbers of patched kernels, which may be something else in another kernel).
+Six namespaces, one per header in ``cdefs/``: ``kvm`` (what all private-memory ABIs share),
+``restrictedmem`` (v9), ``restrictedmem_v10`` (what v10 changed), ``guest_memfd`` (mainline),
+``unmerged`` (numbers of patched kernels, which may be something else in another kernel) and
+``vhost`` (virtio devices in the host's kernel).
 Two of them may give one name different values, so they are never merged.  Each has the header's
 constants as plain ints, ``REQUESTS`` (ioctl number -> name) and ``ffi``, the cffi object that
 makes the header's structs: ``uapi.kvm.ffi.new("struct kvm_regs *")``.
@@ -15,9 +16,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .cdefs import guest_memfd, kvm, restrictedmem, restrictedmem_v10, unmerged
+    from .cdefs import guest_memfd, kvm, restrictedmem, restrictedmem_v10, unmerged, vhost
 
-__all__ = ["guest_memfd", "kvm", "restrictedmem", "restrictedmem_v10", "unmerged"]
+__all__ = ["guest_memfd", "kvm", "restrictedmem", "restrictedmem_v10", "unmerged", "vhost"]
 
 if not TYPE_CHECKING:  # a type checker would believe that every name exists
 

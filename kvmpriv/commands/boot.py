@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -20,6 +21,7 @@ from ..guest.image import ImageError, read_file
 from ..guest.linux.console import HELP, Keyboard, keyboard
 from ..guest.linux.disk import Block, Entropy
 from ..guest.linux.guest import GuestDied, LinuxGuest
+from ..guest.linux.initrd import check as check_initrd
 from ..guest.linux.kernel import LinuxImage, load_linux
 from ..guest.linux.layout import Range, plan
 from ..guest.linux.machine import (
@@ -31,6 +33,7 @@ from ..guest.linux.machine import (
 )
 from ..guest.linux.net import Net, parse_mac
 from ..guest.linux.outcome import Interrupted, Outcome
+from ..guest.linux.root import check_root
 from ..guest.linux.shell import relay
 from ..guest.linux.tap import HOST_ADDRESS, PREFIX_LENGTH, Tap
 from ..guest.linux.usage import Cost, RangeUse
@@ -65,25 +68,39 @@ def parse_abi(text: str) -> str:
     return text
 
 
+_NET_OPTION = re.compile(r",(mac|vhost)=([^,]+)$")
+_VHOST = {"on": True, "off": False}
+
+
 class NetOptions(NamedTuple):
-    """The value of --net: the bridge, None for a network namespace, and the MAC address."""
+    """The value of --net: the bridge, None for a network namespace; the MAC address; vhost."""
 
     bridge: str | None
     mac: bytes | None
+    vhost: bool | None
 
 
 def parse_net(text: str) -> NetOptions | None:
-    """``tap``, ``tap=BRIDGE``, each with ``,mac=MAC`` or without; ``none``."""
-    kind, comma, mac = text.partition(",mac=")
-    kind, equals, bridge = kind.partition("=")
+    """``tap``, ``tap=BRIDGE``, each with ``,mac=MAC`` and ``,vhost=on`` or without; ``none``."""
     if text == "none":
         return None
+    where, mac, vhost = text, "", ""
+    while found := _NET_OPTION.search(where):
+        where, (name, value) = where[: found.start()], found.groups()
+        if name == "mac" and not mac:
+            mac = value
+        elif name == "vhost" and value in _VHOST and not vhost:
+            vhost = value
+        else:
+            where = ""  # twice, or not a value
+    kind, equals, bridge = where.partition("=")
     if kind != "tap" or bool(equals) != bool(bridge):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a network: write tap, tap=BRIDGE or none, and ,mac=MAC after tap"
+            f"{text!r} is not a network: write tap, tap=BRIDGE or none, and after tap ,mac=MAC"
+            " and ,vhost=on or ,vhost=off"
         )
     try:
-        return NetOptions(bridge or None, parse_mac(mac) if comma else None)
+        return NetOptions(bridge or None, parse_mac(mac) if mac else None, _VHOST.get(vhost))
     except ArgumentError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -116,6 +133,13 @@ EXAMPLES = (
         "two vCPUs, a disk and a network",
     ),
     (
+        (
+            "kvmpriv boot --kernel vmlinuz --initrd initrd.img --disk disk.img"
+            " --append root=/dev/vda1"
+        ),
+        "boot a distribution from the first partition of its disk, with its kernel and its initrd",
+    ),
+    (
         "kvmpriv boot --kernel bzImage --private --run 'uname -a'",
         "run one command in a guest with private memory, with its output and exit status",
     ),
@@ -142,9 +166,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"to port {EXIT_PORT:#x} ends it at once, with that status.\n\n"
         "With --run or --shell, kvmpriv adds an agent to the initial root file system (without "
         "--initrd: one with this host's busybox, which must be linked statically), and talks to it "
-        "over a port of a virtio console. The kernel needs CONFIG_VIRTIO_MMIO and "
-        "CONFIG_VIRTIO_CONSOLE, built in. The guest's console is not connected then; if the guest "
-        "dies, its last lines are printed. After the command the guest is turned off."
+        "over a port of a virtio console. The kernel needs the drivers virtio_mmio and "
+        "virtio_console, built in or as modules: of this host's /lib/modules, of the initrd, or of "
+        "the root file system. With `root=` in --append the command starts once the initrd has "
+        "changed to that root file system; services may still be starting then. The guest's "
+        "console is not connected; if the guest dies, its last lines are printed. After the "
+        "command the guest writes its disks and is turned off; systemd first has 10 s to end its "
+        "services."
     )
     add = parser.add_argument
     add(
@@ -208,8 +236,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f" which ends with the guest; the host has the address {HOST_ADDRESS}/{PREFIX_LENGTH} in"
         " it. `ip netns` lists it. Without CAP_NET_ADMIN the command makes it in a user namespace"
         " and prints the PID for `nsenter`. tap=BRIDGE: connect the card to this bridge."
-        " tap,mac=MAC: give the card this MAC address (default: a random one). none: no card"
-        " (default)",
+        " tap,mac=MAC: give the card this MAC address (default: a random one). tap,vhost=on: the"
+        " host's kernel moves the packets (/dev/vhost-net), or the command fails. tap,vhost=off:"
+        " the command moves them (default: the kernel if it can). none: no card (default)",
     )
     talk = parser.add_mutually_exclusive_group()
     talk.add_argument(
@@ -275,6 +304,7 @@ def _load(options: argparse.Namespace) -> tuple[LinuxImage, bytes]:
         initrd = read_file(name, options.memory, options.timeout)
         if not initrd:
             raise ImageError("the file is empty")
+        check_initrd(initrd)
     except TimeoutError as error:
         raise _BootError(f"{name}: {error.strerror}", ExitStatus.TIMEOUT) from None
     except (ImageError, OSError) as error:
@@ -297,13 +327,15 @@ def _devices(options: argparse.Namespace, complain: Callable[[str], object]) -> 
     """Open the devices that the command line asks for."""
     with ExitStack() as stack:
         devices: list[VirtioDevice] = [Entropy()]
-        if options.disk is not None:
-            try:
+        try:
+            if options.disk is not None:
                 disk = Block(options.disk, complain)
-            except (OSError, ArgumentError) as error:
-                raise _BootError(f"{options.disk}: {_reason(error)}", ExitStatus.USAGE) from None
-            devices.append(disk)
-            stack.callback(disk.close)
+                devices.append(disk)
+                stack.callback(disk.close)
+            check_root(options.append, options.disk)
+        except (OSError, ArgumentError) as error:
+            name = options.disk or "--append"
+            raise _BootError(f"{name}: {_reason(error)}", ExitStatus.USAGE) from None
         if options.net is not None:
             try:
                 tap = Tap(options.net.bridge)
@@ -314,7 +346,12 @@ def _devices(options: argparse.Namespace, complain: Callable[[str], object]) -> 
                     f"the network belongs to process {tap.holder}: enter it with"
                     f" nsenter -t {tap.holder} -U -n"
                 )
-            devices.append(Net(tap, complain, mac=options.net.mac))
+            stack.callback(tap.close)
+            try:
+                net = Net(tap, complain, mac=options.net.mac, vhost=options.net.vhost)
+            except OSError as error:
+                raise _BootError(error.strerror, ExitStatus.USAGE) from None
+            devices.append(net)
         stack.pop_all()
     return devices
 

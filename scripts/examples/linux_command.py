@@ -3,7 +3,8 @@
 
     scripts/examples/linux_command.py /boot/vmlinuz-6.1.0-56-amd64 'nproc; free -m; exit 3'
 
-The command runs in a root file system of its own, made here, which holds busybox and nothing else.
+The command runs in a root file system of its own, made here.  It holds busybox, and the virtio
+drivers of a kernel that has them as modules (from /lib/modules).
 `kvmpriv boot --kernel KERNEL --run COMMAND` does the same.  Exit status: the command's; 2 for bad
 usage.
 """

@@ -14,11 +14,12 @@ import threading
 import time
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from conftest import ROOT
-from kvmpriv import ArgumentError, Kvm, private, trace
+from kvmpriv import ArgumentError, Kvm, Vcpu, Vm, private, trace, uapi
 from kvmpriv.guest.linux import (
     Cost,
     Device,
@@ -32,6 +33,7 @@ from kvmpriv.guest.linux import (
 from kvmpriv.guest.linux.disk import Entropy
 from kvmpriv.guest.linux.dispatch import GuestThread
 from kvmpriv.guest.linux.tap import HOST_ADDRESS, Tap
+from kvmpriv.slots import Slot
 from private.support.requirements import missing
 from unit.test_linux_image import bzimage
 
@@ -66,6 +68,8 @@ def test_usage(image: Path, tmp_path: Path) -> None:
     short.write_bytes(image.read_bytes()[:-100])
     empty = tmp_path / "empty"
     empty.write_bytes(b"")
+    zeros = tmp_path / "zeros"
+    zeros.write_bytes(bytes(1 << 20))
     for arguments, words in (
         ((), "the following arguments are required: --kernel"),
         (("--kernel", tmp_path / "none"), "none: No such file or directory"),
@@ -73,6 +77,8 @@ def test_usage(image: Path, tmp_path: Path) -> None:
         (("--kernel", bad), "bad: neither a bzImage nor a vmlinux"),
         (("--kernel", short), "short: truncated: by its header it has"),
         (("--kernel", image, "--initrd", empty), "empty: the file is empty"),
+        (("--kernel", image, "--initrd", bad), "bad: not an initrd, which is a cpio archive"),
+        (("--kernel", image, "--initrd", image), "a kernel, not an initrd, which is a cpio"),
         (("--kernel", image, "--initrd", "none"), "none: No such file or directory"),
         (("--kernel", image, "--memory", "16M"), "too little memory: the kernel needs 0x1000000"),
         (("--kernel", image, "--memory", "much"), "'much' is not a size"),
@@ -84,8 +90,18 @@ def test_usage(image: Path, tmp_path: Path) -> None:
         (("--kernel", image, "--net", "none,mac=02:00:00:00:00:01"), "is not a network"),
         (("--kernel", image, "--net", "tap,mac=1:2"), "'1:2' is not the MAC address of a card"),
         (("--kernel", image, "--net", "tap,mac=01:00:00:00:00:01"), "is not the MAC address"),
+        (("--kernel", image, "--net", "tap,vhost=maybe"), "is not a network: write tap,"),
+        (("--kernel", image, "--net", "tap,vhost=on,vhost=on"), "is not a network: write tap,"),
         (("--kernel", image, "--disk", tmp_path), "Is a directory"),
         (("--kernel", image, "--disk", empty), "a multiple of 512 bytes, more than 0, not 0"),
+        (
+            ("--kernel", image, "--append", "root=/dev/vda"),
+            "--append: root=/dev/vda needs a disk, and the guest has none: add --disk",
+        ),
+        (
+            ("--kernel", image, "--disk", zeros, "--append", "root=/dev/vda rw"),
+            "zeros: an empty disk, without a file system: write the guest's root file system",
+        ),
         (("--kernel", image, "--append", "x" * 3000), "the command line has 3023 bytes"),
         (("--kernel", image, "--pin", "some"), "'some' is not a list of CPUs such as 0,1"),
         (("--kernel", image, "--pin", "8999"), "--pin: CPU 8999 is not available to this process"),
@@ -790,6 +806,64 @@ def test_a_place_that_a_device_can_not_have(
             machine.add_device(device, **place)
         assert ([*machine.ports.ranges], [*machine.mmio.ranges]) == before
     assert not device.closed, "it stays its caller's"
+
+
+@pytest.mark.parametrize("event", ["", "exception", "interrupt", "nmi"])
+def test_an_event_that_kvm_reports(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, event: str) -> None:
+    """The report of a delivery that failed ends the guest, if there is an event to deliver."""
+    run = Vcpu.run
+    told: list[Vcpu] = []
+
+    def tell_once(vcpu: Vcpu) -> int:
+        if told:
+            return run(vcpu)
+        told.append(vcpu)
+        if event:
+            events = vcpu.get_vcpu_events()
+            getattr(events, event).injected = 1
+            events.exception.nr = 14
+            vcpu.set_vcpu_events(events)
+        vcpu.kvm_run.exit_reason = uapi.kvm.KVM_EXIT_INTERNAL_ERROR
+        vcpu.kvm_run.internal.suberror = uapi.kvm.KVM_INTERNAL_ERROR_DELIVERY_EV
+        vcpu.kvm_run.internal.ndata = 0
+        return uapi.kvm.KVM_EXIT_INTERNAL_ERROR
+
+    monkeypatch.setattr(Vcpu, "run", tell_once)
+    image = load_linux(kernel(bytes.fromhex("b005 e6f4")))  # mov $5, %al; out %al, $0xf4
+    with LinuxMachine(kvm, image, plan(32 << 20)) as machine:
+        outcome = machine.run(timeout=20)
+    if event:
+        assert outcome.how == "crash"
+        assert "DELIVERY_EV" in outcome.why
+    else:
+        assert (outcome.how, outcome.status) == ("exit", 5)
+
+
+@pytest.mark.parametrize("readonly", [True, False])
+def test_registers_that_cost_no_exit(
+    kvm: Kvm, monkeypatch: pytest.MonkeyPatch, readonly: bool
+) -> None:
+    """A driver that was interrupted reads why, acknowledges it and notifies the device again."""
+
+    class Plain(Vm):
+        def map(self, *arguments: Any, flags: int = 0, **options: Any) -> Slot:
+            if flags & uapi.kvm.KVM_MEM_READONLY:
+                raise OSError(errno.EINVAL, "no such memory")
+            return super().map(*arguments, flags=flags, **options)
+
+    if not readonly:
+        monkeypatch.setattr("kvmpriv.kvm.Vm", Plain)
+    # mov $0xd0000000, %ebx; mov $4, %eax; mov %eax, 0x70(%rbx) (status: DRIVER_OK);
+    # mov 0x60(%rbx), %eax; mov %eax, 0x64(%rbx); xor %ecx, %ecx; mov %ecx, 0x50(%rbx);
+    # mov (%rbx), %ecx; add %cl, %al; out %al, $0xf4
+    code = "bb000000d0 b804000000 894370 8b4360 894364 31c9 894b50 8b0b 00c8 e6f4"
+    image = load_linux(kernel(bytes.fromhex(code)))
+    with LinuxMachine(kvm, image, plan(32 << 20), devices=[Entropy()]) as machine:
+        outcome = machine.run(timeout=20)
+        kinds = machine.cost().kinds
+    # Without the page the device is asked: no requests were returned.
+    assert outcome.status == readonly + ord("v"), "the first byte of the magic"
+    assert kinds == {"KVM_EXIT_MMIO": 1 if readonly else 4, "KVM_EXIT_IO": 1}
 
 
 def test_virtio_devices_of_ones_own(kvm: Kvm, no_leak: object) -> None:

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pytest
 
@@ -19,7 +19,7 @@ import kvmpriv
 from kvmpriv import HostMemory, Kvm, Vcpu, VcpuThread, Vm, private, uapi
 from kvmpriv.fd import Fd
 from kvmpriv.guest import Machine, Puppet, load_flat
-from kvmpriv.guest.linux import GuestProcess, LinuxGuest, LinuxMachine, load_linux, plan
+from kvmpriv.guest.linux import GuestProcess, LinuxGuest, LinuxMachine, initrd, load_linux, plan
 from kvmpriv.guest.linux.device import Device, InterruptLine
 from kvmpriv.guest.linux.disk import Block, Entropy
 from kvmpriv.guest.linux.dispatch import GuestThread
@@ -32,6 +32,8 @@ from kvmpriv.guest.linux.port import Console, Port
 from kvmpriv.guest.linux.protocol import Channel
 from kvmpriv.guest.linux.recording import RunRecorder
 from kvmpriv.guest.linux.tap import Tap
+from kvmpriv.guest.linux.vhost import VhostNet, VhostPath
+from kvmpriv.guest.linux.virtio import Transport
 from kvmpriv.private import guest_memfd, restrictedmem
 from kvmpriv.stats import StatsFd
 from kvmpriv.trace.record import Recorder
@@ -43,11 +45,12 @@ from .conftest import SPIN, start
 
 MIB = 1 << 20
 LARGE = 64 * MIB
+INITRD = initrd.pack({"init": b"#!/bin/sh\n"})
 
 #: They own nothing themselves: what is made of them, or what they are given, is in the table.
 BASES = {"HeldBySlots", "KvmFd", "PrivateFile", "VirtioDevice", "Cable"}
 #: Their ends are in the guest, or they have no end: they have no descriptor, mapping or thread.
-OWN_NOTHING = {Channel, Device, Entropy, GuestProcess}
+OWN_NOTHING = {Channel, Device, Entropy, GuestProcess, Transport}
 
 
 class Place(NamedTuple):
@@ -95,11 +98,26 @@ def _restrictedmem(place: Place) -> AbstractContextManager[object]:
         missing("restrictedmem", str(error))
 
 
-def _tap(_: Place) -> AbstractContextManager[object]:
+def _tap(_: Place) -> Tap:
     try:
         return Tap()
     except OSError as error:
         missing("network", f"no tap can be made: {error}")
+
+
+T = TypeVar("T")
+
+
+def _vhost(make: Callable[[], T]) -> T:
+    try:
+        return make()
+    except OSError as error:
+        missing("vhost", str(error))
+
+
+def _vhost_path(place: Place) -> AbstractContextManager[object]:
+    tap = place.stack.enter_context(_tap(place))
+    return closing(_vhost(lambda: VhostPath(tap.fileno(), 0, required=True)))
 
 
 def _block(place: Place) -> AbstractContextManager[object]:
@@ -143,12 +161,14 @@ OWNERS: dict[type, Callable[[Place], AbstractContextManager[object]]] = {
     Machine: lambda place: Machine(place.kvm, load_flat(SPIN), LARGE),
     Puppet: _puppet,
     LinuxMachine: lambda place: place.linux(),
-    LinuxGuest: lambda _: closing(LinuxGuest(_linux_image(), initrd=b"initrd", memory=LARGE)),
+    LinuxGuest: lambda _: closing(LinuxGuest(_linux_image(), initrd=INITRD, memory=LARGE)),
     Port: lambda _: closing(Port("port", lambda data: None)),
     Console: lambda _: closing(Console(lambda data: None, lambda: True)),
     Block: _block,
     Net: _net,
     Tap: _tap,
+    VhostNet: lambda _: _vhost(VhostNet),
+    VhostPath: _vhost_path,
     IoThread: _io_thread,
     GuestThread: lambda place: GuestThread(
         place.vcpu(), lambda *_: None, lambda: None, None, Gate()

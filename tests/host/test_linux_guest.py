@@ -23,7 +23,7 @@ import pytest
 from host.test_boot import SPIN, UP, boot, kernel
 from kvmpriv import ArgumentError, ClosedError
 from kvmpriv.guest.image import ImageError
-from kvmpriv.guest.linux import Device, GuestDied, LinuxGuest, Outcome, load_linux
+from kvmpriv.guest.linux import Device, GuestDied, LinuxGuest, Outcome, initrd, load_linux
 from kvmpriv.guest.linux.disk import Block, Entropy
 from kvmpriv.guest.linux.net import Net
 from kvmpriv.guest.linux.tap import Tap
@@ -32,7 +32,7 @@ from private.support.requirements import missing
 TRIPLE_FAULT = bytes.fromhex("0f0b")
 EXIT_7 = bytes.fromhex("b007 e6f4")
 POWER_OFF = bytes.fromhex("66ba0406 66b80034 66ef")
-INITRD = b"an initrd"
+INITRD = initrd.pack({"init": b"#!/bin/sh\n"})
 
 
 def guest(code: bytes, **options: object) -> LinuxGuest:
@@ -101,8 +101,11 @@ def test_a_panic(monkeypatch: pytest.MonkeyPatch) -> None:
     assert died.value.outcome.how == "panic"
 
 
-def waiting(made: LinuxGuest) -> threading.Thread:
-    """A thread that waits for the guest to be ready, and is told how it ends."""
+def waiting(made: LinuxGuest, text: bytes = b"up") -> threading.Thread:
+    """A thread that waits for the guest to be ready, and is told how it ends.
+
+    Returns when the guest has printed `text`, which is all that it prints.
+    """
     found: list[BaseException] = []
 
     def start() -> None:
@@ -114,7 +117,7 @@ def waiting(made: LinuxGuest) -> threading.Thread:
     thread = threading.Thread(target=start)
     thread.found = found  # type: ignore[attr-defined]
     thread.start()
-    while not made.console:
+    while text not in made.console:
         time.sleep(0.01)
     return thread
 
@@ -476,11 +479,9 @@ def test_eight_guests_in_one_process() -> None:
     for card, text in zip(cards, texts, strict=True):
         code = bytes.fromhex("66baf803") + b"".join(b"\xb0%c\xee" % byte for byte in text)
         made.append(guest(code + bytes.fromhex("f4ebfd"), devices=[card]))
-        threads.append(waiting(made[-1]))
+        threads.append(waiting(made[-1], text))
     assert len({card.mac for card in cards}) == 8
-    for one, text in zip(made, texts, strict=True):
-        while one.console != text:
-            time.sleep(0.01)
+    assert [one.console for one in made] == texts
     made[3].pause()
     assert [one.paused for one in made] == [number == 3 for number in range(8)]
     assert [one.cost().kinds for one in made] == [{"KVM_EXIT_IO": len(text)} for text in texts]

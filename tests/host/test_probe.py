@@ -493,11 +493,14 @@ def test_kvm_that_lacks_something(kvm: kvmpriv.Kvm, request_: int, number: int) 
 
 
 def test_no_memory(kvm: kvmpriv.Kvm) -> None:
-    """Less and less address space: the right verdict, or exit status 3 with a reason."""
+    """Less and less address space: the right verdict, or exit status 3 with a reason.
+
+    Limits in KiB.  The range in which a probe starts and can't end is a few hundred KiB wide.
+    """
     verdict = probe().verdict
     statuses = set()
-    for limit in range(40, 16, -1):
-        process = run("-q", preexec_fn=limited(resource.RLIMIT_AS, limit << 20))
+    for limit in (*range(40 << 10, 20 << 10, -1024), *range(20 << 10, 0, -64)):
+        process = run("-q", preexec_fn=limited(resource.RLIMIT_AS, limit << 10))
         if process.returncode == 3:
             assert process.stdout in ("could not probe\n", ""), limit
             assert "memory" in process.stderr, limit

@@ -210,3 +210,15 @@ UNMERGED: dict[str, Layout] = {
         "pad2": 56,
     }),
 }
+VHOST: dict[str, Layout] = {
+    "vhost_vring_state": (8, {"index": 0, "num": 4}),
+    "vhost_vring_file": (8, {"index": 0, "fd": 4}),
+    "vhost_vring_addr": (40, {
+        "index": 0, "flags": 4, "desc_user_addr": 8, "used_user_addr": 16, "avail_user_addr": 24,
+        "log_guest_addr": 32,
+    }),
+    "vhost_memory_region": (32, {
+        "guest_phys_addr": 0, "memory_size": 8, "userspace_addr": 16, "flags_padding": 24,
+    }),
+    "vhost_memory": (8, {"nregions": 0, "padding": 4, "regions": 8}),
+}

@@ -248,7 +248,11 @@ def test_main_returns() -> None:
     ("error", "status", "words"),
     [
         ("MemoryError()", 3, "kvmpriv probe: out of memory (see `ulimit -v`"),
-        ("ImportError('no memory')", 3, "kvmpriv probe: a module can't be loaded: no memory\n"),
+        (
+            "ImportError('no segment')",
+            3,
+            "kvmpriv probe: a module can't be loaded, often for lack of memory or files",
+        ),
         ("ModuleNotFoundError('x')", 1, "Traceback"),  # an installation that is damaged
     ],
 )

@@ -15,7 +15,8 @@ from kvmpriv.guest.linux.outcome import Ending
 from kvmpriv.guest.linux.pause import Gate
 from kvmpriv.guest.linux.port import Console, Port
 from kvmpriv.guest.linux.supervisor import Supervisor
-from unit.test_linux_virtio import BASE, NEXT, VERSION_1, WRITE, Driver
+from kvmpriv.guest.linux.virtio import VERSION_1
+from unit.test_linux_virtio import BASE, NEXT, WRITE, Driver
 
 MULTIPORT = 1 << 1
 RECEIVE, SEND, CONTROL_RECEIVE, CONTROL_SEND = range(4)

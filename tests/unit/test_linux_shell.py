@@ -179,6 +179,14 @@ def test_an_initrd_with_the_agent() -> None:
     assert AGENT in root
     assert b".kvmpriv/init\0" in root
     assert cmdline == "rdinit=/.kvmpriv/init kvmpriv_init=/sbin/other quiet b=c"
+    assert with_agent(b"1234", "root=/dev/vda")[1] == (
+        "rdinit=/.kvmpriv/init kvmpriv_wait_for_root=1 root=/dev/vda"
+    )
+    many, _ = with_agent(b"1234", "", [b"a module", b"another module"])
+    assert many.index(b".kvmpriv/modules/0\0") < many.index(b"a module")
+    assert many.index(b".kvmpriv/modules/1\0") < many.index(b"another module")
+    with pytest.raises(ArgumentError, match="up to 32 modules, not 33"):
+        with_agent(b"1234", "", [b""] * 33)
     own, cmdline = with_agent(None, "quiet")
     assert cmdline == "quiet"
     assert b"bin/busybox\0" in own

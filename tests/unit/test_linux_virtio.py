@@ -28,6 +28,9 @@ from kvmpriv.guest.linux.layout import GuestMemory, Range
 from kvmpriv.guest.linux.net import Net
 from kvmpriv.guest.linux.virtio import (
     ACCESS_PLATFORM,
+    EVENT_INDEX,
+    INDIRECT,
+    VERSION_1,
     Chain,
     Queue,
     Transport,
@@ -36,14 +39,13 @@ from kvmpriv.guest.linux.virtio import (
 
 SIZE = 1 << 20
 BASE = 0x10000  # of the memory that the guest shares; there is no memory below it
-NEXT, WRITE, INDIRECT = 1, 2, 4
-VERSION_1 = 1 << 32
+NEXT, WRITE, TABLE = 1, 2, 4
 
 
 class Driver:
     """A driver with queues of 8 entries, and the memory that it shares with the device."""
 
-    def __init__(self, device: VirtioDevice, *, access_platform: bool = False) -> None:
+    def __init__(self, device: VirtioDevice, **options: Any) -> None:
         self.host = HostMemory(SIZE)
         self.memory = GuestMemory(
             [
@@ -58,7 +60,7 @@ class Driver:
             self.memory,
             self._interrupt,
             self.words.append,
-            access_platform=access_platform,
+            **options,
         )
         self.indices = [0] * device.queue_count
 
@@ -168,11 +170,51 @@ def test_registers() -> None:
     assert one.get(0x44) == 0
     one.put(0x14, 1)
     assert one.get(0x10) == 3  # VERSION_1, ACCESS_PLATFORM
+    one.put(0x14, 0)
+    assert one.get(0x10) == INDIRECT | EVENT_INDEX
     assert not one.negotiate(VERSION_1)
     assert not one.negotiate(VERSION_1 | ACCESS_PLATFORM | 1)
     assert one.negotiate(VERSION_1 | ACCESS_PLATFORM)
     assert not Driver(Entropy()).negotiate(0)
     assert one.get(0x0, 1) == one.get(0x2, 4) == 0
+
+
+def test_registers_in_a_page() -> None:
+    """The guest reads them without asking, and reads what it would be told."""
+    card = Net(Cable(), mac=bytes.fromhex("525400123456"))
+    with HostMemory(4096) as page:
+        one = Driver(card, page=page)
+
+        def check(status: int) -> None:
+            for offset in (0x0, 0x4, 0x8, 0xC, 0x10, 0x34, 0x44, 0x70, 0xFC, 0x100, 0x104, 0x13C):
+                there = int.from_bytes(page.read(offset, 4), "little")
+                assert there == one.get(offset), hex(offset)
+            assert page.read(0x60, 4) == bytes((status, 0, 0, 0))
+
+        check(0)
+        assert page.read(0x100, 6) == card.mac
+        one.put(0x14, 1)
+        check(0)
+        assert page.read(0x10, 4) == b"\1\0\0\0"
+        one.put(0x30, 7)
+        check(0)
+        assert page.read(0x34, 4) == bytes(4)
+        assert one.negotiate()
+        check(0)
+        one.start()
+        check(1)
+        one.describe(1, 0, BASE - 1, 1, 0, 0)
+        one.offer(1, 0)
+        assert one.stopped
+        check(2)
+        one.put(0x64, 1)
+        check(2)
+        one.put(0x64, 2)
+        check(0)
+        one.put(0x70, 0)
+        check(0)
+        one.transport.close()
+    card.close()
 
 
 class Recorder(Entropy):
@@ -419,6 +461,28 @@ def test_disk_flushes(driver: MakeDriver, disk: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(os, "fdatasync", calls.append)
     assert one.request(block(4), (1, WRITE)) == [b"\1"]
     assert words == [f"virtio-blk: {disk}: Input/output error"] * 2
+
+
+def test_disk_on_a_full_file_system(
+    driver: MakeDriver, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver gets an error, and the caller a message that says what to do."""
+    words: list[str] = []
+    one = driver(Block(disk, words.append))
+    write = os.pwritev
+
+    def fail(*arguments: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwritev", fail)
+    assert one.request(block(1), (bytes(512), 0), (1, WRITE)) == [b"\1"]
+    (message,) = words
+    assert message == (
+        f"virtio-blk: {disk}: No space left on device on the host: the guest's write has failed;"
+        " make room, then write again"
+    )
+    monkeypatch.setattr(os, "pwritev", write)
+    assert one.request(block(1), (bytes(512), 0), (1, WRITE)) == [b"\0"]
 
 
 def test_disk_of_a_driver_without_flushes(
@@ -741,8 +805,8 @@ HOSTILE: dict[str, tuple[Callable[[Driver], None], str]] = {
         "not inside shared memory",
     ),
     "indirect": (
-        lambda one: one.describe(0, 0, BASE, 16, INDIRECT, 0),
-        "indirect descriptor (0)",
+        lambda one: one.describe(0, 0, BASE, 16, TABLE, 0),
+        "indirect descriptor (0), which was not offered",
     ),
     "order": (
         out_of_order,
@@ -772,6 +836,89 @@ def test_a_device_stops_with_a_word(driver: MakeDriver, name: str) -> None:
     one.start()
     one.request((4, WRITE))
     assert one.used(0) == [(0, 4)]
+
+
+def put_table(one: Driver, *descriptors: tuple[int, int, int, int]) -> None:
+    one.memory.write(BASE + 0x8000, b"".join(struct.pack("<QIHH", *each) for each in descriptors))
+
+
+def test_a_table_of_descriptors(driver: MakeDriver, disk: Path) -> None:
+    """A request whose parts are not in the ring, so that the ring holds more requests."""
+    one = driver(Block(disk), VERSION_1 | INDIRECT)
+    one.memory.write(BASE + 0x9000, struct.pack("<IIQ", 0, 0, 1))
+    parts = ((BASE + 0x9000, 16, NEXT, 2), (0, 0, 0, 0), (BASE + 0xA000, 512, NEXT | WRITE, 3))
+    put_table(one, *parts, (BASE + 0xB000, 1, WRITE, 0))
+    one.describe(0, 5, BASE + 0x8000, 16 * 4, TABLE, 0)
+    one.offer(0, 5)
+    assert one.used(0) == [(5, 513)]
+    assert one.memory.read(BASE + 0xA000, 512) == disk.read_bytes()[512:1024]
+
+
+HOSTILE_TABLES: dict[str, tuple[list[tuple[int, int, int, int]], int, int, str]] = {
+    "in a table": ([(BASE, 16, TABLE, 0)], 16, 0, "indirect descriptor (0), which may not be here"),
+    "goes on": ([(BASE, 1, WRITE, 0)], 16, NEXT, "which may not be here"),
+    "empty": ([], 0, 0, "a table of descriptors of 0 bytes"),
+    "odd": ([(BASE, 1, WRITE, 0)], 17, 0, "a table of descriptors of 17 bytes"),
+    "behind its end": ([(BASE, 1, WRITE | NEXT, 1)], 16, 0, "descriptor 1 of 1"),
+    "circle": ([(BASE, 1, WRITE | NEXT, 0)], 16, 0, "in a circle"),
+    "outside": ([], 16 << 20, 0, "not inside shared memory"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_TABLES)
+def test_a_table_that_breaks_the_rules(driver: MakeDriver, name: str) -> None:
+    parts, size, flags, words = HOSTILE_TABLES[name]
+    one = driver(Entropy(), VERSION_1 | INDIRECT)
+    put_table(one, *parts)
+    one.describe(0, 0, BASE + 0x8000, size, TABLE | flags, 0)
+    one.offer(0, 0)
+    assert one.stopped
+    assert words in one.words[0]
+
+
+def test_event_indices(driver: MakeDriver) -> None:
+    """Each side is notified from the index on that it has asked for, and not before."""
+    one = driver(Entropy(), VERSION_1 | EVENT_INDEX)
+    _, available, used = one.rings(0)
+
+    def device_waits_for() -> int:
+        return int.from_bytes(one.memory.read(used + 4 + 8 * 8, 2), "little")
+
+    def request(driver_waits_for: int) -> int:
+        one.memory.write(available + 4 + 2 * 8, struct.pack("<H", driver_waits_for))
+        one.request((4, WRITE))
+        return one.interrupts
+
+    assert request(0) == 1
+    assert device_waits_for() == 1, "it has seen one request"
+    assert request(3) == 1
+    assert request(3) == 1
+    assert request(3) == 2, "the fourth, with the index 3"
+    assert request(3) == 2
+    assert device_waits_for() == 5
+    one.memory.write(available, struct.pack("<H", 1))  # no interrupts: not for event indices
+    assert request(5) == 3
+    for _ in range((1 << 16) - 7):
+        one.request((4, WRITE))
+    assert device_waits_for() == (1 << 16) - 1
+    before = request((1 << 16) - 1)
+    assert request(0) == before + 1, "the index wraps"
+    assert device_waits_for() == 1
+
+
+def test_a_queue_that_something_else_has_served(driver: MakeDriver) -> None:
+    one = driver(Entropy())
+    for _ in range(2):
+        one.request((4, WRITE))
+    (queue,) = one.transport.queues
+    assert queue.base == 2
+    places = (address - BASE + one.host.userspace_addr for address in one.rings(0))
+    assert queue.userspace_addrs() == tuple(places)
+    one.memory.write(one.rings(0)[2] + 2, b"\5\0")
+    queue.resume_at(0x10007)
+    assert queue.base == 7
+    queue.resume_at(None)
+    assert queue.base == 5, "what was taken was returned"
 
 
 def test_more_requests_than_the_ring_holds(driver: MakeDriver) -> None:

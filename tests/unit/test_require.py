@@ -44,7 +44,7 @@ def test_every_name_is_known_and_used() -> None:
         ("", ""),
         ("host, restrictedmem", ""),
         (" private-memory,,dangerous ,", ""),
-        ("guest-memfd,host", "unknown 'guest-memfd'; known are: ansible, browser, "),
+        ("guest-memfd,host", "unknown 'guest-memfd'; known are: ansible, atomic-sleep, "),
         ("b c,host, a", "unknown 'a', 'b c'; known are: "),
     ],
 )

@@ -13,6 +13,10 @@
  * system: it reads sysfs and proc through mounts of its own, which have no place in the tree.  A
  * command begins in the root directory of PID 1, so that it finds what init has mounted, also after
  * switch_root.  argv[0] begins with '@': systemd then lets the agent live when it leaves the initrd.
+ *
+ * As PID 1 it first loads the modules /.kvmpriv/modules/0, 1, ... that the initrd brings along.  It
+ * answers the host when there is a /bin/sh; with $kvmpriv_wait_for_root not before PID 1 has another
+ * root directory than the initrd's.  The module virtio_console may be on that one.
  */
 
 #include <errno.h>
@@ -40,6 +44,8 @@ enum { IN_CHDIR = 1, IN_EXEC, IN_START };		/* where FAILED happened */
 #define OUTPUT_WINDOW (256 << 10)
 #define PIECE ((32 << 10) - 12)	/* the most in a DATA frame to the host: Linux writes 32 KiB at once */
 #define JOBS 64
+#define SYSTEMD_POWER_OFF 38	/* glibc's SIGRTMIN + 4: systemd(1), "Signals" */
+#define PORT_WAIT 20000	/* ms after which a missing port is reported */
 #define ANSWER_MAX 4096	/* the least room for the answers to one frame, and for all EXITED */
 #define PATH_SIZE 4096
 #define PORT_NAME "kvmpriv.agent\n"
@@ -174,15 +180,34 @@ static void sleep_ms(long ms)
 	sys(nanosleep, &time, 0);
 }
 
+/* To the kernel's log, as a line that `quiet` lets through: there may be no /dev/console. */
 static void say(const char *text)
 {
-	int console = sys(open, "/dev/console", O_WRONLY | O_NOCTTY);
+	long log;
 
-	if (console < 0)	/* init's own, which the kernel has opened */
-		console = 2;
-	sys(write, console, text, length(text));
-	if (console != 2)
-		sys(close, console);
+	sys(mkdir, "/.kvmpriv", 0700);
+	sys(mknod, "/.kvmpriv/log", S_IFCHR | 0600, 1 << 8 | 11);
+	log = sys(open, "/.kvmpriv/log", O_WRONLY | O_CLOEXEC);
+	sys(unlink, "/.kvmpriv/log");
+	sys(write, log, text, length(text));
+	sys(close, log);
+}
+
+/* systemd ends its services first, unless it is asked for the second time; any other init is not
+ * asked.
+ */
+static void power_off(void)
+{
+	static int asked;
+	struct stat found;
+
+	sys(sync);
+	if (!asked && proc >= 0 && !sys(newfstatat, proc, "1/root/run/systemd/system", &found, 0)) {
+		asked = 1;
+		if (!sys(kill, 1, SYSTEMD_POWER_OFF))
+			return;
+	}
+	sys(reboot, LINUX_REBOOT_MAGIC1, LINUX_REBOOT_MAGIC2, LINUX_REBOOT_CMD_POWER_OFF, 0);
 }
 
 /* A guest without memory kills a command, not the agent. */
@@ -794,11 +819,8 @@ static void serve(const struct frame *frame, const uint8_t *payload)
 
 	if (frame->kind == START && !job)
 		return start_job(frame->channel, payload, frame->size);
-	if (frame->kind == POWER_OFF) {
-		sys(sync);
-		sys(reboot, LINUX_REBOOT_MAGIC1, LINUX_REBOOT_MAGIC2, LINUX_REBOOT_CMD_POWER_OFF, 0);
-		return;
-	}
+	if (frame->kind == POWER_OFF)
+		return power_off();
 	if (!job)
 		return;		/* it has ended, and the host does not know yet */
 	if (frame->size >= 4)
@@ -1053,6 +1075,33 @@ static int open_port(int sysfs)
 	return found;
 }
 
+/* Loads what the initrd has brought along, in the order of ASCII; what fails is built in, or missed
+ * by find_port. */
+static void load_modules(void)
+{
+	char name[] = "/.kvmpriv/modules/0";
+	char *digit = name + sizeof(name) - 2;
+
+	for (; *digit <= 'z'; ++*digit) {
+		long module = sys(open, name, O_RDONLY | O_CLOEXEC);
+
+		if (module < 0)
+			return;
+		sys(finit_module, module, "", 0);
+		sys(close, module);
+	}
+}
+
+/* Whether PID 1 has another root directory than the agent, whose own is the initrd's. */
+static int has_left_initrd(void)
+{
+	struct stat ours, theirs;
+
+	return proc < 0 || (!sys(newfstatat, AT_FDCWD, "/", &ours, 0) &&
+			    !sys(newfstatat, proc, "1/root/", &theirs, 0) &&
+			    (ours.st_dev != theirs.st_dev || ours.st_ino != theirs.st_ino));
+}
+
 /* Waits until init has made /bin/sh, as an initrd with busybox does; 10 s at most. */
 static void wait_for_shell(void)
 {
@@ -1065,18 +1114,35 @@ static void wait_for_shell(void)
 	}
 }
 
-static void find_port(void)
+/* Waits for the port.  A guest that is nothing but the agent can't get it later: it ends. */
+static void find_port(int wait_for_root, int alone)
 {
 	int sysfs = mounted("sysfs");
+	long passed = 0, settled = 0, step;
 
 	proc = mounted("proc");
 	set_oom_score("-1000");
 	port = -1;
-	for (int tries = 0; (port = open_port(sysfs)) < 0; tries++) {
-		if (tries == 1000)
-			say("kvmpriv: the agent finds no port; the kernel needs CONFIG_VIRTIO_MMIO and"
-			    " CONFIG_VIRTIO_CONSOLE\n");
-		sleep_ms(tries < 1000 ? 2 : 200);
+	for (;;) {
+		int there = !wait_for_root || has_left_initrd();
+
+		if (port < 0)
+			port = open_port(sysfs);
+		if (there && port >= 0)
+			break;
+		step = passed < 2000 ? 2 : 100;
+		sleep_ms(step);
+		passed += step;
+		if (!there || port >= 0)
+			continue;
+		settled += step;
+		if (settled - step < PORT_WAIT && settled >= PORT_WAIT) {
+			say("<2>kvmpriv: the agent finds no port: this kernel needs the drivers virtio_mmio"
+			    " and virtio_console, built in, or as modules that the initrd or the root file"
+			    " system has and loads\n");
+			if (alone)
+				power_off();
+		}
 	}
 	sys(close, sysfs);
 }
@@ -1098,7 +1164,8 @@ static void be_init(char **arguments, char **variables)
 	}
 	arguments[0] = wanted ? wanted : "/init";
 	sys(execve, arguments[0], arguments, variables);
-	say("kvmpriv: the initrd's init can't be executed: give an initrd with /init\n");
+	say("<2>kvmpriv: the initrd has no /init that can be executed: give the initrd that belongs to"
+	    " the kernel\n");
 	sys(exit_group, 127);
 }
 
@@ -1106,6 +1173,7 @@ __attribute__((noreturn, used)) static void begin(long *stack)
 {
 	char **arguments = (char **)(stack + 1), **variables = arguments + *stack + 1;
 	uint64_t all = ~0ULL;
+	int alone;
 
 	environment = variables;
 	if (*stack == 2 && same(arguments[1], "-", 2)) {
@@ -1113,6 +1181,7 @@ __attribute__((noreturn, used)) static void begin(long *stack)
 		nonblocking(0);
 	} else {
 		if (sys(getpid) == 1) {
+			load_modules();
 			if (!is_init(arguments[0])) {	/* ours: quicker than two more programs */
 				sys(mkdir, "/dev/pts", 0755);
 				sys(mount, "devpts", "/dev/pts", "devpts", 0, "ptmxmode=0666");
@@ -1124,11 +1193,12 @@ __attribute__((noreturn, used)) static void begin(long *stack)
 		sys(setsid);
 		while (sys(open, "/", O_RDONLY | O_CLOEXEC) < 3)	/* 0 to 2 are not ours, also if they are closed */
 			;
+		alone = !is_init(arguments[0]);
 		arguments[0][0] = '@';
-		find_port();
+		find_port(!!variable(variables, "kvmpriv_wait_for_root="), alone);
 		wait_for_shell();
 		for (char **at = variables; *at; at++)
-			if (same(*at, "kvmpriv_init=", 13)) {
+			if (same(*at, "kvmpriv_", 8)) {
 				char **next = at;
 
 				do

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from ... import libc
 from ...errors import ArgumentError
 from .holder import holder_of
-from .virtio import Chain, Queue, RingError, VirtioDevice
+from .virtio import EVENT_INDEX, INDIRECT, Chain, Queue, RingError, VirtioDevice
 
 __all__ = ["Block", "Entropy"]
 
@@ -95,7 +95,7 @@ class Block(VirtioDevice):
         except BaseException:
             os.close(self._fd)
             raise
-        self.features: int = _F_SEG_MAX | _F_FLUSH
+        self.features: int = _F_SEG_MAX | _F_FLUSH | INDIRECT | EVENT_INDEX
         self.features |= _F_RO if self.read_only else _F_DISCARD | _F_WRITE_ZEROES
         limits = (_DISCARD_MAX, _RANGES_MAX, 1, _ZEROES_MAX, 1, 1)
         config = _CONFIG.pack(self.size // _SECTOR, 0, _SEGMENTS_MAX, *limits)
@@ -140,7 +140,10 @@ class Block(VirtioDevice):
         try:
             status, written = self._do(kind, sector, readable, writable)
         except OSError as error:
-            self._complain(f"{self.name}: {self.path}: {os.strerror(error.errno or 0)}")
+            why = os.strerror(error.errno or 0)
+            if error.errno in (_errno.ENOSPC, _errno.EDQUOT):
+                why += " on the host: the guest's write has failed; make room, then write again"
+            self._complain(f"{self.name}: {self.path}: {why}")
             status, written = _IO_ERROR, 0
         status_at[0] = status
         return written + 1
@@ -163,7 +166,8 @@ class Block(VirtioDevice):
         outside = length % _SECTOR or offset + length > self.size
         if outside or len(parts) > _SEGMENTS_MAX or (kind == _OUT and self.read_only):
             return _IO_ERROR, 0
-        written = self._transfer(os.preadv if kind == _IN else os.pwritev, parts, offset, kind)
+        call = os.preadv if kind == _IN else os.pwritev
+        written = self._transfer(call, parts, offset, length, kind)
         if kind == _OUT and self._write_through:
             self._flush()
         return _OK, written
@@ -213,20 +217,20 @@ class Block(VirtioDevice):
         call: Callable[[int, list[memoryview], int], int],
         parts: list[memoryview],
         offset: int,
+        length: int,
         kind: int,
     ) -> int:
         """Read or write all `parts`; returns how many bytes were written to the guest."""
-        total = 0
-        left = [part for part in parts if part]
+        total = call(self._fd, parts, offset) if length else 0
+        if total == length:
+            return total if kind == _IN else 0
+        left = _after(parts, total)
         while left:
             size = call(self._fd, left, offset + total)
             if size == 0:
                 raise OSError(_errno.EIO, "the file has shrunk")
             total += size
-            while left and size >= len(left[0]):
-                size -= len(left.pop(0))
-            if size:
-                left[0] = left[0][size:]
+            left = _after(left, size)
         return total if kind == _IN else 0
 
     def close(self) -> None:
@@ -240,6 +244,7 @@ class Entropy(VirtioDevice):
 
     device_id = 4
     name = "virtio-rng"
+    features = INDIRECT | EVENT_INDEX
     _MOST = 1 << 16  # bytes for a request, however much the guest asks for
     bounced = _MOST
 
@@ -252,8 +257,19 @@ class Entropy(VirtioDevice):
         return done
 
 
+def _after(parts: list[memoryview], size: int) -> list[memoryview]:
+    """What is left of `parts` after their first `size` bytes."""
+    for number, part in enumerate(parts):
+        if size < len(part):
+            return [part[size:], *parts[number + 1 :]]
+        size -= len(part)
+    return []
+
+
 def _take(parts: list[memoryview], size: int) -> bytes:
     """Remove the first `size` bytes from `parts` and return them."""
+    if parts and len(parts[0]) == size:
+        return bytes(parts.pop(0))
     data = b""
     while parts and len(data) < size:
         wanted = size - len(data)

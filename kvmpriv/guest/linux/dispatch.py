@@ -63,6 +63,8 @@ class GuestThread(VcpuThread[Outcome]):
         self._cpu = cpu
         #: CPU time that the thread has used in all, in seconds; 0 until it has ended.
         self.seconds: float = 0.0
+        #: Whether `ended` was called or is about to be; is_alive() becomes false only later.
+        self.over: bool = False
 
     def run(self) -> None:
         try:
@@ -75,6 +77,7 @@ class GuestThread(VcpuThread[Outcome]):
             super().run()
         del self._handler  # it has a view of kvm_run, which keeps the vCPU's descriptor open
         self.seconds = time.thread_time()
+        self.over = True
         self._ended()
 
     def _interrupted(self) -> None:
@@ -176,12 +179,14 @@ class Dispatcher:
         return recorded
 
     def _other_exit(self, vcpu: Vcpu, reason: int, record: Record | None) -> None:
-        """Serve a conversion or a system event; every other exit is a crash."""
+        """Serve a conversion or a system event; every other exit but a false one is a crash."""
         if reason == kvm_h.KVM_EXIT_SYSTEM_EVENT and vcpu.kvm_run.system_event.type in (
             kvm_h.KVM_SYSTEM_EVENT_SHUTDOWN,
             kvm_h.KVM_SYSTEM_EVENT_RESET,
         ):
             self._reset()
+            return
+        if reason == kvm_h.KVM_EXIT_INTERNAL_ERROR and _is_false_delivery(vcpu):
             return
         exit_ = vcpu.exit()
         if isinstance(self._vm, PrivateVm) and serve_conversion(self._vm, vcpu, exit_):
@@ -211,3 +216,17 @@ class Dispatcher:
             gpa, size, private, by = exit_.gpa, exit_.size, exit_.private, "fault"
         kind = "private" if private else "shared"
         record(cpu=vcpu.vcpu_id, convert=kind, gpa=gpa, size=size, by=by)
+
+
+def _is_false_delivery(vcpu: Vcpu) -> bool:
+    """Whether KVM reports an access to device memory while it delivers an event, and has no event.
+
+    The vCPU can run again then: it executes the instruction once more.  Linux 7.3 on AMD
+    (svm_check_emulate_instruction) reads the type of the event in EXITINTINFO, and not whether the
+    event is valid.  A processor leaves both clear; that which QEMU emulates leaves the type of the
+    guest's last exception.
+    """
+    if vcpu.kvm_run.internal.suberror != kvm_h.KVM_INTERNAL_ERROR_DELIVERY_EV:
+        return False
+    events = vcpu.get_vcpu_events()
+    return not (events.exception.injected or events.interrupt.injected or events.nmi.injected)

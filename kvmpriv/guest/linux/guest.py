@@ -8,8 +8,19 @@
         log = guest.get("/proc/kallsyms")
 
 The initrd brings an agent along (agent.c), which has the other end of a port of a virtio console.
-The kernel needs CONFIG_VIRTIO_MMIO and CONFIG_VIRTIO_CONSOLE, built in; nothing else is needed in
-the guest.
+The guest needs nothing but a kernel with the drivers virtio_mmio and virtio_console: built in, or
+as modules.  Modules come from this host's /lib/modules, or the guest's own init loads them.
+
+A distribution's disk is booted with the distribution's kernel and initrd:
+
+    disk = Block("root.img")
+    with LinuxGuest(
+        "vmlinuz", initrd="initrd.img", cmdline="root=/dev/vda", devices=[disk], memory=1 << 30
+    ) as guest:
+        guest.run(["systemctl", "is-system-running", "--wait"])
+
+With ``root=`` in its command line a guest is ready when init has changed from the initrd to that
+root file system, and the agent has its port.  Services may still be starting.
 """
 
 from __future__ import annotations
@@ -27,12 +38,15 @@ from ...kvm import Kvm
 from ...private import PrivateAbi, choose
 from . import initrd as _initrd
 from .agent import Agent
+from .disk import Block
 from .kernel import LinuxImage, load_linux
 from .layout import plan
 from .machine import LinuxMachine
+from .modules import CONSOLE, find_modules
 from .outcome import EXIT_STATUSES, Outcome
 from .port import Port
 from .protocol import Link
+from .root import check_root
 from .usage import Cost
 
 if TYPE_CHECKING:
@@ -84,7 +98,8 @@ class LinuxGuest(Agent):
     `kernel`: the file of a bzImage or a vmlinux, or what `load_linux` returned.
     `initrd`: the file or the bytes of an initial root file system with an ``init``; by default one
     with this host's busybox (`initrd.busybox`).  The agent is added to it, starts before ``init``,
-    and answers when there is a ``/bin/sh`` (or after 10 s).
+    and answers when there is a ``/bin/sh`` (or after 10 s); with ``root=`` in `cmdline` not before
+    ``init`` has changed to that root file system.
     `memory`: in bytes.
     `cmdline`: words for the kernel's command line.
     `cpus`: the number of vCPUs.
@@ -98,7 +113,11 @@ class LinuxGuest(Agent):
     `trace`: a file to record the run in.
     `device`: KVM's device node.
 
-    FileNotFoundError without busybox on this host; what `LinuxMachine` raises.  As a context
+    The console is ttyS0 if virtio_console is a module, or with ``root=`` in `cmdline`; else hvc0.
+
+    FileNotFoundError without busybox on this host; ImageError for a file that can't be what it is
+    given as; ArgumentError for a disk that can't have the file system of ``root=``; what
+    `LinuxMachine` raises.  As a context
     manager it calls `start`, and at the end of the block `shutdown`, or `close` after an exception.
 
     Every method may be called from any thread, several at a time; up to 64 commands run at a time.
@@ -130,9 +149,16 @@ class LinuxGuest(Agent):
             for one in devices:
                 stack.callback(one.close)
             image = kernel if isinstance(kernel, LinuxImage) else load_linux(_contents(kernel))
+            for disk in [one for one in devices if isinstance(one, Block)][:1]:
+                check_root(cmdline, disk.path)
+            modules = find_modules(image.version)
             root, cmdline = _initrd.with_agent(
-                _contents(initrd) if initrd is not None else None, cmdline
+                None if initrd is None else _initrd.check(_contents(initrd)),
+                cmdline,
+                [module.contents for module in modules],
             )
+            self._own_root = initrd is not None and _initrd.has_root(cmdline)
+            late = self._own_root or any(module.name == CONSOLE for module in modules)
             kvm = stack.enter_context(Kvm(device))
             abi: PrivateAbi | None = None
             if private:
@@ -157,7 +183,7 @@ class LinuxGuest(Agent):
                         complain=complain,
                         output=self._print,
                         pin=pin,
-                        console="virtio",
+                        console="serial" if late else "virtio",
                     )
                 )
                 self._stack = made.pop_all()
@@ -255,14 +281,18 @@ class LinuxGuest(Agent):
         self._check()
         self._thread.start()
         if not self._link.wait_until_ready(self._timeout):
-            why = (
-                f"its agent did not answer in {self._timeout:g} s (the kernel needs"
-                " CONFIG_VIRTIO_MMIO and CONFIG_VIRTIO_CONSOLE, built in)"
-            )
+            why = f"its agent did not answer in {self._timeout:g} s; {self._needs()}"
             outcome = Outcome("timeout", EXIT_STATUSES["timeout"], why)
             self.machine.end(outcome)
             self._join()
             raise GuestDied(outcome, self._last_lines())
+
+    def _needs(self) -> str:
+        """Why the agent may not have answered."""
+        needs = "the kernel needs the drivers virtio_mmio and virtio_console"
+        if not self._own_root:
+            return needs
+        return f"it waits until the guest has changed to the root file system of root=, and {needs}"
 
     @property
     def paused(self) -> bool:
@@ -300,17 +330,20 @@ class LinuxGuest(Agent):
         return self._outcome
 
     def shutdown(self, timeout: float = 10.0) -> Outcome:
-        """Let the guest's kernel write its disks and turn the machine off; then `close`.
+        """Let the guest write its disks and turn the machine off; then `close`.
 
-        A guest that is still on after `timeout` seconds is closed like that; one that is paused is
-        resumed.  Returns how it ended.
+        systemd is asked to do that, and gets `timeout` seconds to end its services; then, and with
+        any other init, the guest's kernel does it at once.  A guest that is still on after
+        `timeout` more seconds is closed like that; one that is paused is resumed.  Returns how it
+        ended.
         """
         self._check_started()
         try:
             self.machine.resume()
-            self._link.power_off()
-            if not self._link.failed:
-                self._thread.join(timeout)
+            for _ in range(2):
+                if self._thread.is_alive() and not self._link.failed:
+                    self._link.power_off()
+                    self._thread.join(timeout)
         finally:
             self.close()
         assert self._outcome is not None

@@ -51,6 +51,7 @@ class IoThread(threading.Thread):
             poll.register(fd, select.POLLIN)
         transports = {transport for transport, _ in self._queues.values()}
         listening: dict[int, Transport] = {}
+        engaged: set[Transport] = set()
         while True:
             self._gate.enter()
             if self._stopping:
@@ -61,6 +62,14 @@ class IoThread(threading.Thread):
             for fd in wanted.keys() - listening.keys():
                 poll.register(fd, select.POLLIN)
             listening = wanted
+            now = {transport for transport in transports if transport.engaged}
+            if now != engaged:
+                for fd, (transport, _) in self._queues.items():
+                    if transport in now - engaged:
+                        poll.unregister(fd)  # the host's kernel waits for it, and does not read it
+                    elif transport in engaged - now:
+                        poll.register(fd, select.POLLIN)
+                engaged = now
             for fd, _ in poll.poll():
                 if fd == self._wake:
                     os.eventfd_read(fd)
@@ -72,8 +81,7 @@ class IoThread(threading.Thread):
                     transport, number = self._queues[fd]
                     transport.serve(number)
                 else:
-                    for number in listening[fd].device.host_queues:
-                        listening[fd].serve(number)
+                    listening[fd].host_ready()
 
     def kick(self) -> None:
         """Let the thread see that the gate is closed, or that it is to end."""

@@ -148,6 +148,19 @@ class GuestMemory:
         offset, memory = self._find(gpa, size)
         return memory.view()[offset : offset + size]
 
+    def views(self) -> list[tuple[int, int, memoryview]]:
+        """Each range: its first address, the address after its last, and its bytes in place."""
+        return [(start, end, memory.view()) for start, end, memory in self._parts]
+
+    def regions(self) -> list[tuple[int, int, int]]:
+        """Each range: its first address, its size in bytes, and where this process has it."""
+        return [(start, end - start, memory.userspace_addr) for start, end, memory in self._parts]
+
+    def userspace_addr(self, gpa: int, size: int) -> int:
+        """Where this process has the `size` bytes from the address `gpa` on."""
+        offset, memory = self._find(gpa, size)
+        return memory.userspace_addr + offset
+
 
 _PRESENT = bytes(value >> 7 for value in range(256))
 

@@ -44,7 +44,7 @@ from .serial import SIZE as SERIAL_SIZE
 from .serial import Serial
 from .supervisor import Input, Periodic, Supervisor
 from .usage import Cost, RangeUse, emulation, mapped_bytes, measure_cost, range_use
-from .virtio import Transport, VirtioDevice
+from .virtio import Transport, VirtioDevice, Wires
 
 if TYPE_CHECKING:
     from ...kvm import Kvm
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from ...stats import StatsFd
     from ...vcpu import Vcpu
     from ...vm import Vm
+    from .dispatch import Record
     from .kernel import LinuxImage
     from .recording import RunRecorder
 
@@ -170,6 +171,7 @@ class LinuxMachine:
             self._threads: list[GuestThread] = []
             self._io_error: BaseException | None = None
             self._complain = complain
+            self._mark: Record | None = None  # of the recording, while there is one
             self._said = Said()
             self.image = image._replace(segments=())
             self.ranges = list(ranges)
@@ -180,6 +182,7 @@ class LinuxMachine:
                 self._first_words = f"quiet {self._first_words}"
             self._bounced = 0
             self._virtio: list[tuple[int, int, int]] = []  # address, size and interrupt of each
+            self._transports: list[Transport] = []
             self._interrupts: list[int] = []  # of devices that are not virtio devices
             self._ending = Ending()
             stack.callback(self._ending.close)
@@ -265,26 +268,36 @@ class LinuxMachine:
 
         number = len(self._virtio)
         base, gsi = MMIO + number * PAGE_SIZE, _VIRTIO_GSI + number
-        interrupt = eventfd()
-        self.vm.irqfd(interrupt, gsi)
+        wires = Wires(eventfd(), [eventfd() for _ in range(device.queue_count)])
+        self.vm.irqfd(wires.interrupt, gsi)
+        page: HostMemory | None = stack.enter_context(HostMemory(PAGE_SIZE))
+        taken = [(fd, virtio.QUEUE_NOTIFY, queue) for queue, fd in enumerate(wires.notify)]
+        try:
+            # The guest reads the registers without an exit.  The acknowledgement of an interrupt
+            # does not exit to this process either: KVM signals an eventfd that no thread reads.
+            assert page is not None
+            self.vm.map(page, base, flags=kvm_h.KVM_MEM_READONLY)
+            taken.append((eventfd(), virtio.INTERRUPT_ACKNOWLEDGE, virtio.USED_BUFFER))
+        except OSError:  # a KVM without such memory: reads and acknowledgements exit
+            page = None
         transport = Transport(
             device,
             self.memory,
-            partial(os.eventfd_write, interrupt, 1),
-            self._complain,
+            partial(os.eventfd_write, wires.interrupt, 1),
+            self._complained,
             access_platform=self.abi is not None,
+            wires=wires,
+            page=page,
+            changed=self._io.kick,
         )
+        stack.callback(transport.close)  # while its memory and its eventfds are there
         self.mmio.add(transport, base, virtio.SIZE, device.name)
-        for queue in range(device.queue_count):
-            notify = eventfd()
-            self.vm.ioeventfd(
-                notify,
-                base + virtio.QUEUE_NOTIFY,
-                4,
-                datamatch=queue,
-                flags=kvm_h.KVM_IOEVENTFD_FLAG_DATAMATCH,
-            )
+        for fd, register, value in taken:
+            matches = kvm_h.KVM_IOEVENTFD_FLAG_DATAMATCH
+            self.vm.ioeventfd(fd, base + register, 4, datamatch=value, flags=matches)
+        for queue, notify in enumerate(wires.notify):
             self._io.add(notify, transport, queue)
+        self._transports.append(transport)
         self._virtio.append((base, virtio.SIZE, gsi))
         self._bounced += device.bounced
 
@@ -374,6 +387,12 @@ class LinuxMachine:
             self._interrupts.append(irq)
         device.line = line
 
+    def _complained(self, text: str) -> None:
+        """A device complains: tell the caller, and record it."""
+        if self._mark is not None:
+            self._mark(mark=text)
+        self._complain(text)
+
     def _io_failed(self, error: BaseException) -> None:
         self._io_error = error
         self.end(crashed(f"a device failed: {error}"))
@@ -447,6 +466,8 @@ class LinuxMachine:
         try:
             started = [each for each in (self._io, *self._threads) if each.ident is not None]
             self._gate.shut(started, self._kick)
+            for transport in self._transports:
+                transport.pause()
         finally:
             self._supervisor.unlimited = False
 
@@ -466,6 +487,8 @@ class LinuxMachine:
         for vcpu in self.vcpus:
             with suppress(OSError, ValueError):  # without such a clock, or closed
                 vcpu.kvmclock_ctrl()
+        for transport in self._transports:
+            transport.resume()
         self._gate.open()
 
     def run(
@@ -515,7 +538,7 @@ class LinuxMachine:
         calls: Sequence[Periodic],
         recorder: RunRecorder | None,
     ) -> Outcome:
-        record = recorder.event if recorder is not None else None
+        record = self._mark = recorder.event if recorder is not None else None
         threads = self._threads = [
             GuestThread(
                 vcpu,
@@ -531,11 +554,19 @@ class LinuxMachine:
             self._io.start()
             for thread in threads:
                 thread.start()
-            self._supervisor.watch(threads, self.console, source, timeout, calls)
+            self._supervisor.watch(
+                lambda: any(thread.over for thread in threads),
+                self.console,
+                source,
+                timeout,
+                calls,
+            )
         finally:
             # Last in, first out.  All of them are called, also if a second signal's handler raises.
             with ExitStack() as stops:
                 stops.callback(self._supervisor.flush)  # what the guest printed until its end
+                for transport in self._transports:
+                    stops.callback(transport.pause)  # a data path in the kernel stops, too
                 stops.callback(self._io.stop)
                 for thread in threads:
                     if thread.ident is not None:

@@ -12,7 +12,8 @@ from typing import Protocol
 
 from ...errors import ArgumentError
 from .tap import HEADER_SIZE
-from .virtio import Chain, Queue, RingError, VirtioDevice
+from .vhost import DEVICE, VhostPath
+from .virtio import EVENT_INDEX, INDIRECT, Chain, DataPath, Queue, RingError, VirtioDevice
 
 __all__ = ["Cable", "Net", "parse_mac"]
 
@@ -94,13 +95,18 @@ class Net(VirtioDevice):
 
     Over a tap the host's kernel leaves checksums and the division into packets to the guest's, and
     the other way round.
+
+    `vhost`: whether the host's kernel moves the packets (/dev/vhost-net), instead of this process.
+    None: if it can; otherwise `complain` is called with the reason.  True: it must, or the
+    constructor or `LinuxMachine.run` raises an OSError.  False: never.  ArgumentError for True over
+    what is not a tap.
     """
 
     device_id = 1
-    name = "virtio-net"
+    name: str = "virtio-net"
     # The guest may leave checksums and the division into packets to the host's kernel: everything
     # that the guest sends costs an exit and a system call, and so there are fewer of them.
-    _ALWAYS = _F_CSUM | _F_MAC | _F_HOST_TSO4 | _F_HOST_TSO6 | _F_MRG_RXBUF
+    _ALWAYS = _F_CSUM | _F_MAC | _F_HOST_TSO4 | _F_HOST_TSO6 | _F_MRG_RXBUF | INDIRECT | EVENT_INDEX
     queue_count = 2
     bounced = 3 << 20  # a page for each entry of both rings, and a few pieces of 64 KiB
     _RECEIVE = 0
@@ -111,6 +117,7 @@ class Net(VirtioDevice):
         complain: Callable[[str], object] = lambda text: None,
         *,
         mac: bytes | None = None,
+        vhost: bool | None = None,
     ) -> None:
         #: The card's MAC address.
         self.mac: bytes = _random_mac() if mac is None else _checked(mac)
@@ -120,7 +127,25 @@ class Net(VirtioDevice):
         self._is_tap = self._offload(0)
         self.features: int = self._ALWAYS | (sum(_OFFLOADS) if self._is_tap else 0)
         self._gone = False
+        self._vhost: VhostPath | None = self._open_vhost(vhost)
+        self.data_path: DataPath | None = self._vhost
+        if self._vhost is not None:
+            self.name = f"{self.name} (vhost)"
         self._forget()
+
+    def _open_vhost(self, wanted: bool | None) -> VhostPath | None:
+        if wanted and not self._is_tap:
+            raise ArgumentError("vhost needs a tap, and the card's cable is another file")
+        if wanted is False or not self._is_tap:
+            return None
+        try:
+            return VhostPath(self._cable.fileno(), _F_MRG_RXBUF, required=bool(wanted))
+        except OSError as error:
+            why = f"{DEVICE} can't be used: {error.strerror or error}"
+            if wanted:
+                raise OSError(error.errno, why) from error
+            self._complain(f"{self.name}: {why}; this process serves the card's queues")
+            return None
 
     def _forget(self) -> None:
         self._listening = False
@@ -252,6 +277,9 @@ class Net(VirtioDevice):
         return done
 
     def close(self) -> None:
+        self._forget()
+        if self._vhost is not None:
+            self._vhost.close()
         self._cable.close()
 
 

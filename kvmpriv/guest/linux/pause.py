@@ -25,9 +25,9 @@ class Gate:
             return
         me = threading.current_thread()
         with self._changed:
+            self._waiting.add(me)
+            self._changed.notify_all()  # once: in the loop, two threads would wake each other
             while self.closed:
-                self._waiting.add(me)
-                self._changed.notify_all()
                 self._changed.wait()
             self._waiting.discard(me)
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from ...fd import Fd
-from .virtio import Chain, Queue, RingError, VirtioDevice
+from .virtio import EVENT_INDEX, INDIRECT, Chain, Queue, RingError, VirtioDevice
 
 __all__ = ["Console", "Port"]
 
@@ -35,7 +35,7 @@ class Port(VirtioDevice):
 
     device_id = 3
     name = "virtio-console"
-    features = _F_MULTIPORT
+    features = _F_MULTIPORT | INDIRECT | EVENT_INDEX
     queue_count = 4
     queue_size = 64  # the driver fills two of the rings with pages as it starts
     host_queues: tuple[int, ...] = (_RECEIVE, _CONTROL_RECEIVE)
@@ -172,7 +172,7 @@ class Console(Port):
     """
 
     name: str = "console (hvc0)"
-    features: int = 0
+    features: int = INDIRECT | EVENT_INDEX
     queue_count: int = 2
     queue_size: int = 16
     host_queues: tuple[int, ...] = (_RECEIVE, _SEND)

@@ -15,6 +15,13 @@ from .outcome import EXIT_STATUSES, Ending, Outcome
 __all__ = ["Console", "Input", "Periodic", "Supervisor"]
 
 _PANIC = b"Kernel panic - not syncing: "
+#: What to do after a panic that is a wrong choice of files: words of the kernel -> advice.
+_ADVICE = {
+    "VFS: Unable to mount root fs": "give a disk with a file system, its name as root=, and a"
+    " kernel with virtio_mmio, virtio_blk and the file system's driver: built in, or as modules"
+    " of the initrd that belongs to it",
+    "No working init found": "the root file system must have /sbin/init, the initrd /init",
+}
 _PANIC_GRACE = 5.0  # seconds that a kernel which has panicked has to reset the machine itself
 _TICK = 0.02  # seconds between two writes while the guest prints
 _INPUT_TICK = 0.05  # seconds between two looks at whether the guest has read its input
@@ -118,13 +125,13 @@ class Supervisor:
 
     def watch(
         self,
-        threads: Sequence[threading.Thread],
+        is_over: Callable[[], bool],
         console: Console,
         source: Input | None,
         timeout: float | None,
         calls: Sequence[Periodic],
     ) -> None:
-        """Return when the guest has an outcome, or one of `threads` has ended.
+        """Return when the guest has an outcome, or `is_over` returns True after a wake-up.
 
         Raises what `output`, `source` and `calls` raise.
         """
@@ -135,7 +142,7 @@ class Supervisor:
         wake = self._ending.wake.fileno()
         poll.register(wake, select.POLLIN)
         listening = False
-        while self._ending.outcome is None and all(thread.is_alive() for thread in threads):
+        while self._ending.outcome is None and not is_over():
             if source is not None and listening != (console.pending() < _OUTPUT_MAX):
                 listening = not listening
                 if listening:
@@ -222,7 +229,8 @@ class Supervisor:
             self._ending.end(Outcome("no progress", EXIT_STATUSES["no progress"], why))
 
     def _panicked(self) -> Outcome:
-        return Outcome("panic", EXIT_STATUSES["panic"], self._panic)
+        advice = [text for words, text in _ADVICE.items() if words in self._panic]
+        return Outcome("panic", EXIT_STATUSES["panic"], "; ".join([self._panic, *advice]))
 
     def judge(self, outcome: Outcome) -> Outcome:
         """The outcome for the caller: a kernel that resets or crashes after a panic has panicked.

@@ -23,6 +23,8 @@ MakeVm = Callable[[], PrivateVm]
 KERNEL = os.environ.get("KVMPRIV_KERNEL", "")
 #: The running kernel is named as one that has this project's fixes of v9.
 FIXED = KERNEL in ("restrictedmem", "restrictedmem-debug")
+#: The running kernel handles a fault again if its page gets the other kind meanwhile.
+RETRIES = KERNEL in ("guest_memfd-in-place", "guest_memfd-in-place-debug")
 
 VM_TYPES = {"default": gm.KVM_X86_DEFAULT_VM, "sw_protected": gm.KVM_X86_SW_PROTECTED_VM}
 
@@ -110,6 +112,15 @@ def require_guest_memfd() -> None:
         missing("guest_memfd", "no type of VM has KVM_CAP_GUEST_MEMFD")
 
 
+def require_shared_files(kvm: Kvm) -> None:
+    """Skip the test if a default VM can't have memory in files that guest and host share."""
+    require_nested_paging()
+    flags = gm.GUEST_MEMFD_FLAG_MMAP | gm.GUEST_MEMFD_FLAG_INIT_SHARED
+    with kvm.create_vm() as vm:
+        if flags & ~vm.check_extension(gm.KVM_CAP_GUEST_MEMFD_FLAGS):
+            missing("guest-memfd-flags", "a default VM lacks MMAP or INIT_SHARED")
+
+
 def cpu_flags() -> set[str]:
     """The flags of the processor."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -131,3 +142,24 @@ def require_scripts_vm(what: str) -> None:
     """Skip the test, which does `what`, on any machine but a VM of scripts/vm."""
     if "KVMPRIV_VM" not in os.environ:
         missing("scripts-vm", f"only there {what}")
+
+
+def need_shadow_mmu() -> None:
+    """Skip the test unless KVM uses its shadow MMU for two-dimensional paging."""
+    try:
+        has_tdp_mmu = Path("/sys/module/kvm/parameters/tdp_mmu").read_text().strip()
+    except OSError as error:
+        missing("shadow-mmu", str(error))
+    if has_tdp_mmu != "N":
+        missing("shadow-mmu", f"kvm.tdp_mmu is {has_tdp_mmu}")
+
+
+def need_kernel_symbol(symbol: str, name: str) -> None:
+    """Skip the test for lack of `name` unless the kernel has this function."""
+    try:
+        with Path("/proc/kallsyms").open() as lines:
+            found = any(line.split()[2] == symbol for line in lines)
+    except OSError as error:
+        missing(name, str(error))
+    if not found:
+        missing(name, f"the kernel has no {symbol}()")

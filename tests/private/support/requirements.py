@@ -13,6 +13,7 @@ from kvmpriv import private
 #: tests of the checkout.  KVMPRIV_REQUIRE takes these identifiers.
 REQUIREMENTS = {
     "ansible": "ansible-core, which the extra `dev` installs",
+    "atomic-sleep": "CONFIG_DEBUG_ATOMIC_SLEEP, with which the kernel reports a wait under a lock",
     "browser": "Chromium, which shows pages to a test",
     "btf": "type information of the running kernel's KVM, for tests of struct layouts",
     "build-tools": "the programs that build a kernel",
@@ -21,6 +22,7 @@ REQUIREMENTS = {
     "dangerous": "the option --dangerous, for a test that can crash this kernel",
     "debugfs": "/sys/kernel/debug/kvm, readable",
     "disable-quirks2": "KVM_CAP_DISABLE_QUIRKS2",
+    "distribution": "Debian on a disk, which takes minutes to make and to boot: `make test-all`",
     "drop-caches": "the right to write /proc/sys/vm/drop_caches",
     "fault-injection": "CONFIG_FAULT_INJECTION and CONFIG_FAILSLAB, debugfs, and root",
     "first-pid-namespace": "the host's first PID namespace, whose numbers KVM's statistics have",
@@ -32,7 +34,9 @@ REQUIREMENTS = {
     "huge-pages": "shmem with large pages, and free ones",
     "implicit-conversion": "a guest that chooses how it accesses a page",
     "io_uring": "io_uring_setup(2)",
+    "kasan": "CONFIG_KASAN, with which the kernel reports a use after free",
     "kcmp": "kcmp(2)",
+    "ksm": "CONFIG_KSM, and the right to start it",
     "kvmclock": "the paravirtual clock",
     "mainline": "a kernel whose system call 451 is not memfd_restricted(2)",
     "manual-dirty-log": "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2",
@@ -59,6 +63,7 @@ REQUIREMENTS = {
     "scripts-vm": "a kernel that scripts/vm has started: its memory may be searched and poisoned",
     "second-address-space": "a VM with a second address space (SMM)",
     "setpriv": "the program setpriv, and root to run it",
+    "shadow-mmu": "a kernel that was started with kvm.tdp_mmu=0",
     "shared-guest-memfd": "guest_memfd in a VM of the default type",
     "shared-only-host": "a host with guest_memfd and without private memory, as in the README",
     "shared-pages-unmapped": "a kernel whose hole unmaps the slot's shared pages, too",
@@ -69,6 +74,7 @@ REQUIREMENTS = {
     "test-vehicle": "the module parameter kvm.private_mem_testing of this project's v9 kernels",
     "two-backings": "an ABI by which a private page and a shared one are two pages",
     "userfaultfd": "userfaultfd(2) for faults of the kernel",
+    "vhost": "/dev/vhost-net, readable and writable",
     "wall-clock": "the paravirtual wall clock",
 }
 
