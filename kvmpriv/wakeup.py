@@ -103,8 +103,10 @@ def unwatch(vcpu: Kickable) -> None:
     global _watch
     with _lock:
         _watched.discard(vcpu)
-        if _watched or _watch is None or not in_main_thread() or sys.is_finalizing():
-            return  # at exit the daemon thread can't be joined; it ends with the process
+        # At exit nothing can be imported, and the daemon thread can't be joined: it ends with the
+        # process.
+        if _watched or _watch is None or sys.is_finalizing() or not in_main_thread():
+            return
         ending, _watch = _watch, None
     ending.close()  # not under the lock, which its thread may be waiting for
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -310,3 +312,15 @@ def test_the_vm_may_be_closed_first(kvm: Kvm) -> None:
         slot = guest.slot
         guest.close()
         assert slot.slot not in vm.slots
+
+
+@pytest.mark.usefixtures("kvm")
+def test_one_that_is_left_open_at_the_end_of_the_program() -> None:
+    """Python closes it when nothing can be imported any more, and prints nothing."""
+    program = (
+        "import builtins; from kvmpriv import Kvm; from kvmpriv.guest.puppet import Puppet;"
+        " builtins.left = Puppet(Kvm().create_vm());"
+        " print(builtins.left.rdtsc() > 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
