@@ -31,3 +31,10 @@ def test_known_defect(name: str) -> None:
 def test_every_defect_is_looked_for() -> None:
     """Every defect of the table has a detector, and every detector a defect."""
     assert DETECTORS.keys() == DEFECTS.keys()
+
+
+@rule("suite.defects.all")
+def test_every_mark_names_a_defect(request: pytest.FixtureRequest) -> None:
+    """The marks known_defect of all tests name defects of the table."""
+    marks = [mark for item in request.session.items for mark in item.iter_markers("known_defect")]
+    assert {name for mark in marks for name in mark.args} <= DEFECTS.keys()

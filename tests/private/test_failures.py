@@ -21,7 +21,7 @@ from .support.accounting import BIG, Unevictable, vms_alive
 from .support.arch_hook import hook
 from .support.fault_injection import FailNth, failing_allocations, fault_injection
 from .support.large_pages import huge_pages, need_large_pages
-from .support.leaks import open_fds
+from .support.leaks import lowest_free_fd, open_fds
 from .support.mappings import MADV, MappedGuest
 from .support.processes import child_status, in_cgroup, in_child
 from .support.races import beside, eventually, within_cpu_time
@@ -216,12 +216,13 @@ def check(answers: list[str], *also: str) -> None:
 @rule("fail.injected.create")
 def test_creating_a_file_with_failing_allocations(rig: Rig) -> None:
     """Each failure is ENOMEM and leaves no descriptor and no memory; the last call succeeds."""
-    fds, memory = open_fds(), Unevictable()
+    fds, memory, free = open_fds(), Unevictable(), lowest_free_fd()
     # shmem says ENOSPC when it can't have an inode.
     also = ("ENOSPC",) if rig.behaviour.shmem else ()
     create = each_failing(lambda: rig.abi.create_file(rig.vm, MIB).close(), lambda _said: None)
     check(create, *also)
     assert open_fds() == fds
+    assert lowest_free_fd() == free, "a descriptor is taken, and has no file"
     assert memory.is_about(0)
 
 

@@ -273,6 +273,7 @@ def traceable(request: pytest.FixtureRequest) -> None:
 
 
 @ways("private.isolation.read", LOOKS)
+@pytest.mark.known_defect("private-prefetch")
 @pytest.mark.usefixtures("traceable")
 def test_looks_at_the_mapping(scene: Scene, way: Callable[[int, int], bytes]) -> None:
     """The host finds the shared side at userspace_addr, whichever way it reads."""
@@ -280,6 +281,7 @@ def test_looks_at_the_mapping(scene: Scene, way: Callable[[int, int], bytes]) ->
 
 
 @ways("private.isolation.write", CHANGES)
+@pytest.mark.known_defect("private-prefetch")
 @pytest.mark.usefixtures("traceable")
 def test_changes_of_the_mapping(scene: Scene, way: Callable[[int, int, bytes], None]) -> None:
     """The host's writes reach the guest only in shared pages."""
@@ -607,6 +609,7 @@ def cores_in(folder: Path) -> Iterator[None]:
 
 
 @rule("private.isolation.core-dump")
+@pytest.mark.known_defect("private-prefetch")
 @pytest.mark.usefixtures("make_rig")
 def test_core_dump(request: pytest.FixtureRequest) -> None:
     """A core dump of the process that has the VM contains the shared side and no private page."""
@@ -716,6 +719,7 @@ def frames_of_this_process() -> set[int]:
 
 
 @rule("private.isolation.hidden-not-gone")
+@pytest.mark.known_defect("private-prefetch")
 def test_found_in_the_kernels_memory(scene: Scene) -> None:
     """/proc/kcore contains the private page: it is hidden from this process, not encrypted."""
     require_scripts_vm("all memory is searched")

@@ -297,6 +297,7 @@ def test_a_hole_then_both_directions(window: Window) -> None:
 
 
 @rule("convert.private-hole-shared-write")
+@pytest.mark.known_defect("notified-in-bytes")  # the hole leaves what it frees mapped
 @ways
 def test_private_then_a_hole_then_a_shared_write(window: Window) -> None:
     """The hole ends the guest's mapping: its next write, now shared, goes to host memory."""
@@ -412,6 +413,7 @@ def test_a_slot_that_comes_and_goes_under_a_private_page(rig: Rig) -> None:
 
 
 @rule("convert.no-page-twice")
+@pytest.mark.known_defect("private-prefetch")
 @two_backings
 def test_no_page_is_held_twice(rig: Rig) -> None:
     """A conversion that frees unreachable pages leaves one copy of each; with keep=True, two."""

@@ -135,7 +135,7 @@ def test_bad_pointers_where_private_is_refused(refusing_vm: Vm, request_: int) -
 
 
 @rule("v9.convert.huge")
-@pytest.mark.dangerous("known defects conversion-by-page, far-conversion: hours, or an oops")
+@pytest.mark.known_defect("conversion-by-page", "far-conversion")
 @both_ways
 def test_huge_ranges(slots: RestrictedSlots, request_: int) -> None:
     """The size is not limited, and a conversion of any size is fast."""

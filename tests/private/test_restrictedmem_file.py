@@ -418,7 +418,7 @@ def test_two_files_differ() -> None:
 
 
 @rule("v9.file.stat")
-@pytest.mark.dangerous("known defect fstat: an oops")
+@pytest.mark.known_defect("fstat")
 def test_stat(file: RestrictedMem) -> None:
     """fstat reports the size and the blocks of the file."""
     fd = file.fileno()

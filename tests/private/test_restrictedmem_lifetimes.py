@@ -279,7 +279,7 @@ def test_host_memory_goes_first(slots: RestrictedSlots, memory: HostMemory) -> N
 
 
 @rule("v9.race.slot_against_hole")
-@pytest.mark.dangerous("known defect notifiers-unlocked: a slot that comes or goes is a BUG")
+@pytest.mark.known_defect("notifiers-unlocked", "slot-unprepared")
 def test_slots_against_holes(slots: RestrictedSlots, file: RestrictedMem) -> None:
     """Slots made and deleted while another thread changes the file succeed, and the kernel
     reports nothing.

@@ -442,7 +442,7 @@ def test_ordinary_slots_do_not_become_private(slots: RestrictedSlots) -> None:
 
 
 @rule("v9.slot.immutable.cleared")
-@pytest.mark.dangerous("known defect private-flag-cleared: use after free")
+@pytest.mark.known_defect("private-flag-cleared")
 @pytest.mark.parametrize(
     "changes",
     [{}, {"guest_phys_addr": 5 * GIB}, {"flags": LOG}, {"flags": READONLY}],

@@ -11,7 +11,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from .arch_hook import hook
-from .kernels import require_in_place, require_private_slots, require_sw_protected_vm
+from .kernels import (
+    require_in_place,
+    require_private_slots,
+    require_shared_files,
+    require_sw_protected_vm,
+)
 from .requirements import missing
 from .slot_requests import GuestMemfdSlots, RestrictedSlots, Slots
 
@@ -59,6 +64,7 @@ _GUEST_MEMFD = Behaviour(
 )
 _BEHAVIOURS = {
     "guest_memfd": _GUEST_MEMFD,
+    "guest_memfd_shared": replace(_GUEST_MEMFD, require=require_shared_files),
     # Without a slot there is no file, and so no state: such an access is one of shared memory.
     "guest_memfd_in_place": replace(_GUEST_MEMFD, require=require_in_place, mmio_without_slot=True),
     "restrictedmem": Behaviour(

@@ -7,6 +7,7 @@ indirectly: in KVM's counters, in an unrelated mapping that is lost, in a time l
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,15 +18,19 @@ from typing import Any
 from kvmpriv import HostMemory, Kvm
 from kvmpriv.cdefs import kvm as k
 from kvmpriv.cdefs import restrictedmem as rm
-from kvmpriv.guest.puppet import GuestExit
+from kvmpriv.exits import MemoryFaultExit
+from kvmpriv.guest.puppet import GuestExit, Puppet
 from kvmpriv.private import ABIS, PrivateSlot, PrivateVm
 from kvmpriv.private.restrictedmem import RestrictedMem
+from kvmpriv.selftest.kernel_log import KernelLog
 
+from . import ordinary
 from .accounting import BIG, meminfo
 from .arch_hook import hook
 from .defects import DEFECTS
 from .fault_injection import failing_allocations
-from .large_pages import huge_pages, need_large_pages
+from .kernels import need_kernel_symbol, need_shadow_mmu
+from .large_pages import huge_pages, need_large_pages, shmem_huge_pages
 from .races import CpuTimeError, beside, rounds, within_cpu_time
 from .requirements import missing
 from .rig import LARGE, Rig
@@ -71,12 +76,16 @@ class DetectorRig(Rig):
         return self.abi.bind(self.vm, GPA, size, self.unsized, offset, memory=memory, flags=flags)
 
     def loses_mappings(self, change: Callable[[], object], first: int = 0) -> bool:
-        """Whether `change` unmaps the 8 pages of the slot from page `first` on."""
+        """Whether `change` unmaps any of the 8 pages of the slot from page `first` on.
+
+        One page is enough: the shadow MMU walks its rmaps, and unmaps the first page alone where
+        the end of the range has wrapped.
+        """
         self.guest.touch(GPA + first * PAGE, PAGE, 8)
         before = self.mapped_pages()
         assert before >= 8
         change()
-        return self.mapped_pages() <= before - 8  # the puppet's own slot has fewer pages
+        return self.mapped_pages() < before
 
 
 @contextmanager
@@ -113,10 +122,12 @@ def _allocation() -> str | None:
 
 @_detects("hole-before-binding")
 def _before_binding() -> str | None:
+    """Far up in the file: the kernel subtracts the slot's offset from a gfn, which must be less."""
+    offset = 3 * GPA
     with detector_rig() as b:
-        b.bind_at_gpa(MIB, offset=64 * MIB)
+        b.bind_at_gpa(MIB, offset=offset)
         if b.loses_mappings(lambda: b.unsized.punch_hole(0, PAGE)):
-            return "a hole in page 0 of the file unmapped a slot that begins at 64 MiB"
+            return f"a hole in page 0 of the file unmapped a slot that begins at {offset:#x}"
     return None
 
 
@@ -149,34 +160,85 @@ def _by_page() -> str | None:
     return f"4 GiB took {grown // 1024} KiB" if grown > 3 * MIB else None
 
 
-@_detects("failed-conversion-erases")
-def _erases() -> str | None:
-    """Convert 65 pages: the first 64 of them are in a node of the xarray that exists already.
+@cache
+def _shared_after_failure() -> tuple[bool, ...]:
+    """Which of 65 pages are shared after their conversion to shared has failed.
 
-    Every other page of the first is shared, so that a kernel that keeps ranges needs memory, too.
+    The first 64 of them are in a node of the xarray that exists already.  Every other page from 5
+    to 43 is shared before, so that a kernel that keeps ranges needs memory, too.
     """
+    count = 65
     with detector_rig() as b, HostMemory(MIB) as memory:
-        memory.write(5 * PAGE, b"shared")
+        for page in range(count):
+            memory.write(page * PAGE, b"shared")
         for page in range(5, 45, 2):
             b.convert(GPA + page * PAGE, PAGE, private=False)
-        region = k.ffi.new("struct kvm_enc_region *", (GPA, 65 * PAGE))
+        region = k.ffi.new("struct kvm_enc_region *", (GPA, count * PAGE))
         with failing_allocations():
             errno = b.vm.ioctl_errno(k.KVM_MEMORY_ENCRYPT_UNREG_REGION, region)
         if not errno:
             missing("fault-injection", "the conversion succeeds although every allocation fails")
         assert errno_of(errno) == "ENOMEM"
         b.bind_at_gpa(MIB, memory=memory)
-        if b.guest.read(GPA + 5 * PAGE, 6) != b"shared":
-            return "after ENOMEM, a page that had been shared was private"
+        return tuple(b.guest.read(GPA + page * PAGE, 6) == b"shared" for page in range(count))
+
+
+@_detects("failed-conversion-erases")
+def _erases() -> str | None:
+    if not all(_shared_after_failure()[5:45:2]):
+        return "after ENOMEM, pages that had been shared were private"
     return None
+
+
+@_detects("failed-conversion-keeps-first")
+def _keeps_first() -> str | None:
+    if _shared_after_failure()[0]:
+        return "after ENOMEM, the first page of the range was shared"
+    return None
+
+
+@_detects("conversion-sleeps")
+def _sleeps() -> str | None:
+    """Observed in the log of a kernel with CONFIG_DEBUG_ATOMIC_SLEEP.
+
+    Allocations that may not wait fail, so that the kernel makes one that may.
+    """
+    need_kernel_symbol("__might_sleep", "atomic-sleep")
+    log = KernelLog()
+    with detector_rig() as b:
+        b.convert(GPA, PAGE, private=False)
+        log.mark()
+        with failing_allocations(**{"ignore-gfp-wait": "Y"}):
+            for page in range(2, 4096, 64):
+                b.convert(GPA + page * PAGE, PAGE, private=False)
+        seen = [line for line in log.complaints() if "sleeping function called" in line]
+    return seen[0] if seen else None
+
+
+@_detects("kind-read-twice")
+def _read_twice() -> str | None:
+    """A guest that has stated nothing accesses each page as what it is: no access is a fault."""
+    with detector_rig(cpus=2) as b, HostMemory(MIB) as memory:
+        b.bind_at_gpa(MIB, memory=memory)
+        other = b.guest.cpus[1]
+        other.serve = lambda _cpu, exit_: isinstance(exit_, MemoryFaultExit)  # run it again
+        with beside(lambda: other.touch(GPA, PAGE, 16)) as touched:
+            for turn in rounds(20000, seconds=8, until=lambda: touched[0] > 0):
+                b.convert(GPA, 16 * PAGE, private=bool(turn % 2))
+                if other.exits:
+                    break
+        return f"{other.exits[0]} after {turn + 1} conversions" if other.exits else None
 
 
 @_detects("far-conversion")
 def _far() -> str | None:
     """Passes unless the kernel crashes or complains: the defect has no other effect."""
-    for _ in range(4):
-        with detector_rig() as b:
-            b.bind_at_gpa(2 * MIB)
+    for turn in range(4):
+        with detector_rig() as b, HostMemory(16 * PAGE) as memory:
+            if turn % 2:  # ordinary slots have the arrays, too
+                b.vm.map(memory, GPA)
+            else:
+                b.bind_at_gpa(2 * MIB)
             b.convert(GPA, 6 * GIB, private=False)
     return None
 
@@ -194,6 +256,36 @@ def _mixed() -> str | None:
         if b.guest.read(GPA, 6) != b"shared":
             return "the guest read private memory in a shared page of a large one"
     return None
+
+
+@_detects("large-page-misplaced")
+def _misplaced() -> str | None:
+    """Guest and host range are alike, 1 MiB into a large page, and the file's range is at 0."""
+    with huge_pages(), detector_rig() as b, HostMemory(4 * LARGE) as memory:
+        start = -memory.userspace_addr % LARGE + MIB
+        before = shmem_huge_pages()
+        b.abi.bind(b.vm, GPA + MIB, 2 * LARGE, b.unsized, memory=memory, memory_offset=start)
+        b.guest.store(GPA + MIB, 8, 1)
+        if shmem_huge_pages() - before < LARGE:
+            missing("huge-pages", "the kernel has none for the file")
+        b.guest.store(GPA + LARGE, 8, 2)
+        seen = b.guest.load(GPA + MIB, 8), b.guest.load(GPA + LARGE, 8)
+    return None if seen == (1, 2) else f"two gfns with 1 and 2 have {seen[0]} and {seen[1]}"
+
+
+@_detects("private-prefetch")
+def _prefetch() -> str | None:
+    """Fresh private pages have any content, but not what this process has just made up."""
+    need_shadow_mmu()
+    size = 16 * PAGE
+    with detector_rig() as b, HostMemory(size) as memory:
+        marks = [os.urandom(16) for _ in range(16)]
+        for page, mark in enumerate(marks):
+            memory.write(page * PAGE, mark)
+        b.bind_at_gpa(size, memory=memory)
+        b.guest.load(GPA + 8 * PAGE, 8)
+        found = [n for n, mark in enumerate(marks) if b.guest.read(GPA + n * PAGE, 16) == mark]
+    return f"{len(found)} of 16 private pages are those at userspace_addr" if found else None
 
 
 # -- pages that can't be allocated or written ------------------------------------------------------
@@ -315,6 +407,22 @@ def _split() -> str | None:
     return f"{left // MIB} MiB of {have // MIB} are left" if left < have // 2 else None
 
 
+@_detects("allocation-clears")
+def _clears() -> str | None:
+    """Of a large page the guest has used the last page alone, when pages are allocated again."""
+    last, mark = GPA + LARGE - PAGE, os.urandom(16)
+    with huge_pages(), detector_rig() as b:
+        before = shmem_huge_pages()
+        b.bind_at_gpa(LARGE)
+        b.guest.write(last, mark)
+        if shmem_huge_pages() - before < LARGE:
+            missing("huge-pages", "the kernel has none for the file")
+        assert b.guest.read(last, 16) == mark
+        b.unsized.allocate(0, LARGE)
+        seen = b.guest.read(last, 16)
+    return None if seen == mark else f"the guest wrote {mark.hex()}, and then read {seen.hex()}"
+
+
 # -- references and their lifetimes ----------------------------------------------------
 
 
@@ -344,14 +452,22 @@ def _flag_cleared() -> str | None:
 
 @_detects("path-outlives-file")
 def _path() -> str | None:
-    file = RestrictedMem()
-    path = os.open(f"/proc/self/fd/{file.fileno()}", os.O_PATH)
-    try:
-        file.close()
-        said = answer(lambda: os.truncate(f"/proc/self/fd/{path}", PAGE))
-    finally:
-        os.close(path)
-    return None if said in ("ok", "EPERM") else f"truncate by it: {said}"
+    """Nothing shows while the freed memory is intact: only KASAN reports each access to it."""
+    need_kernel_symbol("kasan_report", "kasan")
+    log = KernelLog()
+    log.mark()
+    for _ in range(4):
+        file = RestrictedMem()
+        path = os.open(f"/proc/self/fd/{file.fileno()}", os.O_PATH)
+        try:
+            file.close()
+            said = answer(functools.partial(os.truncate, f"/proc/self/fd/{path}", PAGE))
+        finally:
+            os.close(path)
+        if said not in ("ok", "EPERM"):
+            return f"truncate by it: {said}"
+    seen = log.complaints()
+    return seen[0] if seen else None
 
 
 # -- races ---------------------------------------------------------------------------------------
@@ -375,6 +491,34 @@ def _unlocked() -> str | None:
         assert holes[0] > 0
         b.bind_at_gpa(MIB)
         return _spins(b, lambda: b.guest.load(GPA, 8))
+
+
+@_detects("slot-unprepared")
+def _unprepared() -> str | None:
+    """Passes unless the kernel crashes or complains: the defect has no other effect.
+
+    The rmaps of a large slot take a while to be allocated.
+    """
+    need_shadow_mmu()
+    with detector_rig() as b:
+        slots = RestrictedSlots(b.vm, b.unsized, 0)
+        where = {"restricted_offset": 0, "memory_size": GIB}
+        made, gone = slots.struct(**where), slots.struct(memory_size=0)
+        with beside(lambda: b.unsized.punch_hole(0, PAGE)) as holes:
+            for _ in rounds(300, until=lambda: holes[0] > 20):
+                assert slots.set_at(address_of(made)) == "ok"
+                assert slots.set_at(address_of(gone)) == "ok"
+    return None
+
+
+@_detects("invalidation-of-one-slot")
+def _one_slot() -> str | None:
+    """In a VM without private memory."""
+    with Kvm() as kvm, kvm.create_vm() as vm, HostMemory(ordinary.SIZE) as memory:
+        cpuid = kvm.get_supported_cpuid()
+        with Puppet(vm, cpus=2, cpuid=cpuid) as guest:
+            discard = functools.partial(memory.discard, 0, memory.size)
+            return ordinary.stale_page(vm, guest, memory, discard) or None
 
 
 @_detects("vm-closed-during-hole")

@@ -31,6 +31,10 @@ class Defect:
     needs: str = ""
 
 
+#: `needs` of the detectors that run on the shadow MMU, and of those for a debug kernel.
+SHADOW_MMU = "shadow-mmu"
+DEBUG = ("atomic-sleep", "fault-injection", "kasan")
+
 _ALL = (
     Defect(
         "notified-in-bytes",
@@ -106,9 +110,62 @@ _ALL = (
         dangerous="WARN, use after free",
     ),
     Defect(
+        "invalidation-of-one-slot",
+        "an invalidation of a host range behind two slots covers one of them: a vCPU that faults "
+        "in the other one keeps a page that the host has freed (ordinary VMs, too)",
+        15,
+        dangerous="the guest keeps freed memory of the host",
+    ),
+    Defect(
+        "private-prefetch",
+        "the shadow MMU maps the neighbours of a private page from userspace_addr",
+        16,
+        needs=SHADOW_MMU,
+    ),
+    Defect(
+        "large-page-misplaced",
+        "a large page is mapped at the wrong place: the alignments of userspace_addr and "
+        "restricted_offset are checked joined by OR",
+        17,
+    ),
+    Defect(
+        "allocation-clears",
+        "allocating pages again clears a large page of which the guest has used another page than "
+        "the first",
+        18,
+    ),
+    Defect(
+        "slot-unprepared",
+        "the notifier is registered before the slot is prepared: a hole dereferences the NULL "
+        "pointer to its rmaps",
+        19,
+        dangerous="panic, NULL pointer dereference",
+        needs=SHADOW_MMU,
+    ),
+    Defect(
+        "conversion-sleeps",
+        "a conversion allocates memory under mmu_lock, and may have to wait for it there",
+        19,
+        needs="atomic-sleep",
+    ),
+    Defect(
+        "failed-conversion-keeps-first",
+        "a conversion that fails half-way leaves the first page of the range shared",
+        19,
+        needs="fault-injection",
+    ),
+    Defect(
+        "kind-read-twice",
+        "a fault reads the state of its page twice: with a conversion in between, KVM_RUN ends for "
+        "an access that is right in both states",
+        19,
+    ),
+    Defect(
         "path-outlives-file",
         "an O_PATH descriptor reaches what was freed with the last ordinary one",
+        20,
         dangerous="use after free",
+        needs="kasan",
     ),
 )
 
@@ -139,6 +196,7 @@ class MainlineDefect:
 #: The kernels of scripts/kernel that have guest_memfd.
 OLD = ("guest_memfd-6.12", "guest_memfd-6.12-debug")
 NEW = ("guest_memfd", "guest_memfd-debug")
+IN_PLACE = ("guest_memfd-in-place", "guest_memfd-in-place-debug")
 
 _MAINLINE = (
     MainlineDefect(
@@ -157,7 +215,7 @@ _MAINLINE = (
         "attributes-unkillable",
         "a conversion of a huge range goes on after SIGKILL, page by page",
         "",
-        (*OLD, *NEW),
+        (*OLD, *NEW, *IN_PLACE),
     ),
     MainlineDefect(
         "stale-mmio",
@@ -172,10 +230,18 @@ _MAINLINE = (
         OLD,
     ),
     MainlineDefect(
+        "pre-fault-of-deleted-slot",
+        "KVM_PRE_FAULT_MEMORY and the deletion of its slot wait for each other until a signal "
+        "comes, in VMs where a deletion leaves the other slots mapped (software-protected ones)",
+        "3ccbf6f47098",
+        OLD,
+    ),
+    MainlineDefect(
         "pre-fault-against-deletion",
-        "KVM_PRE_FAULT_MEMORY and the deletion of a slot wait for each other until a signal comes",
+        "KVM_PRE_FAULT_MEMORY and the deletion of any slot wait for each other until a signal "
+        "comes, in VMs where a deletion unmaps all slots (default ones)",
         "",
-        (*OLD, *NEW),
+        (*NEW, *IN_PLACE),
     ),
 )
 

@@ -39,9 +39,13 @@ def fault_injection(**settings: str) -> Iterator[None]:
 
 
 @contextmanager
-def failing_allocations() -> Iterator[None]:
-    """Every slab allocation of the kernel for this thread fails inside."""
+def failing_allocations(**settings: str) -> Iterator[None]:
+    """Every slab allocation of the kernel for this thread fails inside.
+
+    With ``ignore-gfp-wait`` Y those that may wait for memory succeed.
+    """
     more = {"task-filter": "Y", "probability": "100", "interval": "1", "times": "1000000"}
+    more.update(settings)
     with fault_injection(**more):
         # Opened before: opening it allocates, too.
         marked = os.open(f"/proc/self/task/{threading.get_native_id()}/make-it-fail", os.O_RDWR)

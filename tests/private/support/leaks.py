@@ -6,6 +6,13 @@ import os
 from pathlib import Path
 
 
+def lowest_free_fd() -> int:
+    """The descriptor that the next file gets."""
+    fd = os.open("/dev/null", os.O_RDONLY)
+    os.close(fd)
+    return fd
+
+
 def open_fds() -> dict[int, str]:
     """The descriptors of this process and their links, without a stat of any of them."""
     found = {}
