@@ -352,6 +352,8 @@ def test_what_is_so_already(rig: Rig, file: PrivateFile) -> None:
         must_convert(file, 2 * PAGE, PAGE, private=True)
         must_convert(file, 0, 4 * PAGE, private=True)
         assert states(memory) == [page < 4 for page in range(PAGES)]
+        must_convert(file, 3 * PAGE, 5 * PAGE, private=True)
+        assert states(memory) == [page < 8 for page in range(PAGES)]
 
 
 @rule("gip.state.hole", "gip.state.allocation")

@@ -30,6 +30,7 @@ from .support.in_place import (
     dies_of_a_load,
     host_can,
     in_a_pipe,
+    must_convert,
     states,
     vector,
 )
@@ -93,6 +94,19 @@ def test_fresh_pages_are_zero(one: FileRig) -> None:
     assert one.shared.read(0, SIZE) == bytes(SIZE)
 
 
+@rule("gip.content.fresh")
+@in_place
+@pytest.mark.parametrize("private", [False, True], ids=["shared", "private"])
+def test_a_hole_alone_unmaps(one: FileRig, private: bool) -> None:
+    """A hole takes pages from the guest that are nowhere else: userspace_addr is other memory."""
+    file, gpa = one.file(PAGE), 64 * GIB
+    one.bind_shared(gpa, PAGE, file, memory=one.memory(PAGE))
+    must_convert(file, 0, PAGE, private=private)
+    one.guest.fill(gpa, 0x22, PAGE)
+    file.punch_hole(0, PAGE)
+    assert one.guest.span(gpa, 0, PAGE) == PAGE
+
+
 @rule("gip.content.layout")
 @in_place
 def test_each_page_has_its_place(one: FileRig) -> None:
@@ -123,8 +137,10 @@ def test_converted_before_allocation(one: FileRig, private: bool) -> None:
     memory = Unevictable()
     file = one.file(BIG)
     one.bind_shared(64 * GIB, BIG, file)
+    for at in range(0, BIG, PAGE):
+        must_convert(file, at, PAGE, private=True)
     for kind in (True, False, private):
-        assert convert(file, 0, BIG, 8 if kind else 0) == ("ok", None)
+        must_convert(file, 0, BIG, private=kind)
     assert memory.is_about(0)
     one.guest.touch(64 * GIB, PAGE, BIG // PAGE, byte=0x5A)
     assert memory.is_about(BIG)
@@ -364,6 +380,20 @@ def test_pages_that_are_mapped(one: FileRig, lock: bool) -> None:
         assert bytes(again.view()[::PAGE]) == b"\x77" * PAGES
     if lock:
         assert libc.syscall(150, one.address(), SIZE) == 0  # munlock
+
+
+@rule("gip.mapped")
+@in_place
+def test_a_page_that_another_cpu_has_allocated(one: FileRig) -> None:
+    """The CPU that allocated it keeps a reference for a while, which is not in the way."""
+    cpus = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {max(cpus)})
+        one.one.allocate(OFFSET, PAGE)
+        os.sched_setaffinity(0, {min(cpus)})
+        assert one.answer(0, private=True) == ("ok", None)
+    finally:
+        os.sched_setaffinity(0, cpus)
 
 
 @rule("gip.binding.stops")
@@ -650,14 +680,17 @@ def test_accesses_without_slot_or_file(one: FileRig) -> None:
     one.guest.serve = lambda cpu, exit_: serve_conversion(one.vm, cpu.vcpu, exit_)
     assert one.guest.read(GPA, 4) == b"kept"
     one.guest.serve = None
-    file = one.abi.create_file(one.vm, PAGE)
+    file = one.abi.create_file(one.vm, 2 * PAGE)
     slots = one.behaviour.slots(one.vm, file, 0)
-    where = {"guest_phys_addr": 64 * GIB, "memory_size": PAGE, "guest_memfd_offset": 0}
+    where = {"guest_phys_addr": 64 * GIB, "memory_size": 2 * PAGE, "guest_memfd_offset": 0}
     with slots.held(**where):
-        one.guest.write(64 * GIB, b"there")
+        must_convert(file, PAGE, PAGE, private=True)
+        for gpa in (64 * GIB, 64 * GIB + PAGE):
+            one.guest.write(gpa, b"there")
         file.close()
-        with pytest.raises(GuestExit) as stopped:
-            one.guest.load(64 * GIB, 4)
-        assert one.fault_of(stopped.value) == (64 * GIB, PAGE, False)
-        one.guest.reset()
+        for gpa in (64 * GIB, 64 * GIB + PAGE):
+            with pytest.raises(GuestExit) as stopped:
+                one.guest.load(gpa, 4)
+            assert one.fault_of(stopped.value) == (gpa, PAGE, False)
+            one.guest.reset()
     assert errno_of(errno.EFAULT) == "EFAULT"

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,7 @@ from .support.in_place import (
     persist,
     states,
 )
+from .support.kernels import RETRIES
 from .support.leaks import open_fds
 from .support.races import ROUNDS, beside, eventually, rounds
 from .support.rig import MakeRig, only, run_again
@@ -81,6 +83,26 @@ def test_against_two_vcpus(one: FileRig) -> None:
     one.to(0, SIZE, private=False)
     totals = [int.from_bytes(one.shared.read(8 * number, 8), "little") for number in (0, 1)]
     assert totals == [50 * first[0], 50 * second[0]]
+    settles(one)
+
+
+@rule("gip.fault.retry")
+@in_place
+def test_no_exit_for_a_conversion(one: FileRig) -> None:
+    """A page gets the other kind while KVM handles a fault on it: KVM handles the fault again.
+
+    The ABI leaves this open: a kernel without this project's series may report the fault instead.
+    """
+    cpu = one.guest.cpus[0]
+    with beside(lambda: cpu.increment(GPA, 50)) as counted:
+        for turn in rounds(300, until=lambda: counted[0] > 5):
+            one.persist(0, PAGE, private=bool(turn % 2))
+    assert turn + 1 >= ROUNDS
+    if RETRIES:
+        assert not cpu.exits
+    assert {str(exit_) for exit_ in cpu.exits} <= {
+        str(one.fault_at(GPA, private=private)) for private in (False, True)
+    }
     settles(one)
 
 
@@ -231,6 +253,32 @@ def test_against_pre_faulting(one: FileRig) -> None:
     assert one.mapped_pages() == whole
     one.to(0, SIZE, private=True)
     assert one.mapped_pages() == whole - PAGES
+    settles(one)
+
+
+@rule("gip.race.prefault")
+@in_place
+def test_pre_faulting_ends(one: FileRig) -> None:
+    """A page is converted during its pre-fault, and then no more: the call ends."""
+    vcpu = one.guest.cpus[1].vcpu
+    one.guest.cpus[1].load(GPA, 8)
+
+    def fill() -> None:
+        with suppress(OSError):  # it is being converted
+            pre_fault_memory(vcpu, GPA, PAGE)
+
+    def reached(count: int) -> bool:
+        return filled[0] >= count
+
+    with beside(fill) as filled:
+        for turn in rounds(300):
+            enough = filled[0] + 2
+            one.persist(0, PAGE, private=bool(turn % 2))
+            ended = eventually(partial(reached, enough))
+            if not ended:  # let the thread go
+                one.persist(0, PAGE, private=not turn % 2)
+            assert ended, "the pre-fault goes on and on"
+    assert turn + 1 >= ROUNDS
     settles(one)
 
 
