@@ -1,4 +1,4 @@
-"""The breaks of `mutate`: patches of a kernel's folder of breaks, each of which breaks a rule.
+"""The breaks of `mutate` and `history`: patches of a kernel's folders, each of which breaks a rule.
 
 A break is a diff that applies on top of the kernel's patches, below a header like that of a mail:
 
@@ -11,6 +11,11 @@ A break is a diff that applies on top of the kernel's patches, below a header li
 The file's name without `.patch` is the name of the break.  `Rule` is an id of the suite's table of
 rules.  `Tests` names a test below tests/private that should notice the break; there may be several
 such lines.  `Append` has words for the kernel's command line; most breaks need none.
+
+`Commit` names the commit and the release that fixed the bug which the diff puts back.  `Unseen` has
+the reason why no test can notice the break; it replaces `Tests`, and a bug with this line may have
+no diff.  `Undoes` has the number of a patch in fixes/ and the known defect that it ends: with the
+break the kernel is as if this patch had been left out.
 """
 
 from __future__ import annotations
@@ -35,6 +40,9 @@ class Break(NamedTuple):
     append: str
     description: str
     diff: str
+    commit: str = ""
+    unseen: str = ""
+    undoes: str = ""
 
     @property
     def files(self) -> list[str]:
@@ -48,18 +56,27 @@ def parse(name: str, text: str) -> Break:
     head, mark, diff = text.partition("\n--- a/")
     message = email.message_from_string(head)
     rule, tests = message["Rule"], message.get_all("Tests", [])
+    commit, unseen, undoes = (message.get(word, "") for word in ("Commit", "Unseen", "Undoes"))
     description = str(message.get_payload()).strip()
-    for what, value in (("Rule:", rule), ("Tests:", tests), ("diff", mark)):
+    needed = [("Rule:", rule), ("Tests:", tests or unseen), ("diff", mark or (commit and unseen))]
+    for what, value in needed:
         if not value:
             raise Refused(Status.PATCH, f"the break {name}.patch has no {what}")
-    append = message.get("Append", "")
-    return Break(name, rule, tuple(tests), append, description, mark.lstrip("\n") + diff)
+    append, diff = message.get("Append", ""), mark.lstrip("\n") + diff
+    unseen = " ".join(unseen.split())
+    undoes = " ".join(undoes.split())
+    return Break(name, rule, tuple(tests), append, description, diff, commit, unseen, undoes)
+
+
+def of(folder: str, data: Path = DATA) -> list[Break]:
+    """All breaks of a folder, by name."""
+    paths = sorted((data / folder).glob("*.patch")) if folder else []
+    return [parse(path.stem, path.read_text()) for path in paths]
 
 
 def read(kernel: Kernel, data: Path = DATA) -> list[Break]:
-    """All breaks of a kernel, by name."""
-    paths = sorted((data / kernel.breaks).glob("*.patch")) if kernel.breaks else []
-    return [parse(path.stem, path.read_text()) for path in paths]
+    """The breaks that the image of a kernel contains: those of its folders that have a diff."""
+    return [one for folder in (kernel.breaks, kernel.past) for one in of(folder, data) if one.diff]
 
 
 def apply(diff: str, sources: dict[str, str]) -> dict[str, str]:

@@ -29,7 +29,6 @@ SELECTOR = """
 #include <linux/moduleparam.h>
 
 unsigned int kvmpriv_break __read_mostly;
-EXPORT_SYMBOL_GPL(kvmpriv_break);
 
 static const char *const kvmpriv_breaks[] = {{ "none", {names} }};
 

@@ -1,4 +1,4 @@
-"""Mutation testing for a kernel series: break one line at a time, and run the tests.
+"""Mutation testing for a kernel: break one line at a time, and run the tests.
 
 One image of the kernel contains all breaks (the patches in scripts/kernel/*/breaks).  The parameter
 `break` of a module, restrictedmem.break or kvm.break, selects one of them at boot, or later by a
@@ -7,8 +7,9 @@ break (--quick leaves this out).  Then a VM tries one break after the other: it 
 should notice the break, and where they fail, runs them again without the break, when they must
 pass.  If they do not, or if the break ended the kernel, the next VM goes on.  A break that its
 tests did not notice gets a VM of its own that is booted with it; if the tests do not notice it
-there either, the whole suite is run.  The output is a table: each break, with the test that caught
-it, or with how the kernel ended.
+there either, the whole suite is run.  The output is a table: each break, with its rule and the test
+that caught it, or with how the kernel ended.  Breaks that no test can notice are not tried; the
+table has the reason.
 
 NAME is the name of a break, or a pattern such as 'copy.*'.  The output of the VMs is kept in the
 cache, beside the logs of the kernels.
@@ -38,7 +39,7 @@ from .trial import STUCK
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from .breaks import Break
     from .kernels import Kernel
@@ -262,20 +263,28 @@ def try_all(runner: Runner, chosen: Sequence[Break], jobs: int) -> dict[str, Res
 
 
 def table(chosen: Sequence[Break], results: dict[str, Result]) -> str:
-    width = max(len(one.name) for one in chosen)
+    titles = [f"{one.name} {one.commit}".strip() for one in chosen]
+    width = max(map(len, titles))
     lines = []
-    for one in chosen:
-        result = results[one.name]
-        what = f"{result.test}{result.how and f' ({result.how})'}" if result.caught else "ESCAPED"
-        lines.append(f"{one.name:<{width}} → {what}")
+    for title, one in zip(titles, chosen, strict=True):
+        result = results.get(one.name)
+        if not result:
+            what = f"not seen: {one.unseen}"
+        elif result.caught:
+            what = f"{one.rule}: {result.test}{result.how and f' ({result.how})'}"
+        else:
+            what = "ESCAPED"
+        lines.append(f"{title:<{width}} → {what}")
     return "\n".join(lines)
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = Parser("mutate", __doc__, EXIT_CODES)
+def parse(
+    prog: str, description: str | None, folder: Callable[[Kernel], str], arguments: list[str]
+) -> argparse.Namespace:
+    parser = Parser(prog, description, EXIT_CODES)
     parser.add_argument("names", metavar="NAME", nargs="*", help="these breaks only")
-    mutable = [name for name, kernel in kernels.KERNELS.items() if kernel.breaks]
-    help_ = "the kernel that is broken (default restrictedmem)"
+    mutable = [name for name, kernel in kernels.KERNELS.items() if folder(kernel)]
+    help_ = f"the kernel that is broken (default {mutable[0]})"
     parser.add_argument("--kernel", choices=mutable, default=mutable[0], help=help_)
     parser.add_argument("--list", action="store_true", help="list the breaks: name, rule, files")
     parser.add_argument(
@@ -285,7 +294,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--jobs", type=int, default=1, metavar="N", help="VMs that run at the same time (default 1)"
     )
     options = parser.parse_args(arguments)
-    known = breaks.read(kernels.KERNELS[options.kernel])
+    known = breaks.of(folder(kernels.KERNELS[options.kernel]))
     if options.jobs < 1:
         parser.error(f"--jobs must be 1 or more, not {options.jobs}")
     for name in options.names:
@@ -300,30 +309,41 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str]) -> int:
+    """The command scripts/kernel/mutate."""
+    return run("mutate", __doc__, lambda kernel: kernel.breaks, arguments)
+
+
+def run(
+    prog: str, description: str | None, folder: Callable[[Kernel], str], arguments: list[str]
+) -> int:
+    """A command that tries the breaks of one of a kernel's folders."""
     exit_on(signal.SIGTERM)
-    options = parse(arguments)
+    options = parse(prog, description, folder, arguments)
     chosen: list[Break] = options.chosen
     if options.list:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the output may go to `head`
         for one in chosen:
             print(one.name, one.rule, *one.files, sep="\t")
         return 0
+    tried = [one for one in chosen if not one.unseen]
     try:
         image = find_or_build(MutatedPlan(options.kernel), make) / "bzImage"
         runner = Runner(kernels.KERNELS[options.kernel], image)
         if not options.quick:
-            for append in dict.fromkeys(["", *(one.append for one in chosen)]):
+            for append in dict.fromkeys(["", *(one.append for one in tried)]):
                 runner.control(append)
-        results = try_all(runner, chosen, options.jobs)
+        results = try_all(runner, tried, options.jobs)
     except Refused as refused:
-        say(f"mutate: {refused}")
+        say(f"{prog}: {refused}")
         return refused.code
     except KeyboardInterrupt:
-        say("mutate: interrupted")
+        say(f"{prog}: interrupted")
         return 130
     print(table(chosen, results))
-    escaped = [one.name for one in chosen if not results[one.name].caught]
-    print(f"{len(chosen) - len(escaped)} of {len(chosen)} breaks are caught")
+    escaped = [one.name for one in tried if not results[one.name].caught]
+    print(f"{len(tried) - len(escaped)} of {len(tried)} breaks are caught")
+    if len(chosen) > len(tried):
+        print(f"{len(chosen) - len(tried)} more can't be seen")
     if escaped:
         print("ESCAPED: " + ", ".join(escaped))
     return 1 if escaped else 0

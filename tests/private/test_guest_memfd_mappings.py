@@ -26,7 +26,7 @@ from kvmpriv.private.guest_memfd import GuestMemfd
 
 from .support.accounting import BIG, Unevictable
 from .support.file_operations import mapping
-from .support.kernels import require_nested_paging, require_scripts_vm
+from .support.kernels import answer_to_in_place, require_nested_paging, require_scripts_vm
 from .support.mappings import (
     GPA,
     INIT_SHARED,
@@ -86,18 +86,20 @@ def mapped(gm_vm: Vm, kvm: Kvm) -> Iterator[MappedGuest]:
 # -- whose page it is ------------------------------------------------------------------------------
 
 
-@rule("gm.mmap.fault", "gm.mmap.userspace_addr")
+@rule("gm.mmap.fault", "gm.mmap.userspace_addr", "gip.fault.from-file")
 def test_faults_are_served_from_the_file(gm_vm: Vm, kvm: Kvm) -> None:
     """The guest has the file's pages; what is at userspace_addr it neither reads nor changes.
 
-    The twin, whose file can't be mapped, has the pages at userspace_addr for shared accesses.
+    The twin, whose file can't be mapped, has the pages at userspace_addr for shared accesses;
+    where files are converted, its accesses have the file's pages, too.
     """
     require_flags(gm_vm, MMAP | INIT_SHARED)
     require_nested_paging()
     size = 4 * PAGE
+    unmapped = 0 if answer_to_in_place() == "" else THEIRS
     with ExitStack() as stack:
         guest = stack.enter_context(Puppet(gm_vm, cpuid=kvm.get_supported_cpuid()))
-        for flags, seen in ((MMAP | INIT_SHARED, 0), (0, THEIRS)):
+        for flags, seen in ((MMAP | INIT_SHARED, 0), (0, unmapped)):
             other = stack.enter_context(HostMemory(size))
             other.write(0, bytes([THEIRS]) * size)
             with GuestMemfd(gm_vm, OFFSET + size, flags) as file:
@@ -180,6 +182,29 @@ def test_mapped_in_a_vm_with_private_memory(make_rig: MakeRig) -> None:
         assert other.read(0, 4 * PAGE) == bytes([THEIRS]) * 4 * PAGE
         assert signal_of(lambda: mapping.read(PAGE, 1)) == "SIGBUS"
         assert signal_of(lambda: other.read(PAGE, 1)) == ""
+        slot.delete()
+
+
+@rule("gm.fault.exit.kind")
+@only("guest_memfd")
+def test_fault_exits_of_both_kinds(make_rig: MakeRig) -> None:
+    """Each exit names the kind of its own access, whatever the one before it was.
+
+    The slot is made by the descriptor's number, so that the file is closed under it.
+    """
+    rig = make_rig()
+    require_flags(rig.vm, MMAP)
+    with HostMemory(4 * PAGE) as other:
+        with GuestMemfd(rig.vm, OFFSET + 4 * PAGE, MMAP) as file:
+            slot = guest_memfd.set_user_memory_region2(
+                rig.vm, 5, GPA, 4 * PAGE, other, file.fileno(), OFFSET
+            )
+        for private in (True, False, True):
+            rig.convert(GPA, 4 * PAGE, private=private)
+            with pytest.raises(GuestExit) as stopped:
+                rig.guest.load(GPA + PAGE, 8)
+            assert rig.fault_of(stopped.value) == (GPA + PAGE, PAGE, private)
+            rig.guest.reset()
         slot.delete()
 
 

@@ -36,6 +36,7 @@ from .support.syscalls import (
     KEEP_SIZE,
     MAP_PRIVATE,
     MAP_SHARED,
+    MIB,
     NOWHERE,
     PAGE,
     PROT_READ,
@@ -100,13 +101,12 @@ def test_vm_types(kvm: Kvm) -> None:
 
 @rule("gm.cap.flags")
 def test_flags_capability(gm_vm: Vm) -> None:
-    """KVM_CAP_GUEST_MEMFD_FLAGS lists the flags; INIT_SHARED is listed only where all memory is
-    shared.
+    """KVM_CAP_GUEST_MEMFD_FLAGS lists the flags; INIT_SHARED is listed where all memory is shared,
+    and only there.
     """
     flags = flags_of(gm_vm)
-    assert flags in (0, MMAP, MMAP | INIT_SHARED)
-    if gm_vm.check_extension(gm.KVM_CAP_MEMORY_ATTRIBUTES) & PRIVATE:
-        assert not flags & INIT_SHARED
+    private = gm_vm.check_extension(gm.KVM_CAP_MEMORY_ATTRIBUTES) & PRIVATE
+    assert flags in (0, MMAP if private else MMAP | INIT_SHARED)
 
 
 @rule("gm.successor_of.v9")
@@ -344,6 +344,17 @@ def test_pages(gm_vm: Vm) -> None:
     finally:
         os.close(other)
     assert memory.is_about(0)
+
+
+@rule("gm.pages.range")
+def test_pages_one_by_one(gm_vm: Vm) -> None:
+    """An allocation of one page allocates it, and a hole of one page frees it."""
+    memory, size = Unevictable(), BIG
+    with GuestMemfd(gm_vm, size) as file:
+        for mode, left in ((KEEP_SIZE, size), (HOLE, 0)):
+            for at in range(0, size, PAGE):
+                fallocate(file, mode, at, PAGE)
+            assert memory.is_about(left)
 
 
 # -- mapping: 6.18 -------------------------------------------------------------------------------
@@ -608,6 +619,9 @@ def test_file_overlap(gm_slots: GuestMemfdSlots) -> None:
             gm_slots.accepts(slot=1 << 16 | 4, guest_memfd_offset=0)
         for page in (16, 48):
             gm_slots.accepts(**other, guest_memfd_offset=page * PAGE)
+        for page in (32, 47):  # the slots on both sides are gone, and took nothing with them
+            where = {"guest_memfd_offset": page * PAGE, "memory_size": PAGE}
+            said.add(gm_slots.set(**other, **where))
     assert len(said) == 1
     assert said <= FILE_OVERLAP
     gm_slots.accepts(**other)
@@ -681,6 +695,7 @@ def test_order_around_ebadf(gm_slots: GuestMemfdSlots) -> None:
         {"flags": GUEST_MEMFD | READONLY},
         {"memory_size": 16 * PAGE + 1},
         {"guest_memfd_offset": 1},
+        {"guest_memfd_offset": PAGE // 2},
         {"guest_memfd_offset": TOP - PAGE},
         {"userspace_addr": 1},
     ):
@@ -716,7 +731,7 @@ def test_slots_do_not_change(gm_slots: GuestMemfdSlots, changes: dict[str, int])
 @rule("gm.slot.immutable.cleared")
 @pytest.mark.dangerous(
     "before commit 9935df5333aa (6.19) a slot without its flag is freed in use",
-    safe=("guest_memfd", "guest_memfd-debug"),
+    safe=("guest_memfd", "guest_memfd-debug", "guest_memfd-in-place"),
 )
 def test_slots_do_not_become_ordinary(gm_slots: GuestMemfdSlots) -> None:
     """Clearing KVM_MEM_GUEST_MEMFD of a slot is EINVAL."""
@@ -802,6 +817,25 @@ def test_attributes_without_a_slot(attributes_vm: Vm) -> None:
     for value in (PRIVATE, PRIVATE, 0, 0):
         for address, size in ((0, PAGE), (4 * GIB, 512 * PAGE), (3 * PAGE, 5 * PAGE)):
             assert attributes(attributes_vm, address, size, value) == "ok"
+
+
+@rule("gm.attr.beyond_slot")
+def test_attributes_beyond_the_slot(attributes_vm: Vm) -> None:
+    """The slot ends in 1 GiB of which all else is private too, and has no slot.
+
+    KVM keeps an array for each slot, with an entry of 4 bytes for each 2 MiB.  The entry of this
+    slot for 2 MiB at `last` would be on the page behind the array's only one.
+    """
+    large = 2 * MIB
+    begin, size = 2 * GIB - 8 * large, 8 * large + GIB + PAGE
+    last = begin + PAGE // 4 * large
+    with HostMemory(size) as memory:
+        slots = GuestMemfdSlots(attributes_vm, 0, memory.userspace_addr)
+        with slots.held(flags=0, guest_phys_addr=begin, memory_size=size):
+            for gpa in range(3 * GIB + large, last + large, large):
+                assert attributes(attributes_vm, gpa, PAGE) == "ok"
+            for value in (PRIVATE, 0):
+                assert attributes(attributes_vm, 3 * GIB - large, 2 * large, value) == "ok"
 
 
 @rule("gm.attr.flags", "gm.attr.unknown")

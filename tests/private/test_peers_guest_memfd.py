@@ -115,3 +115,23 @@ def test_a_guest_in_a_mapped_file(mappable_vm: Vm, kvm: Kvm) -> None:
         assert memory.read(2 * PAGE, 6) == b"again\0"
         assert memory.read(3 * PAGE, PAGE) == b"\xbb" * PAGE
         slot.delete()
+
+
+@rule("gm.mmap.hole.gpa-0")
+@pytest.mark.usefixtures("guest_memfd_kvm")
+def test_a_hole_before_gpa_0(mappable_vm: Vm, kvm: Kvm) -> None:
+    """A hole that begins before the slot's part of the file takes the part's first page."""
+    with (
+        GuestMemfd(mappable_vm, 8 * PAGE, MMAP | INIT_SHARED) as file,
+        HostMemory(4 * PAGE, fd=file.fileno(), offset=4 * PAGE) as memory,
+        Puppet(mappable_vm, cpuid=kvm.get_supported_cpuid()) as guest,
+    ):
+        slot = guest_memfd.set_user_memory_region2(
+            mappable_vm, 1, 0, 4 * PAGE, memory, file, 4 * PAGE
+        )
+        guest.fill(0, 0xBB, 4 * PAGE)
+        file.punch_hole(0, 5 * PAGE)
+        assert guest.span(0, 0, 4 * PAGE) == PAGE
+        assert guest.span(PAGE, 0xBB, 3 * PAGE) == 3 * PAGE
+        assert memory.read(0, 4 * PAGE) == bytes(PAGE) + b"\xbb" * 3 * PAGE
+        slot.delete()

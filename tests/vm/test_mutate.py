@@ -9,19 +9,22 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
-from kbuild import breaks, mutant
+from kbuild import breaks, literal, mutant, mutate
 from kbuild.breaks import Break
 from kbuild.errors import Refused
 from kbuild.kernels import KERNELS
 from kbuild.recipe import Plan
 from kbuild.store import with_source
 from kvmpriv.selftest import rules
+from private.support.defects import DEBUG, DEFECTS
 from private.support.requirements import missing
 
-MUTATE = ROOT / "scripts/kernel/mutate"
+MUTATE, HISTORY = ROOT / "scripts/kernel/mutate", ROOT / "scripts/kernel/history"
+#: What the image of each kernel contains.
 BREAKS = {name: breaks.read(kernel) for name, kernel in KERNELS.items() if kernel.breaks}
-LEAST = {"restrictedmem": 200, "guest_memfd-in-place": 60}
-ALL = [one for some in BREAKS.values() for one in some]
+LEAST = {"restrictedmem": 200, "guest_memfd": 220, "guest_memfd-in-place": 60}
+PAST = [one for kernel in KERNELS.values() for one in breaks.of(kernel.past)]
+ALL = [one for some in BREAKS.values() for one in some] + [one for one in PAST if not one.diff]
 SELECTING = "mm/selecting.c"
 SOURCE = """\
 #include <linux/x.h>
@@ -51,6 +54,84 @@ def test_the_names() -> None:
     for one in ALL:
         assert re.fullmatch(r"[a-z0-9-]+\.[a-z0-9-]+", one.name)
         assert one.description, one.name
+    for some in BREAKS.values():
+        assert len({one.name for one in some}) == len(some)
+
+
+def test_the_bugs_that_history_had() -> None:
+    """Each names the commit that fixed it, or its CVE; and either tests or why none can see it."""
+    assert len(PAST) >= 20
+    for one in PAST:
+        assert re.fullmatch(
+            r"([0-9a-f]{12}, )*[0-9a-f]{12} \(\d\.\d+\)|CVE-\d{4}-\d+", one.commit
+        ), one.name
+    for one in ALL:
+        assert bool(one.tests) != bool(one.unseen), one.name
+
+
+def test_the_patches_that_are_undone() -> None:
+    """Each line `Undoes` names a patch of fixes/ and a known defect, which no other break names."""
+    patches = (ROOT / "scripts/kernel" / KERNELS["restrictedmem"].fixes).iterdir()
+    numbers = {path.name.partition("-")[0] for path in patches}
+    undone = [one.undoes.split() for one in BREAKS["restrictedmem"] if one.undoes]
+    assert {number for number, _ in undone} <= numbers
+    names = [name for _, name in undone]
+    assert sorted(names) == sorted(set(names))
+    # What else there is needs a debug kernel, or code that a later patch has replaced.
+    debug = {one.name for one in DEFECTS.values() if one.needs in DEBUG}
+    assert set(names) == DEFECTS.keys() - debug - {"conversion-by-page"}
+    assert [one.undoes.split() for one in literal.undoing()] == sorted(undone)
+
+
+@pytest.mark.parametrize(
+    ("patch", "code", "found", "unnamed", "ended", "good"),
+    [
+        ("0013", 1, {"notified-in-bytes"}, [], 0, True),
+        ("0013", 0, set(), [], 0, False),
+        ("0013", 1, {"notified-in-bytes", "size-0-frees"}, [], 0, False),
+        ("0013", 1, {"notified-in-bytes"}, ["FAILED x - assert 1 == 2"], 0, False),
+        ("0013", 120, {"notified-in-bytes"}, [], 0, False),
+        # A dangerous defect: the suite must not meet it, and its detector must.
+        ("0012", 0, set(), [], 121, True),
+        ("0012", 121, set(), [], 121, False),
+        ("0012", 1, {"fstat"}, [], 121, False),
+        ("0012", 0, set(), [], 0, False),
+        # No test can notice this one.
+        ("0031", 0, set(), [], 0, True),
+    ],
+)
+def test_a_row_of_the_patches(
+    patch: str,
+    code: int,
+    found: set[str],
+    unnamed: list[str],
+    ended: int,
+    good: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A row is right if the suite named just the defect, or did not meet a dangerous one."""
+    known = [literal.Defect(name, bool(one.dangerous), "") for name, one in DEFECTS.items()]
+    booted: list[list[str]] = []
+
+    def run(kernel: list[str], _: list[str]) -> literal.Seen:
+        booted.append(kernel)
+        return literal.Seen(code, "", [*found, *unnamed], found, unnamed)
+
+    monkeypatch.setattr(literal, "defects", lambda: known)
+    monkeypatch.setattr(literal, "find_or_build", lambda *_: Path("/folder"))
+    monkeypatch.setattr(literal, "run", run)
+    monkeypatch.setattr(literal, "alone", lambda *_: (ended, ["vm: the kernel panicked"]))
+    assert literal.main(["--without", patch]) == int(not good)
+    row, *more = capsys.readouterr().out.splitlines()
+    number, name, arrow, *_ = row.split()
+    assert (number, arrow) == (patch, "→")
+    assert [name] == [one.undoes.split()[1] for one in literal.undoing() if patch in one.undoes]
+    assert row.endswith("WRONG") == (not good)
+    assert [line.strip() for line in more] == [f"UNNAMED {line}" for line in unnamed]
+    [(image, option, words)] = booted
+    assert (image, option) == ("/folder/bzImage", "--append")
+    assert words.startswith("restrictedmem.break=")
 
 
 def test_the_rules() -> None:
@@ -70,15 +151,16 @@ def test_the_tests_that_are_named() -> None:
 
 
 def patched(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files that the breaks change, with the kernel's patches applied."""
+    """The files that the breaks and the kernel's patches change, with the patches applied."""
     try:
         plan = with_source(Plan(name))
     except Refused as refused:
-        missing(name, str(refused))
+        missing(name.replace("-", "_"), str(refused))
     tree = tmp_path_factory.mktemp("series")
     patches = "".join(patch.read_text() for patch in plan.patches())
     pairs = re.findall(r"^--- (\S+)\n\+\+\+ (\S+)", patches, re.MULTILINE)
     files = {new.removeprefix("b/") for old, new in pairs}
+    files |= {file for one in BREAKS[name] for file in one.files}
     files -= {new.removeprefix("b/") for old, new in pairs if old == "/dev/null"}
     names = [f"*/{file}" for file in sorted(files)]
     command = ["tar", "-xf", str(plan.origin), "--strip-components=1", "--wildcards"]
@@ -94,6 +176,7 @@ def patched(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_break_applies(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     """All breaks are applied to one source, each with a switch."""
     series, some = patched(name, tmp_path_factory), BREAKS[name]
+    (series / mutant.HEADER).parent.mkdir(parents=True, exist_ok=True)
     mutant.put_breaks(series, some, KERNELS[name].selecting)
     text = "".join((series / file).read_text() for one in some for file in set(one.files))
     for number, one in enumerate(some, 1):
@@ -193,6 +276,10 @@ def test_a_header_that_lacks_something(lacking: str) -> None:
     """The error names what is missing."""
     text = "Rule: a.b\nTests: t.py::test\n\nA sentence.\n\n--- a/f\n+++ b/f\n@@ -1 +1 @@\n-a\n+b\n"
     assert breaks.parse("x.y", text).description == "A sentence."
+    unseen = text.replace("Tests: t.py::test", "Unseen: no\n way")
+    assert breaks.parse("x.y", unseen).unseen == "no way"
+    past = "Commit: 123456789abc (7.3)\n" + unseen.partition("\n--- a/")[0]
+    assert not breaks.parse("x.y", past).diff
     with pytest.raises(Refused, match=r"the break x\.y\.patch has no (Rule|Tests|diff)"):
         breaks.parse("x.y", text.replace(lacking, ""))
 
@@ -202,7 +289,7 @@ def test_a_header_that_lacks_something(lacking: str) -> None:
     [
         (["no.such"], "there is no break 'no.such'"),
         (["--jobs", "0"], "--jobs must be 1 or more"),
-        (["--kernel", "guest_memfd"], "invalid choice: 'guest_memfd'"),
+        (["--kernel", "guest_memfd-6.12"], "invalid choice: 'guest_memfd-6.12'"),
         (["--kernel", "guest_memfd-in-place", "copy.*"], "there is no break 'copy.*'"),
         (["--nothing"], "unrecognized"),
     ],
@@ -214,13 +301,41 @@ def test_usage(arguments: list[str], words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "group"), [((), "copy."), (("--kernel", "guest_memfd-in-place"), "busy.")]
+    ("command", "group"),
+    [
+        ((MUTATE,), "copy."),
+        ((MUTATE, "--kernel", "guest_memfd"), "prefault."),
+        ((MUTATE, "--kernel", "guest_memfd-in-place"), "busy."),
+        ((HISTORY,), "bug."),
+    ],
 )
-def test_list(options: tuple[str, ...], group: str) -> None:
-    """A break a line: name, rule, files."""
-    command = [str(MUTATE), *options, "--list", f"{group}*"]
-    done = subprocess.run(command, capture_output=True, text=True)
+def test_list(command: tuple[str, ...], group: str) -> None:
+    """A break a line: name, rule, files; a bug that can't be put back has no file."""
+    done = subprocess.run([*command, "--list", f"{group}*"], capture_output=True, text=True)
     lines = [line.split("\t") for line in done.stdout.splitlines()]
     assert done.returncode == 0
     assert len(lines) > 8
-    assert all(name.startswith(group) and rule and files for name, rule, *files in lines)
+    assert all(name.startswith(group) and rule for name, rule, *_ in lines)
+    assert sum(bool(files) for _, _, *files in lines) > 8
+
+
+def test_the_table() -> None:
+    """A line for each: what caught it, that nothing did, or why nothing can; a bug's commit."""
+    diff = "--- a/f\n+++ b/f\n"
+    chosen = [
+        Break("a.b", "a.rule", ("test",), "", "", diff),
+        Break("a.c", "a.rule", ("test",), "", "", diff),
+        Break("a.d", "a.rule", ("test",), "", "", diff, "123456789abc (7.3)"),
+        Break("a.e", "a.rule", (), "", "", diff, "", "There is no way."),
+    ]
+    results = {
+        "a.b": mutate.Result(caught=True, test="test_x.py::test", how="stuck"),
+        "a.c": mutate.Result(caught=False),
+        "a.d": mutate.Result(caught=True, test="test_y.py::test"),
+    }
+    assert mutate.table(chosen, results).splitlines() == [
+        "a.b                    → a.rule: test_x.py::test (stuck)",
+        "a.c                    → ESCAPED",
+        "a.d 123456789abc (7.3) → a.rule: test_y.py::test",
+        "a.e                    → not seen: There is no way.",
+    ]
