@@ -205,3 +205,16 @@ def test_what_a_script_says() -> None:
     assert eval(_literal(("fault", 38, 0, 1 << 32, 4096, True))) == (
         "fault", 38, 0, 1 << 32, 4096, True,
     )  # fmt: skip
+
+
+def test_a_file_that_guest_and_host_share() -> None:
+    """Each reads what the other has written, and a hole takes it from both."""
+    model = MODELS["guest_memfd_shared"](file_size=FILE_SIZE)
+    assert model.do("bind", **GOOD) == "ok"
+    assert model.do("store", cpu=0, gpa=GPA + 8, size=8, value=1) == "ok"
+    assert model.do("see", file=0, offset=OFFSET + 8, size=1) == b"\1"
+    assert model.do("put", file=0, offset=OFFSET + 8, data=b"\2") == "ok"
+    assert model.do("load", cpu=1, gpa=GPA + 8, size=8) == 2
+    assert model.do("punch", file=0, offset=OFFSET, size=PAGE) == "ok"
+    assert model.do("load", cpu=1, gpa=GPA + 8, size=8) == 0
+    assert model.do("see", file=0, offset=OFFSET + 8, size=1) == b"\0"

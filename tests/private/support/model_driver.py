@@ -18,12 +18,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from kvmpriv import HostMemory, Kvm, private
+from kvmpriv import HostMemory, Kvm, libc, private
+from kvmpriv.cdefs import guest_memfd as guest_memfd_h
 from kvmpriv.cdefs import kvm as k
 from kvmpriv.cdefs import restrictedmem as rm
 from kvmpriv.exits import MemoryFaultExit, MmioExit
 from kvmpriv.guest.puppet import GuestCrash, GuestExit, Puppet, PuppetCpu
-from kvmpriv.private import guest_memfd, restrictedmem
+from kvmpriv.private import ConversionError, guest_memfd, restrictedmem
+from kvmpriv.private.guest_memfd_in_place import set_memory_attributes2
 
 PAGE, MIB = 4096, 1 << 20
 #: Host memory begins at a multiple of 2 MiB; a file is as large as the largest offset.
@@ -34,11 +36,18 @@ HOME_SLOT = 9
 PATIENCE = 60
 
 _SHMEM = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
-#: The raw call of each ABI, which takes a descriptor by its number.
-_SET_SLOT: dict[str, Callable[..., object]] = {
-    "restrictedmem": restrictedmem.set_user_memory_region_ext,
-    "guest_memfd": guest_memfd.set_user_memory_region2,
-}
+#: An ordinary VM whose memory is in files that guest and host share: nothing is converted.
+SHARED = private.GuestMemfdAbi(
+    "guest_memfd_shared",
+    vm_type=guest_memfd_h.KVM_X86_DEFAULT_VM,
+    file_flags=guest_memfd_h.GUEST_MEMFD_FLAG_MMAP | guest_memfd_h.GUEST_MEMFD_FLAG_INIT_SHARED,
+)
+_VMSPLICE = 278
+
+
+def abi_of(name: str) -> private.PrivateAbi:
+    """SHARED, or the ABI that kvmpriv has by that name."""
+    return SHARED if name == SHARED.name else private.ABIS[name]
 
 
 class Stuck(BaseException):
@@ -51,7 +60,7 @@ class Driver:
     def __init__(self, abi: str, *, cpus: int = 2) -> None:
         with ExitStack() as stack:
             kvm = stack.enter_context(Kvm())
-            self.abi = private.ABIS[abi]
+            self.abi = abi_of(abi)
             #: Settings of the system, which must be restored in any case.
             self.settings = stack.enter_context(ExitStack())
             self.settings.enter_context(_large_pages())
@@ -72,9 +81,15 @@ class Driver:
             for number, cpu in enumerate(self.guest.cpus):
                 cpu.serve = self._server(number, cpu.serve)
             self.files: list[private.PrivateFile] = []
+            #: With one backing: a mapping of each file, which lives as long as the descriptor.
+            self.maps: list[HostMemory] = []
+            #: Number -> the read end of the pipe that has a page.
+            self.pipes: dict[int, int] = {}
             stack.callback(self._close_files)
             for _ in range(2):
                 self.files.append(self.abi.create_file(self.vm, FILE_SIZE))
+                if self.abi.traits.backings == 1:
+                    self.maps.append(self.abi.create_memory(self.files[-1], 0, FILE_SIZE))
             #: vCPU in the middle of a step -> the step's name, and whether MMIO stopped it.
             self.stopped: dict[int, tuple[str, bool]] = {}
             read_end, write_end = os.pipe()
@@ -88,8 +103,11 @@ class Driver:
         self._stack.close()
 
     def _close_files(self) -> None:
-        for file in self.files:
-            file.close()
+        for number in list(self.pipes):
+            self.unpin(number)
+        for some in (self.maps, self.files):
+            for one in some:
+                one.close()
 
     def _server(
         self, number: int, known: Callable[[PuppetCpu, Any], bool] | None
@@ -160,11 +178,50 @@ class Driver:
     # -- the host ----------------------------------------------------------------------------------
 
     def new_file(self, number: int) -> None:
-        self.files[number].close()
+        self.close_file(number)
         self.files[number] = self.abi.create_file(self.vm, FILE_SIZE)
+        if self.maps:
+            self.maps[number] = self.abi.create_memory(self.files[number], 0, FILE_SIZE)
 
     def close_file(self, number: int) -> None:
+        if self.maps:
+            self.maps[number].close()
         self.files[number].close()
+
+    def convert_file(self, file: int, offset: int, size: int, private: bool) -> Any:
+        attributes = guest_memfd_h.KVM_MEMORY_ATTRIBUTE_PRIVATE if private else 0
+        self.files[file].fileno()
+        try:
+            set_memory_attributes2(self.files[file], offset, size, attributes)
+        except ConversionError as error:
+            return (errno.errorcode.get(error.errno or 0, str(error)), error.offset)
+        return None
+
+    def pin(self, number: int, file: int, offset: int) -> None:
+        self.unpin(number)
+        self.files[file].fileno()
+        read_end, write_end = os.pipe()
+        try:
+            vector = k.ffi.new("__u64[2]", (self.maps[file].userspace_addr + offset, PAGE))
+            where = int(k.ffi.cast("uintptr_t", vector))
+            if (done := libc.syscall(_VMSPLICE, write_end, where, 1, 0)) < 0:
+                raise libc.os_error(-done, "vmsplice")
+        except BaseException:
+            os.close(read_end)
+            raise
+        finally:
+            os.close(write_end)
+        self.pipes[number] = read_end
+
+    def unpin(self, number: int) -> None:
+        if number in self.pipes:
+            os.close(self.pipes.pop(number))
+
+    def see(self, file: int, offset: int, size: int) -> bytes:
+        return self.maps[file].read(offset, size)
+
+    def put(self, file: int, offset: int, data: bytes) -> None:
+        self.maps[file].write(offset, data)
 
     def bind(
         self,
@@ -191,7 +248,13 @@ class Driver:
             )
             return
         fd = self.files[file].fileno() if isinstance(file, int) else self._others[file]
-        _SET_SLOT[self.abi.name](
+        # The raw call, which takes a descriptor by its number.
+        set_slot: Callable[..., object] = (
+            restrictedmem.set_user_memory_region_ext
+            if self.abi.name == "restrictedmem"
+            else guest_memfd.set_user_memory_region2
+        )
+        set_slot(
             self.vm,
             slot,
             gpa,

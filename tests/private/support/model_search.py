@@ -5,6 +5,7 @@ A failure is shrunk to few steps, and they are written as a script that needs on
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -15,11 +16,9 @@ from typing import Any
 import hypothesis
 from hypothesis import strategies as st
 
-from kvmpriv.private import ABIS
-
 from . import model_driver
 from .model import MODELS, PAGE, Model
-from .model_driver import FILE_SIZE, MEMORY_SIZE, Driver, differ, shown
+from .model_driver import FILE_SIZE, MEMORY_SIZE, Driver, abi_of, differ, shown
 
 #: Guest memory: 16 pages across the 4 GiB boundary, and a large page with its neighbours.
 SMALL, SMALL_PAGES = (4 << 30) - 6 * PAGE, 16
@@ -259,19 +258,72 @@ _POPULATE = step(
 )  # fmt: skip
 
 
-def _often(kinds: list[st.SearchStrategy[Step]], times: int) -> list[st.SearchStrategy[Step]]:
-    return kinds * times
+#: Pages of a file that are put into pipes, and where the host reads and writes by a mapping.
+_file_words = words.map(in_file)
+#: Few, so that conversions meet them.
+_few_words = st.sampled_from(_PAGES[:4]).map(in_file)
+_FILE_CONVERSIONS: list[st.SearchStrategy[Step]] = [
+    step(
+        "convert_file",
+        lambda file, where, private, off, off_size: {
+            "file": file,
+            "offset": where[0] + off,
+            "size": where[1] + off_size,
+            "private": private,
+        },
+        files,
+        file_ranges,
+        st.booleans(),
+        wrong,
+        wrong,
+    ),
+    step(
+        "convert_file",
+        lambda file, pages, private: {
+            "file": file,
+            "offset": in_file(SMALL),
+            "size": pages * PAGE,
+            "private": private,
+        },
+        files,
+        st.integers(1, 6),
+        st.sampled_from([True, True, False]),
+    ),
+]
+
+_MAPPED: list[st.SearchStrategy[Step]] = [
+    step("see", lambda file, offset, size: {"file": file, "offset": offset, "size": size},
+         files, _file_words, st.sampled_from([16, 1, PAGE, 3 * PAGE])),
+    step("put", lambda file, offset, token: {
+             "file": file, "offset": offset, "data": content(token, 8),
+         }, files, _file_words, bytes_),
+    step("pin", lambda number, file, offset: {
+             "number": number, "file": file, "offset": offset // PAGE * PAGE,
+         }, st.integers(0, 1), files, _few_words),
+    step("unpin", lambda number: {"number": number}, st.integers(0, 1)),
+]  # fmt: skip
 
 
 def any_step(abi: str) -> st.SearchStrategy[Step]:
     """Any step that the ABI supports."""
-    chooses = not ABIS[abi].traits.access_follows_state
-    own = [*[_WANT] * 5 * chooses, *[_POPULATE] * 3 * MODELS[abi].can_populate]
-    return st.one_of(
-        *_often(_GUEST, 4), *_often(_CONVERSIONS, 4), *_often(_FILES, 2), *_often(_HOST, 2),
-        *[binds] * 8, *[step("delete", lambda slot: {"slot": slot}, slots)] * 3,
-        *[_RESUME] * 4, *own, *_RARE,
-    )  # fmt: skip
+    traits, model = abi_of(abi).traits, MODELS[abi]
+    weighted = [
+        (4, _GUEST),
+        (4 * model.can_convert, _CONVERSIONS),
+        (2, _FILES),
+        (2, _HOST),
+        (8, [binds]),
+        (3, [step("delete", lambda slot: {"slot": slot}, slots)]),
+        (4, [_RESUME]),
+        (1, _RARE),
+        (5 * (not traits.access_follows_state), [_WANT]),
+        (3 * model.can_populate, [_POPULATE]),
+        (4 * (traits.converts == "file"), _FILE_CONVERSIONS),
+        (4 * (traits.backings == 1), _MAPPED),
+    ]
+    # An index, as one_of() takes a strategy that it is given several times only once.
+    kinds = [kind for weight, some in weighted for kind in some * weight]
+    return st.integers(0, len(kinds) - 1).flatmap(kinds.__getitem__)
 
 
 def _bound(slot: int, gpa: int, pages: int, file: int) -> Step:
@@ -388,9 +440,11 @@ class Machine:
         """Start an example: no slot, no content, the default state."""
         self.uses_large = False
         self.unbind()
-        self.do(
-            "convert", gpa=ALL, size=ALL_SIZE, private=self.model.traits.default_private, keep=True
-        )
+        if self.maps_files:
+            self.unpin()
+        else:
+            default = self.model.traits.default_private
+            self.do("convert", gpa=ALL, size=ALL_SIZE, private=default, keep=True)
         for number in range(len(self.model.files)):
             self.do("new_file", number=number)
         self.do("forget", offset=0, size=MEMORY_SIZE)
@@ -404,9 +458,53 @@ class Machine:
         for slot in list(self.model.slots):
             self.do("delete", slot=slot)
 
+    @property
+    def maps_files(self) -> bool:
+        """Whether the host has mappings of the files."""
+        return self.model.traits.backings == 1
+
+    def unpin(self) -> None:
+        for number in (0, 1):
+            self.do("unpin", number=number)
+
+    def _sweep_files(self) -> None:
+        """Compare each file: what the host can read as it is, then what guest and host find.
+
+        Of the pages of a private run, which the host can read one by one only, it tries the ends.
+        """
+        self.unpin()
+        wanted = [number for number, file in enumerate(self.model.files) if file.wanted]
+        for number in wanted:
+            for at, size, private in self._kinds(number):
+                for page in sorted({at, at + size - PAGE}) if private else ():
+                    self.do("see", file=number, offset=page, size=1)
+                if not private:
+                    self.do("see", file=number, offset=at, size=size)
+        if self.model.can_convert:
+            for number in wanted:
+                self.do("convert_file", file=number, offset=0, size=FILE_SIZE, private=True)
+            self.look()
+        for number in wanted:
+            if self.model.can_convert:
+                self.do("convert_file", file=number, offset=0, size=FILE_SIZE, private=False)
+            for gpa, size in self.areas():
+                self.do("see", file=number, offset=in_file(gpa), size=size)
+
+    def _kinds(self, number: int) -> Iterator[tuple[int, int, bool]]:
+        """The runs (offset, size, whether it is private) of what is used of a file."""
+        kinds = self.model.files[number].private
+        for gpa, size in self.areas():
+            first, end = in_file(gpa) // PAGE, (in_file(gpa) + size) // PAGE
+            for private, run in itertools.groupby(range(first, end), kinds.__getitem__):
+                some = list(run)
+                yield some[0] * PAGE, len(some) * PAGE, bool(private)
+
     def sweep(self) -> None:
         """Compare every page on both sides: as it is, then private, then shared."""
         self.look()
+        if self.maps_files:
+            self._sweep_files()
+            return
         if not self.model.traits.access_follows_state:
             self.do("want", cpu=1, gpa=ALL, size=ALL_SIZE, private=None)
         for private in (True, False):
