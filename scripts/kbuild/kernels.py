@@ -27,8 +27,10 @@ class Kernel(NamedTuple):
     in_place: bool = False
     #: Words for its command line, before those of --append.
     words: str = ""
-    #: The folder of its breaks, for `mutate`, and the file and module that select one of them.
+    #: The folders of its breaks, for `mutate`, and of the bugs that it has had, for `history`; and
+    #: the file and the module that select one of them.
     breaks: str = ""
+    past: str = ""
     selecting: str = ""
     module: str = ""
 
@@ -52,6 +54,10 @@ KERNELS = {
             "guest_memfd",
             suite="trixie-backports",
             words="numa=fake=2",
+            breaks="mainline/breaks",
+            past="mainline/past",
+            selecting="virt/kvm/guest_memfd.c",
+            module="kvm",
         ),
         Kernel("guest_memfd-6.12", "guest_memfd", "6.12"),
         Kernel(

@@ -37,6 +37,12 @@ DEB_TOOLS = {
     "cpio": "cpio",
     "/usr/include/openssl/evp.h": "libssl-dev",
 }
+#: For a disk with Debian.
+DISTRIBUTION = {
+    "mmdebstrap": "mmdebstrap",
+    "mkfs.ext4": "e2fsprogs",
+    "/usr/share/keyrings/debian-archive-keyring.gpg": "debian-archive-keyring",
+}
 #: For `make`: the tests' compiler and headers, the guests' assembler and root file system.
 DEVELOPING = {
     "cc": "gcc",

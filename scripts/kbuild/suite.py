@@ -21,7 +21,7 @@ from __future__ import annotations
 import os
 import subprocess
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from . import kernels, vm
 from .command import Parser
@@ -29,6 +29,9 @@ from .errors import Refused, Status, say
 from .paths import ROOT
 from .recipe import Plan
 from .store import find_or_build
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 #: As a path that is the same in the VM.
 PYTHON = ".venv/bin/python"
@@ -126,15 +129,19 @@ def start(run: Run, limit: int, options: list[str], environment: dict[str, str])
     return vm.main([*command, "--", *PYTEST, *run.tests])
 
 
-def compile_tests() -> None:
-    """Have Python compile the tests here, where the result can be kept, whatever the caller set.
+def compile_tests(tests: Sequence[str] = ("tests/private",)) -> None:
+    """Have Python compile kvmpriv and these tests here, where it can write the result.
 
-    An emulated machine takes half a minute for it, and its root file system is read-only.
+    An emulated machine takes half a minute for it in each run, and its root file system is
+    read-only.  It is done even if the caller's environment says that no byte code is written.
     """
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
-    collect = [*PYTEST, "--collect-only", "tests/private"]
+    package = [PYTHON, "-m", "compileall", "-q", "kvmpriv", "scripts"]
+    # pytest compiles tests itself, since it changes their assertions.
+    collect = [*PYTEST, "--collect-only", *tests]
     # A failure is reported by the run in the VM.
-    subprocess.run(collect, cwd=ROOT, env=environment, capture_output=True, check=False)
+    for command in (package, collect):
+        subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=False)
 
 
 def main(arguments: list[str]) -> int:
@@ -142,7 +149,11 @@ def main(arguments: list[str]) -> int:
     run = parse("suite", __doc__, arguments)
     if run.source and (status := build(run)):
         return status
-    compile_tests()
+    try:
+        compile_tests()
+    except FileNotFoundError:
+        say(f"suite: {ROOT} has no {PYTHON}, which runs the tests: `make check` installs it")
+        return ABORT if run.source else Status.USAGE
     artifacts = os.environ.get("KVMPRIV_ARTIFACTS")
     options = ["--silence", str(SILENCE)]
     options += ["--output-dir", artifacts] if artifacts else []

@@ -49,16 +49,17 @@ EXIT_CODES = """exit codes: the command's own (128 + N when signal N ended it), 
   120  the kernel complained: WARN, BUG, sanitizer, lockdep, leak, taint
   121  the kernel panicked (an oops is made a panic, except with --tolerate)
   122  the VM was lost: QEMU died, or the command rebooted it
-  123  the VM did not come up
+  123  the VM did not come up; under TCG not the second time either
   124  --timeout or --silence ran out
   125  nothing was run: usage error, no QEMU, no kernel
   130, 143  interrupted, terminated"""
 
 PASSED = re.compile(r"(KVMPRIV_|LC_|PYTEST_|PYTHON).*|CI|TERM|PATH|LANG|HOME|NO_COLOR|VIRTUAL_ENV")
 LOGS_KEPT = 40
-# Seconds to wait, for the plain and the debug kernels: for a VM to come up, and for one that has
-# ended its command and is silent (a debug kernel searches for leaks then).
-BOOTING, ENDING = (120.0, 600.0), (20.0, 300.0)
+# Seconds to wait, for the plain and the debug kernels: for a VM to come up, for a line in the log
+# until it has, and for one that has ended its command and is silent (a debug kernel searches for
+# leaks then).
+BOOTING, BOOT_SILENCE, ENDING = (600.0, 1800.0), (90.0, 300.0), (20.0, 300.0)
 
 # What a kernel prints that may be stalled for ever: there is nothing left to wait for.
 STALL = re.compile(r".*(?:rcu: INFO: .*stall|blocked for more than|watchdog: BUG: soft lockup)")
@@ -129,9 +130,17 @@ class Machine:
     """One run; everything that it opens is owned by `stack`."""
 
     def __init__(
-        self, options: argparse.Namespace, image: Path, log: Path, stack: contextlib.ExitStack
+        self,
+        options: argparse.Namespace,
+        image: Path,
+        log: Path,
+        stack: contextlib.ExitStack,
+        *,
+        again: bool = False,
     ) -> None:
         self.options, self.image, self.log, self.stack = options, image, log, stack
+        #: Whether the caller starts a second VM if the kernel of this one stops in its boot.
+        self.again = again
         self.mark = secrets.token_hex(16)
         self.sockets: dict[str, socket.socket] = {}
         self.theirs: list[socket.socket] = []
@@ -140,6 +149,9 @@ class Machine:
         self.status: int | None = None
         self.tainted: int | None = None
         self.peak, self.elapsed, self.silent = 0, 0.0, False
+        self.powered_on = time.monotonic()
+        #: Size of the log, and when it had grown to that.
+        self.logged = 0, self.powered_on
         # QEMU's emulation writes to the first CPU's SVM flags from all others, without a lock
         # (FXRSTOR and XRSTOR: cpu_clear_ignne() in 7.2): one that runs guests loses GIF or nested
         # paging sooner or later.  So guests run on the others.
@@ -227,6 +239,7 @@ class Machine:
                 shutil.rmtree(old, ignore_errors=True)
         self.write_job(folder)
         arguments = self.arguments(folder)
+        self.log.touch()
         self.words = folder / "qemu.txt"
         with self.words.open("wb") as words:
             self.qemu = subprocess.Popen(
@@ -258,20 +271,21 @@ class Machine:
                 target.sendall(data)
             target.shutdown(socket.SHUT_WR)
 
-    def run(self) -> int:
-        """Copy the streams until the guest has reported the outcome; the exit status."""
-        started = time.monotonic()
+    def run(self, started: float) -> int | None:
+        """Copy the streams until the guest has reported the outcome; the exit status.
+
+        `started` is where the time limit begins.  None: the kernel has stopped in its boot, which a
+        second VM may not do.
+        """
         self.start()
-        if self.options.stdin:
-            threading.Thread(target=self.feed, daemon=True).start()
         mark = self.mark.encode()
         streams = {
             "stdout": Stream(self.sockets["stdout"], 1, mark),
             "stderr": Stream(self.sockets["stderr"], 2, mark),
         }
         limit = self.options.timeout or float("inf")
-        heard, heard_at, stalled_at = b"", started, 0.0
-        silence, used = self.options.silence or float("inf"), 0.0
+        heard, heard_at, stalled_at = b"", self.powered_on, 0.0
+        silence, used, fed = self.options.silence or float("inf"), 0.0, False
         with selectors.DefaultSelector() as selector:
             gone = os.pidfd_open(self.qemu.pid)
             self.stack.callback(os.close, gone)
@@ -280,17 +294,10 @@ class Machine:
                 selector.register(self.sockets[name], selectors.EVENT_READ, name)
             # The streams end after the verdict where the reader of ours is slow.
             while self.tainted is None or not all(stream.ended for stream in streams.values()):
-                passed = time.monotonic() - started
-                patience = limit - passed
-                if not self.ready:
-                    patience = min(patience, BOOTING[self.options.debug] - passed)
-                elif self.status is not None:
-                    quiet = time.monotonic() - heard_at
-                    patience = min(patience, ENDING[self.options.debug] - quiet)
                 # A command that never pauses is out of time, too.
-                late = passed >= limit
-                wait = max(min(patience, GLANCE), 0)
-                names = [] if late else [k.data for k, _ in selector.select(wait)]
+                late = time.monotonic() - started >= limit
+                wait = min(limit - (time.monotonic() - started), self.patience(heard_at), GLANCE)
+                names = [] if late else [k.data for k, _ in selector.select(max(wait, 0))]
                 if names:
                     heard_at, used = time.monotonic(), self.processor_time()
                 for name in names:
@@ -299,6 +306,9 @@ class Machine:
                         *lines, heard = (heard + data).split(b"\n")
                         for line in lines:
                             self.receive(line.decode())
+                        if self.ready and not fed and self.options.stdin:
+                            fed = True
+                            threading.Thread(target=self.feed, daemon=True).start()
                         more = bool(data)
                     else:
                         more = name == "gone" or streams[name].pump()
@@ -308,7 +318,10 @@ class Machine:
                     return self.judge(LOST if self.ready else NO_BOOT)
                 if not names:
                     self.elapsed = time.monotonic() - started
-                    if late or patience <= GLANCE:
+                    late = self.elapsed >= limit
+                    if late or self.patience(heard_at) <= 0:
+                        if self.again and not self.ready and not late and self.stops_in_boot():
+                            return None
                         return self.judge(TIMEOUT if self.ready or late else NO_BOOT)
                     quiet = time.monotonic() - heard_at
                     if quiet >= silence and self.processor_time() - used < IDLE * quiet:
@@ -332,6 +345,33 @@ class Machine:
             self.status = int(number)
         elif word == "tainted":
             self.tainted = int(number)
+
+    def patience(self, heard_at: float) -> float:
+        """Seconds for which the VM may go on as it is: without end while the command runs.
+
+        `heard_at` is when anything has come from it.
+        """
+        now = time.monotonic()
+        if not self.ready:
+            size = self.log.stat().st_size
+            if size != self.logged[0]:
+                self.logged = size, now
+            quiet = now - self.logged[1]
+            debug = self.options.debug
+            return min(BOOTING[debug] - (now - self.powered_on), BOOT_SILENCE[debug] - quiet)
+        if self.status is not None:
+            return ENDING[self.options.debug] - (now - heard_at)
+        return float("inf")
+
+    def stops_in_boot(self) -> bool:
+        """Whether the kernel has stopped without a complaint, as some do in QEMU's emulation."""
+        log = self.log.read_text(errors="replace")
+        if self.options.accel == "kvm" or complaints(log.replace("\r", "")):
+            return False
+        last = log.strip().rpartition("\n")[2].strip() or "nothing"
+        if not self.options.quiet:
+            say(f"vm: the kernel has stopped in its boot, after: {last}\n  it is booted once more")
+        return True
 
     def processor_time(self) -> float:
         """The processor time that QEMU has used, in seconds."""
@@ -501,8 +541,14 @@ def main(arguments: list[str]) -> int:
             why = "" if nests else " (this machine's KVM offers its guests neither SVM nor VMX)"
             how = "KVM" if options.accel == "kvm" else f"QEMU's emulation, TCG{why}"
             say(f"vm: {options.name} under {how}; kernel log: {log}")
-        with contextlib.ExitStack() as stack:
-            return Machine(options, image, log, stack).run()
+        started = time.monotonic()
+        for again in (True, False):
+            with contextlib.ExitStack() as stack:
+                status = Machine(options, image, log, stack, again=again).run(started)
+            if status is not None:
+                break
+        assert status is not None
+        return status
     except Refused as refused:
         say(f"vm: {refused}")
         return RUNNER

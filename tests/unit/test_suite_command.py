@@ -172,6 +172,18 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
+def test_a_clone_without_an_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The message names what is missing, and how to install it; no VM is started."""
+    monkeypatch.setattr(suite, "ROOT", tmp_path)
+    assert suite.main([NAME]) == Status.USAGE
+    said = capsys.readouterr().err
+    assert said.startswith(
+        f"suite: {tmp_path} has no .venv/bin/python, which runs the tests: `make"
+    )
+
+
 def test_an_image(asked: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Nothing is known of its kernel: the caller says what it must support, if anything."""
     image = tmp_path / "bzImage"

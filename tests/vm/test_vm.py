@@ -240,6 +240,54 @@ def test_vm_that_does_not_come_up(tmp_path: Path) -> None:
     assert re.search(rb"If QEMU \d\S+ is too old for this kernel, put a newer one", result.stderr)
 
 
+#: Called as QEMU it waits, as often as there are lines in a file, and then is QEMU.
+STOPS = """#!/bin/sh
+if [ -s {left} ]; then
+    sed -i 1d {left}
+    exec sleep 1000
+fi
+exec {qemu} "$@"
+"""
+#: scripts/vm with less patience.
+IMPATIENT = """
+import sys
+sys.path.insert(0, {scripts!r})
+from kbuild import vm
+vm.BOOT_SILENCE = {seconds}, {seconds}
+sys.exit(vm.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(("boots", "seconds"), [(0, 30), (1, 30), (2, 2)])
+def test_a_kernel_that_stops_in_its_boot(
+    image: str, tmp_path: Path, boots: int, seconds: int
+) -> None:
+    """QEMU's emulation stops at times before the kernel is up: one that does is booted again."""
+    qemu = shutil.which("qemu-system-x86_64")
+    left = tmp_path / "left"
+    left.write_text("one more\n" * boots)
+    wrapper = tmp_path / "bin" / "qemu-system-x86_64"
+    wrapper.parent.mkdir()
+    wrapper.write_text(STOPS.format(left=left, qemu=qemu))
+    wrapper.chmod(0o755)
+    program = IMPATIENT.format(scripts=str(SCRIPTS), seconds=float(seconds))
+    options = [image, "--accel", "tcg", "--timeout", "300", "--stdin", "--", "cat"]
+    result = subprocess.run(
+        [sys.executable, "-c", program, *options],
+        input=b"for the command\n",
+        capture_output=True,
+        env={**os.environ, "PATH": f"{wrapper.parent}:{os.environ['PATH']}"},
+    )
+    assert left.read_bytes() == b""
+    again = b"vm: the kernel has stopped in its boot, after: nothing\n  it is booted once more\n"
+    assert result.stderr.count(again) == (boots > 0)
+    if boots < 2:
+        assert (result.returncode, result.stdout) == (0, b"for the command\n")
+    else:
+        assert (result.returncode, result.stdout) == (123, b"")
+        assert b"vm: the VM did not come up; stopped after " in result.stderr
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_no_qemu_is_left_behind(image: str, how: signal.Signals) -> None:
     command = [str(SCRIPTS / "vm"), image, *sh("echo started; sleep 1000")]
