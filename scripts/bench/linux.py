@@ -40,9 +40,12 @@ MIB = 1 << 20
 MEMORY = 256 * MIB
 OUTPUT = 32 << 10  # bytes that the guest prints
 SENT = 16 * MIB  # bytes through the network, each way
+DISK = 64 * MIB  # bytes from the disk, and to it
 PORT = 7000
 #: QEMU's sides -> their console.
 QEMU = {"qemu": "serial", "qemu-virtio": "virtio"}
+#: What is measured of the devices, in MiB/s.
+RATES = ("down", "up", "read", "write")
 # printf and not what is printed: an echo of the command is no sign.
 INIT = f"""
 printf 'at%s\\n' -init >/dev/console
@@ -53,6 +56,13 @@ if grep -q bench.net /proc/cmdline; then
     nc {HOST_ADDRESS} {PORT} </dev/null >/tmp/file
     nc {HOST_ADDRESS} {PORT} </tmp/file
     printf 'over%s\\n' -net >/dev/console
+fi
+if grep -q bench.disk /proc/cmdline; then
+    printf 'read%s\\n' -begins >/dev/console
+    dd if=/dev/vda of=/dev/null bs=1M 2>/dev/null
+    printf 'read%s\\n' -ends >/dev/console
+    dd if=/dev/zero of=/dev/vda bs=1M count={DISK // MIB} conv=fsync 2>/dev/null
+    printf 'write%s\\n' -ends >/dev/console
 fi
 sleep 10000"""
 
@@ -66,20 +76,30 @@ class Booted(NamedTuple):
     memory: int
 
 
+class Devices(NamedTuple):
+    """What a guest has besides its console."""
+
+    tap: Tap | None = None
+    vhost: bool = False
+    disk: Path | None = None
+
+
 class Bench:
     """What the sides share."""
 
     def __init__(self, kernel: Path, folder: Path) -> None:
         self.kernel, self.initrd = kernel, folder / "initrd"
+        self._disk = folder / "disk"
         files = {"output": b"x" * (OUTPUT - 1) + b"\n"}
         self.initrd.write_bytes(initrd.busybox(INIT, files))
 
-    def _ours(self, words: str, kind: str, tap: Tap | None) -> list[str]:
-        fd = tap.fileno() if tap else -1
+    def _ours(self, words: str, kind: str, devices: Devices) -> list[str]:
+        fd = devices.tap.fileno() if devices.tap else -1
         arguments = [GUEST, self.kernel, self.initrd, words, kind, fd, MEMORY]
+        arguments += [int(devices.vhost), devices.disk or ""]
         return [sys.executable, *map(str, arguments)]
 
-    def _qemu(self, words: str, tap: Tap | None, console: str) -> list[str]:
+    def _qemu(self, words: str, devices: Devices, console: str) -> list[str]:
         # Its ACPI tables have the serial port only for kernels with PNP, and ours has none.
         command = ["qemu-system-x86_64", "-M", "microvm,accel=kvm,acpi=off", "-cpu", "host"]
         command += ["-nodefaults", "-no-user-config", "-display", "none"]
@@ -90,18 +110,24 @@ class Bench:
             command += ["-serial", "stdio"]
         command += ["-m", f"{MEMORY // MIB}M", "-kernel", str(self.kernel)]
         command += ["-initrd", str(self.initrd), "-append", f"{CONSOLES[console]} quiet {words}"]
-        if tap:
-            command += ["-netdev", f"tap,id=net,fd={tap.fileno()}"]
+        if devices.tap:
+            vhost = "on" if devices.vhost else "off"
+            command += ["-netdev", f"tap,id=net,fd={devices.tap.fileno()},vhost={vhost}"]
             command += ["-device", "virtio-net-device,netdev=net"]
+        if devices.disk:
+            command += ["-drive", f"file={devices.disk},format=raw,if=none,id=disk"]
+            command += ["-device", "virtio-blk-device,drive=disk"]
         return command
 
     @contextmanager
-    def _started(self, kind: str, words: str, tap: Tap | None = None) -> Iterator[Console]:
+    def _started(self, kind: str, words: str, devices: Devices | None = None) -> Iterator[Console]:
         """A guest; kind: "shared", "private" or "virtio" (its console), or one of QEMU."""
+        devices = devices or Devices()
         if kind in QEMU:
-            command = self._qemu(words, tap, QEMU[kind])
+            command = self._qemu(words, devices, QEMU[kind])
         else:
-            command = self._ours(words, kind, tap)
+            command = self._ours(words, kind, devices)
+        tap = devices.tap
         began = time.monotonic()
         process = subprocess.Popen(
             command,
@@ -152,10 +178,17 @@ class Bench:
             found["ready"][0] -= found["created"][0]
         return found
 
-    def network(self, kind: str) -> dict[str, Any]:
-        """SENT bytes there and back."""
+    def devices(self, kind: str, *, vhost: bool = False, disk: bool = False) -> dict[str, Any]:
+        """SENT bytes through the network, each way; with `disk`, DISK bytes from it and to it.
+
+        RATES, and whether all bytes came back.
+        """
         data = random.Random(7).randbytes(SENT)  # noqa: S311  # no secret
         found: dict[str, Any] = {}
+        words = "bench.net"
+        if disk:
+            words += " bench.disk"
+            self._disk.write_bytes(random.Random(8).randbytes(DISK))  # noqa: S311
         with Tap() as tap:
             assert tap.namespace is not None
             ready = threading.Event()
@@ -163,9 +196,19 @@ class Bench:
             server = threading.Thread(target=serve, args=arguments, daemon=True)
             server.start()
             ready.wait()
-            with self._started(kind, "bench.net", tap) as console:
+            devices = Devices(tap, vhost, self._disk if disk else None)
+            with self._started(kind, words, devices) as console:
                 console.wait(b"over-net", b"\n")
                 server.join(30)
+                if disk:
+                    times = [
+                        console.wait(sign, b"\n")[1]
+                        for sign in (b"read-begins", b"read-ends", b"write-ends")
+                    ]
+                    for way, began, ended in zip(RATES[2:], times, times[1:], strict=True):
+                        found[way] = DISK / MIB / (ended - began)
+        if disk:
+            found["same"] &= not any(self._disk.read_bytes())
         return found
 
 
@@ -245,6 +288,19 @@ def main(arguments: list[str]) -> None:
             "commands": alternate(
                 lambda: bench.commands("agent"), lambda: bench.commands("serial"), count
             ),
-            "network": {kind: bench.network(kind) for kind in ("shared", "private", "qemu")},
+            "devices": alternate(
+                partial(bench.devices, "shared", disk=True),
+                partial(bench.devices, "qemu", disk=True),
+                count,
+            ),
+            "vhost": alternate(
+                partial(bench.devices, "shared", vhost=True),
+                partial(bench.devices, "qemu", vhost=True),
+                count,
+            ),
+            "private network": {
+                name: bench.devices("private", vhost=vhost)
+                for name, vhost in (("vhost", True), ("without", False))
+            },
         }
     json.dump(found, sys.stdout)

@@ -45,7 +45,7 @@ HERE = Path(__file__).resolve().parent
 #: What kvmpriv stands on: a process that imports it and does nothing.
 BASE = (sys.executable, "-c", "import cffi, ctypes")
 PROBE = (sys.executable, "-m", "kvmpriv", "probe")
-MS = 1e6  # nanoseconds
+US, MS = 1e3, 1e6  # nanoseconds
 #: What linux.py measures of a boot.
 BOOTED = ("start", "init", "serial", "memory")
 SERIAL = BOOTED.index("serial")
@@ -55,6 +55,7 @@ DEAR_EXIT = 7000
 EXIT_RATIO = 1.15
 #: The kernels in which conversions and Linux are measured.
 KERNELS = ("restrictedmem", "guest_memfd")
+IN_PLACE = "guest_memfd-in-place"
 
 
 class Skipped(Exception):  # noqa: N818  # no error
@@ -67,7 +68,8 @@ class Failed(Exception):  # noqa: N818
 
 class Limit(NamedTuple):
     on: str  # ratio, over, ours
-    at_most: float
+    bound: float
+    at_least: bool = False
 
 
 class Result(NamedTuple):
@@ -106,7 +108,10 @@ class Result(NamedTuple):
 
     @property
     def met(self) -> bool:
-        return self.limit is None or bool(getattr(self, self.limit.on) <= self.limit.at_most)
+        if self.limit is None:
+            return True
+        value, bound = getattr(self, self.limit.on), self.limit.bound
+        return bool(value >= bound if self.limit.at_least else value <= bound)
 
     def as_json(self) -> dict[str, Any]:
         entry: dict[str, Any] = {
@@ -123,7 +128,8 @@ class Result(NamedTuple):
             "n": len(self.pairs),
         }
         if self.limit:
-            entry.update(limit=self.limit.at_most, limit_on=self.limit.on, met=self.met)
+            entry.update(limit=self.limit.bound, limit_on=self.limit.on, met=self.met)
+            entry.update(limit_is="least" if self.limit.at_least else "most")
         return entry
 
     def as_row(self) -> tuple[str, ...]:
@@ -134,7 +140,8 @@ class Result(NamedTuple):
         if self.limit:
             mark = "✓" if self.met else "✗ MISSED"
             unit = "×" if self.limit.on == "ratio" else f" {self.unit}"
-            held = f"{self.limit.on} ≤ {self.limit.at_most:g}{unit} {mark}"
+            sign = "≥" if self.limit.at_least else "≤"
+            held = f"{self.limit.on} {sign} {self.limit.bound:g}{unit} {mark}"
         return (
             self.name,
             f"{self.ratio:.2f}×",
@@ -356,6 +363,25 @@ class Bench:
             limit = Limit("ratio", 1.05)
             yield Result(f"convert_1gib {name}", "ms", unit_pairs, limit, "\n".join(costs))
 
+    def in_place(self) -> Iterator[Result]:
+        """Conversion in place beside the VM's attributes: one image, its parameter on and off."""
+        kernel = built(IN_PLACE)
+        parameter = "kvm.gmem_in_place_conversion=1"
+        ours = self._in_kernel(IN_PLACE, "bench.in_place", kernel, options=("--append", parameter))
+        theirs = self._in_kernel(IN_PLACE, "bench.in_place", kernel)
+        if (ours["abi"], theirs["abi"]) != ("guest_memfd_in_place", "guest_memfd"):
+            raise Failed(
+                f"{parameter}: private memory by {ours['abi']}, without by {theirs['abi']}"
+            )
+        for kind, mine in ours["costs"].items():
+            pairs = [(a / US, b / US) for a, b in zip(mine, theirs["costs"][kind], strict=True)]
+            yield Result(f"in_place {kind}", "us", pairs)
+        for kind, limit in (("held", Limit("ours", 1.05)), ("held, without holes", None)):
+            pairs = [(ours[kind], theirs[kind])] * 2  # it is the same each time
+            yield Result(f"in_place {kind}", "of the guest's size", pairs, limit)
+        pairs = [*zip(ours["boots"], theirs["boots"], strict=True)]
+        yield Result("in_place boot to init", "s", pairs)
+
     def linux(self) -> Iterator[Result]:
         """A stock kernel brought up beside QEMU's microvm, in each built kernel."""
         for name in KERNELS:
@@ -386,12 +412,11 @@ class Bench:
                 )
                 yield Result(f"{what} {name}", "s", pairs, Limit("ratio", limit), note)
             pairs = [(private, shared) for private, shared in found["private"]]
-            note = f"{name}: the network, MiB/s down and up: " + "; ".join(
-                f"{'QEMU' if kind == 'qemu' else kind} {rate['down']:.1f}, {rate['up']:.1f}"
-                for kind, rate in found["network"].items()
+            note = f"{name}: the private guest's network, MiB/s down and up: " + "; ".join(
+                f"{'with' if kind == 'vhost' else 'without'} vhost {rate['down']:.1f},"
+                f" {rate['up']:.1f}"
+                for kind, rate in found["private network"].items()
             )
-            if not all(rate["same"] for rate in found["network"].values()):
-                raise Failed(f"in kernel {name}: what the network brought is not what was sent")
             yield Result(f"boot_private {name}", "s", pairs, Limit("ratio", 1.3), note)
             note = f"{name}: boot_to_ready is held against our own boot to init"
             pairs = [(ready, init) for ready, init in found["ready"]]
@@ -399,11 +424,31 @@ class Bench:
             note = f"{name}: run_true is held against the same command in a shell on ttyS0"
             pairs = [(agent * 1000, serial * 1000) for agent, serial in found["commands"]]
             yield Result(f"run_true {name}", "ms", pairs, Limit("ratio", 3.0), note)
+            yield from self._rates(name, found)
 
-    def _in_kernel(self, name: str, module: str, *arguments: object) -> dict[str, Any]:
+    @staticmethod
+    def _rates(name: str, found: dict[str, Any]) -> Iterator[Result]:
+        """The network and the disk, in MiB/s: more is better."""
+        alone = [rates for pair in found["devices"] + found["vhost"] for rates in pair]
+        if not all(rates["same"] for rates in [*alone, *found["private network"].values()]):
+            raise Failed(f"in kernel {name}: the bytes that came are not those that were sent")
+        for what, key, way, limit in (
+            ("net_down", "devices", "down", 0.8),
+            ("net_up", "devices", "up", 0.8),
+            ("vhost_down", "vhost", "down", 1.0),
+            ("vhost_up", "vhost", "up", 1.0),
+            ("disk_read", "devices", "read", 0.8),
+            ("disk_write", "devices", "write", 0.8),
+        ):
+            pairs = [(ours[way], theirs[way]) for ours, theirs in found[key]]
+            yield Result(f"{what} {name}", "MiB/s", pairs, Limit("ratio", limit, at_least=True))
+
+    def _in_kernel(
+        self, name: str, module: str, *arguments: object, options: tuple[str, ...] = ()
+    ) -> dict[str, Any]:
         quick = ("--quick",) if self._quick else ()
         command: tuple[str | Path, ...] = (ROOT / "scripts" / "vm", name, "-q")
-        command += ("--timeout", "1500", "--")
+        command += (*options, "--timeout", "1500", "--")
         command += (sys.executable, ROOT / "scripts" / "launch.py", module)
         command += (*map(str, arguments), *quick)
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -499,7 +544,7 @@ def spawn(twin: Twin, command: tuple[str, ...]) -> Spawned:
 def built(name: str) -> Path:
     """The image of a kernel that is built."""
     if not [*cache_root().glob(f"{name}.*/bzImage")]:
-        raise Skipped(f"no kernel {name} is built: make kernels")
+        raise Skipped(f"no kernel {name} is built: scripts/kernel/build {name}")
     build = (ROOT / "scripts" / "kernel" / "build", name)
     done = subprocess.run(build, check=True, capture_output=True, text=True)
     return Path(done.stdout.splitlines()[-1])
@@ -605,7 +650,7 @@ def main(arguments: list[str]) -> int:
     """Run the benchmarks, print the table, write bench.json."""
     names = (
         *("checked_ioctl", "exit_loop", "probe_process", "import", "first_exit", "probe_memory"),
-        *("ps_process", "slot_cycle", "puppet", "conversions", "linux"),
+        *("ps_process", "slot_cycle", "puppet", "conversions", "in_place", "linux"),
     )
     about = "kvmpriv's benchmarks, on this host's /dev/kvm and in the kernels built here"
     parser = argparse.ArgumentParser(prog="bench", description=about)

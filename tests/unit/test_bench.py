@@ -22,6 +22,7 @@ def test_shape_of_bench_json() -> None:
         "n": 5,
         "limit": 1.25,
         "limit_on": "ratio",
+        "limit_is": "most",
         "met": True,
     }
     assert "limit" not in run.Result("name", "ns", pairs).as_json()
@@ -29,7 +30,7 @@ def test_shape_of_bench_json() -> None:
 
 
 @pytest.mark.parametrize(
-    ("on", "at_most", "met"),
+    ("on", "bound", "met"),
     [
         ("ratio", 2.0, True),
         ("ratio", 1.99, False),
@@ -39,9 +40,19 @@ def test_shape_of_bench_json() -> None:
         ("ours", 9.9, False),
     ],
 )
-def test_what_a_limit_is_held_against(on: str, at_most: float, met: bool) -> None:
-    result = run.Result("name", "ms", [(10.0, 5.0)] * 3, run.Limit(on, at_most))
+def test_what_a_limit_is_held_against(on: str, bound: float, met: bool) -> None:
+    result = run.Result("name", "ms", [(10.0, 5.0)] * 3, run.Limit(on, bound))
     assert result.met is met
+    assert ("MISSED" in result.as_row()[-1]) is not met
+
+
+@pytest.mark.parametrize(("bound", "met"), [(2.0, True), (2.01, False)])
+def test_a_rate_that_must_be_reached(bound: float, met: bool) -> None:
+    limit = run.Limit("ratio", bound, at_least=True)
+    result = run.Result("name", "MiB/s", [(10.0, 5.0)] * 3, limit)
+    assert result.met is met
+    assert result.as_json()["limit_is"] == "least"
+    assert result.as_row()[-1].startswith(f"ratio ≥ {bound:g}×")
     assert ("MISSED" in result.as_row()[-1]) is not met
 
 
