@@ -69,7 +69,7 @@ def main(folder: Path, kernel: Path, wanted: str) -> None:
             cmdline="quiet",
             cpus=2,
             abi=abi,
-            devices=[Net(tap, words.append)],
+            devices=[Net(tap, words.append, vhost=False)],
             complain=words.append,
             output=sys.stderr.buffer.write,
         ) as machine:

@@ -102,7 +102,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("boot")
 
 
-@pytest.fixture(scope="module", params=["restrictedmem", "guest_memfd"])
+#: The tests of one kernel's boots run in one process: they share the VM.
+KERNELS = [
+    pytest.param(name, marks=pytest.mark.xdist_group(f"boots in {name}"))
+    for name in ("restrictedmem", "guest_memfd")
+]
+
+
+@pytest.fixture(scope="module", params=KERNELS)
 def boots(request: pytest.FixtureRequest, folder: Path) -> Any:
     jobs = Jobs(folder, image(request.param))
     jobs.add(
@@ -121,7 +128,7 @@ def boots(request: pytest.FixtureRequest, folder: Path) -> Any:
     jobs.add("vmlinux", "echo here; reboot -f", "--append", "quiet", vmlinux=True)
     jobs.add("panic", "exit 3", "--append", "quiet")
     jobs.add("triple", "reboot -f", "--append", "quiet reboot=t")
-    jobs.add("hang", "echo hanging; sleep 1000", "--append", "quiet", "--timeout", "25")
+    jobs.add("hang", "echo hanging; sleep 1000", "--append", "quiet", "--timeout", "35")
     trace_to = ("--trace", str(folder / "asks.trace"))
     jobs.add("asks", "", "--private", "--json", *trace_to, code=ASKS)
     return jobs.run(request.param)
@@ -246,25 +253,25 @@ def test_out_of_time(boots: dict[str, Boot]) -> None:
     assert "hanging" in boot.stdout
 
 
-def in_vm(name: str, folder: Path, *command: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [
-            *(SCRIPTS / "vm", name, "-q", "--timeout", "900", "--output-dir", folder),
-            *("--", sys.executable, *map(str, command)),
-        ],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
+def in_vm(
+    name: str,
+    folder: Path,
+    *command: object,
+    options: tuple[str, ...] = (),
+    seconds: int = 900,
+) -> subprocess.CompletedProcess[str]:
+    vm: list[str | Path] = [SCRIPTS / "vm", name, "-q", "--timeout", str(seconds), *options]
+    vm += ["--output-dir", folder, "--", sys.executable, *map(str, command)]
+    return subprocess.run(vm, capture_output=True, text=True, cwd=ROOT)
 
 
-@pytest.mark.parametrize("name", ["restrictedmem", "guest_memfd"])
-def test_a_marker_in_private_memory(name: str, tmp_path: Path) -> None:
+def hide_a_marker(name: str, abi: str, folder: Path, *options: str) -> None:
     """A program fills the movable RAM with a marker, and the host finds it nowhere."""
-    done = in_vm(name, tmp_path, SCRIPTS / "examples/linux_private.py", image(name), name)
+    example = SCRIPTS / "examples/linux_private.py"
+    done = in_vm(name, folder, example, image(name), abi, options=options)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert result["abi"] == name
+    assert result["abi"] == abi
     assert result["found"]["open"]
     assert result["found"]["secret"] == []
     shared, hidden = result["ranges"]
@@ -274,6 +281,12 @@ def test_a_marker_in_private_memory(name: str, tmp_path: Path) -> None:
     everything = shared["size"] + hidden["size"]
     assert result["filled"] > 0.6 * everything
     assert result["private"] > 0.9 * result["movable"]
+
+
+@pytest.mark.parametrize("name", ["restrictedmem", "guest_memfd"])
+def test_a_marker_in_private_memory(name: str, tmp_path: Path) -> None:
+    """What a guest's programs have in private memory the host does not find."""
+    hide_a_marker(name, name, tmp_path)
 
 
 NETWORK = """\
@@ -303,3 +316,59 @@ def test_a_network(name: str, kind: str, tmp_path: Path) -> None:
     # long the guest makes them goes by how fast it finds the way.
     assert result["bytes_up"] > 4 << 20
     assert result["bytes_up"] / result["packets_up"] > 1514
+
+
+#: The driver is bound again between the two turns: it resets the device and sets up new rings.
+VHOST = """\
+transfer() {
+ifconfig eth0 10.88.0.2 netmask 255.255.255.0 up
+nc 10.88.0.1 7000 </dev/null >/tmp/f
+nc 10.88.0.1 7000 </tmp/f
+}
+cd /sys/bus/virtio/drivers/virtio_net
+for device in virtio*; do :; done
+transfer
+echo $device >unbind
+echo $device >bind
+transfer
+cat $device/features >/dev/ttyS1
+echo exit 5 >/dev/ttyS1
+poweroff -f"""
+F_MRG_RXBUF, F_GUEST_TSO4, F_EVENT_INDEX = 15, 7, 29
+
+
+@pytest.mark.parametrize(("name", "kind"), [("restrictedmem", "private"), ("guest_memfd", "")])
+def test_vhost(name: str, kind: str, tmp_path: Path) -> None:
+    """The kernel moves the packets if it can; the guest sees no difference if it can't."""
+    (tmp_path / "vhost.cpio").write_bytes(initrd.busybox(VHOST))
+    done = in_vm(name, tmp_path, ROOT / "tests/vm/boot_vhost.py", tmp_path, image(name), kind)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "vhost.json").read_text())
+    for way, result in found.items():
+        (features,) = result["said"]
+        accepted = {bit for bit, value in enumerate(features) if value == "1"}
+        assert {F_MRG_RXBUF, F_GUEST_TSO4, F_EVENT_INDEX} <= accepted, way
+        assert (result["outcome"]["how"], result["outcome"]["status"]) == ("off", 5), way
+        assert result["same"] == [True, True], way
+        assert result["still"], "packets moved while the guest was paused"
+        assert result["threads_left"] == [], way
+        assert result["fds_left"] == 0, way
+        assert not result["engaged_in_pause"], way
+        assert not result["after_run"], way
+    kernel, process, refused = (found[way] for way in ("kernel", "process", "refused"))
+    assert kernel["engaged"]
+    assert len(kernel["threads"]) == 1
+    assert kernel["status"] == 1, "as a driver reads it when the kernel has raised the interrupt"
+    assert kernel["words"] == []
+    assert "virtio-net (vhost)" in kernel["devices"]
+    assert not process["engaged"]
+    assert process["threads"] == []
+    assert process["words"] == []
+    assert "virtio-net" in process["devices"]
+    assert not refused["engaged"]
+    words = (
+        "virtio-net (vhost): vhost can't be used: VHOST_NET_SET_BACKEND: Operation not permitted;"
+        " this process serves its queues"
+    )
+    assert refused["words"] == [words] * 2, "each time that the driver starts"
+    assert words in refused["marks"]

@@ -20,6 +20,8 @@ from conftest import ROOT
 from private.support.requirements import missing
 from vm.test_kernels import image
 
+pytestmark = pytest.mark.xdist_group("tutorial")
+
 TUTORIAL = (ROOT / "scripts" / "examples" / "README.md").read_text()
 STEPS = re.split(r"\n## (?=\d+\. )", TUTORIAL.split("\n## Where to go")[0])[1:]
 #: The first step whose Python session needs private memory.
