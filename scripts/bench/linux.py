@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import select
 import socket
 import subprocess
 import sys
@@ -42,6 +43,7 @@ OUTPUT = 32 << 10  # bytes that the guest prints
 SENT = 16 * MIB  # bytes through the network, each way
 DISK = 64 * MIB  # bytes from the disk, and to it
 PORT = 7000
+PATIENCE = 300  # seconds for a guest to come to the next sign, or for a command in it
 #: QEMU's sides -> their console.
 QEMU = {"qemu": "serial", "qemu-virtio": "virtio"}
 #: What is measured of the devices, in MiB/s.
@@ -168,7 +170,11 @@ class Bench:
     def _talk(self, kind: str, count: int) -> dict[str, list[float]]:
         arguments = (TALK_GUEST, self.kernel, kind, MEMORY, count)
         done = subprocess.run(
-            [sys.executable, *map(str, arguments)], stdout=subprocess.PIPE, check=True, text=True
+            [sys.executable, *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            check=True,
+            text=True,
+            timeout=PATIENCE,
         )
         found: dict[str, list[float]] = {}
         for line in done.stdout.splitlines():
@@ -221,8 +227,12 @@ class Console:
         self.at = began
 
     def wait(self, sign: bytes, end: bytes) -> tuple[str, float]:
-        """Until `sign` and then `end`; what is between them, and the time."""
+        """Until `sign` and then `end`; what is between them, and the time.
+
+        SystemExit if the guest ends before that, or PATIENCE is over.
+        """
         assert self.process.stdout is not None
+        deadline = time.monotonic() + PATIENCE
         while True:
             at = self._heard.find(sign)
             until = self._heard.find(end, at) if at >= 0 else -1
@@ -230,11 +240,17 @@ class Console:
                 between = self._heard[at + len(sign) : until]
                 self._heard = self._heard[until:]
                 return between.decode(), self.at
+            left = max(0, deadline - time.monotonic())
+            if not select.select([self.process.stdout], [], [], left)[0]:
+                raise SystemExit(f"no {sign.decode()!r} within {PATIENCE} s: {self._said()}")
             data = os.read(self.process.stdout.fileno(), 1 << 16)
             self.at = time.monotonic()
             if not data:
-                raise SystemExit(f"a guest has ended early: {self._heard.decode(errors='replace')}")
+                raise SystemExit(f"a guest ended before {sign.decode()!r}: {self._said()}")
             self._heard += data
+
+    def _said(self) -> str:
+        return self._heard[-2000:].decode(errors="replace")
 
 
 def memory_beyond_ram(pid: int) -> int:
