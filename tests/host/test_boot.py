@@ -304,6 +304,7 @@ def test_a_terminal_is_as_it_was(image: Path, how: signal.Signals, status: int) 
         import fcntl
 
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(how, signal.SIG_DFL)  # it is ignored under nohup, and a command keeps that
         os.execv(sys.executable, [str(word) for word in command])
     seen = b""
     while b"up\r\n" not in seen:
