@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import textwrap
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import pytest
@@ -35,13 +35,12 @@ from .support.mappings import (
     OFFSET,
     MappedGuest,
     Mapping,
-    RegisteredBuffer,
     require_flags,
     signal_of,
-    vector_of,
 )
+from .support.pins import PINS, READERS, in_a_direct_read, read_all_the_time
 from .support.processes import in_cgroup, in_child
-from .support.races import eventually
+from .support.races import ROUNDS, eventually, rounds
 from .support.requirements import missing
 from .support.rig import MakeRig, only
 from .support.rules import rule
@@ -59,6 +58,7 @@ from .support.syscalls import (
     answer,
     call,
     fallocate,
+    vector_of,
 )
 from .support.userfaultfd import MINOR, MISSING, register
 
@@ -454,74 +454,113 @@ def test_userfaultfd(mapped: MappedGuest, mode: int) -> None:
     assert mapped.both_see(0, OURS, mapped.size)
 
 
-# -- pages that somebody holds ---------------------------------------------------------------------
+# -- pages in use ----------------------------------------------------------------------------------
 
-
-class HeldByPipe:
-    """vmsplice(2): a pipe that holds a range of pages until somebody reads it."""
-
-    def __init__(self, address: int, size: int) -> None:
-        self.size = size
-        self._read_end, self._write_end = os.pipe()
-        vector = vector_of(address, size)
-        assert call("vmsplice", self._write_end, address_of(vector), 1, 0) == size
-
-    def content(self) -> bytes:
-        return os.read(self._read_end, self.size)
-
-    def close(self) -> None:
-        os.close(self._read_end)
-        os.close(self._write_end)
+#: What a disk has.
+DISK = 0x3C
 
 
 @rule("gm.mmap.pinned.hole")
-def test_a_hole_in_pages_that_a_pipe_holds(mapped: MappedGuest) -> None:
-    """A hole gives guest and host new pages; the pipe's reader gets the old ones' content."""
-    with closing(HeldByPipe(mapped.memory.address, 2 * PAGE)) as pipe:
+@pytest.mark.parametrize("use", READERS)
+def test_a_hole_in_pages_that_are_being_read(mapped: MappedGuest, use: str) -> None:
+    """A hole gives guest and host new pages at once; who reads gets the old ones' content."""
+    with READERS[use](mapped.memory.address, 2 * PAGE) as used:
         mapped.punch_hole(PAGE)
         assert mapped.both_see(PAGE, 0)
         mapped.guest.fill(GPA + PAGE, THEIRS, PAGE)
         mapped.guest.fill(GPA, THEIRS, PAGE)
         assert mapped.both_see(0, THEIRS, 2 * PAGE)
-        # Page 0 is the file's and changes in the pipe too; page 1 is the pipe's alone.
-        assert pipe.content() == bytes([THEIRS]) * PAGE + bytes([OURS]) * PAGE
+        # Page 0 is the file's, and is read as it is at the end; page 1 is the reader's alone.
+        assert used.content() == bytes([THEIRS]) * PAGE + bytes([OURS]) * PAGE
+    assert mapped.both_see(0, THEIRS, 2 * PAGE)
+    assert mapped.both_see(2 * PAGE, OURS)
+
+
+@rule("gm.mmap.pinned.direct-read")
+def test_a_hole_in_pages_that_a_disk_writes(mapped: MappedGuest) -> None:
+    """The disk's data goes to the page that the hole took; the twin is the page beside it."""
+    data = bytes([DISK]) * 2 * PAGE
+    with in_a_direct_read(mapped.memory.address, 2 * PAGE, data) as transfer:
+        mapped.punch_hole(PAGE)
+        assert mapped.both_see(0, OURS)
+        assert mapped.both_see(PAGE, 0)
+        transfer.end()
+        assert mapped.both_see(0, DISK)
+        assert mapped.both_see(PAGE, 0)
+    mapped.guest.fill(GPA, THEIRS, 2 * PAGE)
+    assert mapped.both_see(0, THEIRS, 2 * PAGE)
+    assert mapped.both_see(2 * PAGE, OURS)
 
 
 @rule("gm.mmap.pinned.unbind")
 @pytest.mark.parametrize("how", ["slot", "file"])
-def test_unbinding_pages_that_a_pipe_holds(gm_vm: Vm, kvm: Kvm, how: str) -> None:
-    """The slot is deleted, the file closed: the pipe's pages live until the pipe is read."""
+@pytest.mark.parametrize("use", ["vmsplice", "direct-write"])
+def test_unbinding_pages_that_are_being_read(gm_vm: Vm, kvm: Kvm, how: str, use: str) -> None:
+    """The slot is deleted, the file closed: the pages live until they have been read."""
     with ExitStack() as stack:
         mapped = MappedGuest(stack, gm_vm, kvm)
         mapped.guest.fill(GPA, OURS, mapped.size)
-        with closing(HeldByPipe(mapped.memory.address, mapped.size)) as pipe:
+        with READERS[use](mapped.memory.address, mapped.size) as used:
             mapped.unbind()
             if how == "file":
-                mapped.memory.close()
-                mapped.file.close()
+                close_file(mapped)
                 with GuestMemfd(gm_vm, BIG) as other:  # takes pages that were freed
                     other.allocate(0, BIG)
-                    assert pipe.content() == bytes([OURS]) * mapped.size
+                    assert used.content() == bytes([OURS]) * mapped.size
                 return
-            assert pipe.content() == bytes([OURS]) * mapped.size
-        again = guest_memfd.set_user_memory_region2(
-            gm_vm, 1, GPA, mapped.size, mapped.slot_memory, mapped.file, OFFSET
-        )
+            assert used.content() == bytes([OURS]) * mapped.size
+        bind_again(mapped)
         assert mapped.both_see(0, OURS, mapped.size)
-        again.delete()
 
 
-@rule("gm.mmap.pinned.io_uring")
-def test_a_hole_in_a_registered_buffer(gm_vm: Vm, kvm: Kvm) -> None:
-    """io_uring pins its registered buffers: a hole gives guest and host new pages at once.
+@rule("gm.mmap.pinned.unbind")
+@pytest.mark.parametrize("how", ["slot", "file"])
+def test_unbinding_pages_that_a_disk_writes(gm_vm: Vm, kvm: Kvm, how: str) -> None:
+    """The disk's data is in the file for the next slot; with a closed file it is nowhere."""
+    with ExitStack() as stack:
+        mapped = MappedGuest(stack, gm_vm, kvm)
+        mapped.guest.fill(GPA, OURS, mapped.size)
+        data = bytes([DISK]) * mapped.size
+        with in_a_direct_read(mapped.memory.address, mapped.size, data) as transfer:
+            mapped.unbind()
+            if how == "file":
+                close_file(mapped)
+                with (
+                    GuestMemfd(gm_vm, BIG, MMAP | INIT_SHARED) as other,
+                    Mapping(other.fileno(), BIG) as memory,
+                ):
+                    other.allocate(0, BIG)
+                    transfer.end()
+                    assert memory.read(0, BIG) == bytes(BIG)
+                return
+            transfer.end()
+        bind_again(mapped)
+        assert mapped.both_see(0, DISK, mapped.size)
 
-    The old ones are freed when the buffer is unregistered.
-    """
+
+def close_file(mapped: MappedGuest) -> None:
+    """Close the file and its mappings, one of which has the pages in use."""
+    mapped.memory.close()
+    mapped.slot_memory.close()
+    mapped.file.close()
+
+
+def bind_again(mapped: MappedGuest) -> None:
+    """Make the slot again."""
+    mapped.slot = guest_memfd.set_user_memory_region2(
+        mapped.vm, 1, GPA, mapped.size, mapped.slot_memory, mapped.file, OFFSET
+    )
+
+
+@rule("gm.mmap.pinned.io_uring", "gm.mmap.pinned.memory")
+@pytest.mark.parametrize("pin", PINS)
+def test_a_hole_in_pinned_pages(gm_vm: Vm, kvm: Kvm, pin: str) -> None:
+    """A hole gives guest and host new pages at once; the old ones are freed when the pin ends."""
     memory = Unevictable()
     with ExitStack() as stack:
         mapped = MappedGuest(stack, gm_vm, kvm, pages=BIG // PAGE)
         mapped.guest.touch(GPA, PAGE, BIG // PAGE, byte=OURS)
-        with closing(RegisteredBuffer(mapped.memory.address, BIG)):
+        with PINS[pin](mapped.memory.address, BIG):
             mapped.punch_hole(0, BIG)
             assert memory.is_about(BIG), "the old pages are pinned"
             assert mapped.guest.load(GPA, 8) == 0
@@ -552,6 +591,27 @@ def test_read_and_written_by_another_process(mapped: MappedGuest) -> None:
     in_child(lambda: transfer("process_vm_writev"))
     assert mapped.both_see(0, THEIRS, 2 * PAGE)
     assert mapped.both_see(2 * PAGE, OURS)
+
+
+@rule("gm.mmap.process_vm.race")
+def test_read_all_the_time_by_another_process(mapped: MappedGuest) -> None:
+    """Another process reads while the guest writes and holes take pages: what was there, or zeros.
+
+    A page that was freed and has other content would show here.
+    """
+    there, turns = bytes(range(0xA0, 0xB0)), 0
+    mapped.guest.fill(GPA, there[0], mapped.size)
+    with read_all_the_time(mapped.memory.address, mapped.size, b"\0" + there) as reads:
+        for turn in rounds(300, until=lambda: reads.whole > 0):
+            byte = there[turn % 16]
+            mapped.guest.fill(GPA, byte, mapped.size)
+            assert mapped.both_see(0, byte, mapped.size)
+            mapped.punch_hole(PAGE, mapped.size - PAGE)
+            assert mapped.both_see(PAGE, 0, mapped.size - PAGE)
+            turns = turn + 1
+        assert (reads.part, reads.refused) == (0, 0)
+    assert turns >= ROUNDS
+    assert mapped.both_see(0, byte)
 
 
 # -- poisoned pages --------------------------------------------------------------------------------

@@ -23,21 +23,18 @@ from .support.in_place import (
     GPA,
     OFFSET,
     SIZE,
-    SYS_VMSPLICE,
-    USES,
     FileRig,
     convert,
     dies_of_a_load,
     host_can,
-    in_a_pipe,
     must_convert,
     states,
-    vector,
 )
+from .support.pins import READERS, USES, a_disk, in_a_pipe
 from .support.processes import in_child
 from .support.rig import LARGE, MakeRig, only
 from .support.rules import rule
-from .support.syscalls import GIB, PAGE, address_of, answer, call, errno_of
+from .support.syscalls import GIB, PAGE, address_of, answer, call, errno_of, vector_of
 
 pytestmark = pytest.mark.usefixtures("no_leak")
 
@@ -219,12 +216,15 @@ def _by_vmsplice(address: int) -> None:
         pass
 
 
-def _by_process_vm(number: int, address: int) -> None:
+def _by_process_vm(name: str, address: int) -> None:
     buffer = k.ffi.new("char[8]")
-    ours, theirs = vector(address_of(buffer), 8), vector(address, 8)
-    done = libc.syscall(number, os.getpid(), address_of(ours), 1, address_of(theirs), 1)
-    if done < 0:
-        raise libc.os_error(-done, "process_vm")
+    ours, theirs = vector_of(address_of(buffer), 8), vector_of(address, 8)
+    call(name, os.getpid(), address_of(ours), 1, address_of(theirs), 1, 0)
+
+
+def _by_direct(name: str, address: int) -> None:
+    with a_disk() as disk:
+        call(name, disk.fd, address, PAGE, 0)
 
 
 def _by_proc_mem(address: int) -> None:
@@ -237,8 +237,10 @@ WAYS = {
     "write": (_by_write, "EFAULT"),
     "read": (_by_read, "EFAULT"),
     "vmsplice": (_by_vmsplice, "EFAULT"),
-    "process_vm_readv": (lambda address: _by_process_vm(310, address), "EFAULT"),
-    "process_vm_writev": (lambda address: _by_process_vm(311, address), "EFAULT"),
+    "process_vm_readv": (lambda address: _by_process_vm("process_vm_readv", address), "EFAULT"),
+    "process_vm_writev": (lambda address: _by_process_vm("process_vm_writev", address), "EFAULT"),
+    "direct-write": (lambda address: _by_direct("pwrite64", address), "EFAULT"),
+    "direct-read": (lambda address: _by_direct("pread64", address), "EFAULT"),
     "proc-mem": (_by_proc_mem, "EIO"),
 }
 
@@ -256,7 +258,6 @@ def test_system_calls_on_a_private_page(one: FileRig, way: str) -> None:
     assert one.guest.span(GPA + PAGE, 0x44, PAGE) == PAGE, "untouched"
     one.to(PAGE, private=False)
     assert answer(lambda: access(one.address(PAGE))) == "ok", "the twin in time"
-    assert SYS_VMSPLICE == 278
 
 
 @rule("gip.host.processes")
@@ -308,7 +309,7 @@ def test_a_page_in_use(one: FileRig, use: str) -> None:
     one.to(PAGE, private=True)
     one.warm()
     before, mapped = states(one.shared), one.mapped_pages()
-    with USES[use](one.address(5 * PAGE)):
+    with USES[use](one.address(5 * PAGE), PAGE):
         for at, size in ((0, SIZE), (0, 6 * PAGE), (5 * PAGE, PAGE), (3 * PAGE, 10 * PAGE)):
             assert one.answer(at, size, private=True) == ("EAGAIN", 5 * PAGE)
             assert states(one.shared) == before
@@ -333,7 +334,7 @@ def test_the_first_of_several_pages_in_use(one: FileRig) -> None:
         with in_a_pipe(one.address(3 * PAGE), 2 * PAGE) as pipe:
             assert one.answer(0, SIZE, private=True) == ("EAGAIN", 3 * PAGE)
             assert one.answer(4 * PAGE, SIZE - 4 * PAGE, private=True) == ("EAGAIN", 4 * PAGE)
-            os.read(pipe, PAGE)  # which lets go of the first
+            pipe.read(PAGE)  # which lets go of the first
             assert one.answer(0, SIZE, private=True) == ("EAGAIN", 4 * PAGE)
         assert one.answer(0, SIZE, private=True) == ("EAGAIN", 9 * PAGE)
     assert one.answer(0, SIZE, private=True) == ("ok", None)
@@ -341,26 +342,28 @@ def test_the_first_of_several_pages_in_use(one: FileRig) -> None:
 
 @rule("gip.busy.content")
 @in_place
-def test_what_is_in_use_stays_readable(one: FileRig) -> None:
-    """The pipe delivers what the page had, though a conversion of it was tried meanwhile."""
-    one.guest.write(GPA, b"in the pipe")
-    with in_a_pipe(one.address(0)) as pipe:
+@pytest.mark.parametrize("use", READERS)
+def test_what_is_in_use_stays_readable(one: FileRig, use: str) -> None:
+    """Who reads gets what the page has, though a conversion of it was tried meanwhile."""
+    one.guest.fill(GPA, 0x66, 2 * PAGE)
+    with READERS[use](one.address(0), PAGE) as used:
         assert one.answer(0, private=True) == ("EAGAIN", 0)
-        assert os.read(pipe, 11) == b"in the pipe"
-        os.read(pipe, PAGE)
+        assert used.content() == b"\x66" * PAGE
         assert one.answer(0, private=True) == ("ok", None)
 
 
 @rule("gip.busy.hole")
 @in_place
-def test_a_page_in_use_that_a_hole_took(one: FileRig) -> None:
+@pytest.mark.parametrize("use", USES)
+def test_a_page_in_use_that_a_hole_took(one: FileRig, use: str) -> None:
     """The page that is in use is the file's no more: the range has a new one, and is converted."""
     one.guest.fill(GPA, 0x66, 2 * PAGE)
-    with in_a_pipe(one.address(0)):
+    with USES[use](one.address(0), PAGE):
         assert one.answer(0, private=True) == ("EAGAIN", 0)
         one.one.punch_hole(OFFSET, PAGE)
         assert one.answer(0, private=True) == ("ok", None)
         assert one.guest.span(GPA, 0, PAGE) == PAGE
+    assert one.guest.span(GPA, 0, PAGE) == PAGE, "whatever a disk has written"
 
 
 @rule("gip.mapped")

@@ -27,13 +27,13 @@ from .support.in_place import (
     FileRig,
     convert,
     host_can,
-    in_a_pipe,
     must_convert,
     persist,
     states,
 )
 from .support.kernels import RETRIES
 from .support.leaks import open_fds
+from .support.pins import in_a_pipe, read_all_the_time
 from .support.races import ROUNDS, beside, eventually, rounds
 from .support.rig import MakeRig, only, run_again
 from .support.rules import rule
@@ -162,6 +162,31 @@ def test_against_pins(one: FileRig) -> None:
                 assert not host_can(one.shared, 0)
             assert one.answer(0, SIZE, private=False) == ("ok", None)
     assert turns >= ROUNDS
+    settles(one)
+
+
+@rule("gip.race.process_vm")
+@in_place
+def test_against_another_process_that_reads(one: FileRig) -> None:
+    """Another process reads the pages all the time, and has them pinned for moments.
+
+    A conversion succeeds or is EAGAIN without effect; a read is whole or ends at a private page.
+    """
+    one.guest.fill(GPA, 0x67, SIZE)
+    seen, turns = {"ok": 0, "EAGAIN": 0}, 0
+    with read_all_the_time(one.address(), SIZE, b"\x67") as reads:
+        for turn in rounds(500, until=lambda: min(seen["ok"], reads.whole, reads.refused) > 0):
+            said, offset = one.answer(0, SIZE, private=True)
+            seen[said] += 1
+            if said == "ok":
+                assert states(one.shared) == [True] * PAGES
+            else:
+                assert offset in range(0, SIZE, PAGE)
+                assert states(one.shared) == [False] * PAGES, "nothing has changed"
+            assert one.answer(0, SIZE, private=False) == ("ok", None)
+            turns = turn + 1
+    assert sum(seen.values()) == turns >= ROUNDS
+    assert one.guest.span(GPA, 0x67, SIZE) == SIZE
     settles(one)
 
 

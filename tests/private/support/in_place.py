@@ -1,22 +1,19 @@
-"""Conversion in place: the raw call, a rig with one file, and ways to keep a page in use."""
+"""Conversion in place: the raw call, and a rig with one file."""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from kvmpriv import HostMemory, Kvm, libc
+from kvmpriv import HostMemory, Kvm
 from kvmpriv.cdefs import guest_memfd as gm
-from kvmpriv.cdefs import kvm as k
 
 from .processes import child_status
-from .requirements import missing
 from .rig import Rig
-from .syscalls import GIB, PAGE, address_of, answer, call, errno_of
+from .syscalls import GIB, PAGE, address_of, answer, errno_of
 
 if TYPE_CHECKING:
     from contextlib import ExitStack
@@ -115,66 +112,6 @@ def dies_of_a_load(memory: HostMemory, offset: int) -> bool:
     assert ended in (0, signal.SIGBUS)
     return bool(ended)
 
-
-# -- pages in use ----------------------------------------------------------------------------------
-
-
-def vector(address: int, size: int) -> Any:
-    """A struct iovec."""
-    return k.ffi.new("__u64[2]", (address, size))
-
-
-SYS_VMSPLICE, SYS_IO_URING_SETUP, SYS_IO_URING_REGISTER = 278, 425, 427
-REGISTER_BUFFERS, UNREGISTER_BUFFERS = 0, 1  # <linux/io_uring.h>
-F_SETPIPE_SZ = 1031
-
-
-def checked(number: int, what: str, *arguments: int) -> int:
-    result = libc.syscall(number, *arguments)
-    if result < 0:
-        raise libc.os_error(-result, what)
-    return result
-
-
-@contextmanager
-def in_a_pipe(address: int, size: int = PAGE) -> Iterator[int]:
-    """The pages are in a pipe, by vmsplice(2): their reference counts are raised.
-
-    Yields the end to read from; who reads it lets go of the pages.
-    """
-    read_end, write_end = os.pipe()
-    try:
-        call("fcntl", write_end, F_SETPIPE_SZ, max(size, PAGE))
-        done = checked(SYS_VMSPLICE, "vmsplice", write_end, address_of(vector(address, size)), 1, 0)
-        assert done == size
-        yield read_end
-    finally:
-        os.close(read_end)
-        os.close(write_end)
-
-
-@contextmanager
-def in_io_uring(address: int, size: int = PAGE) -> Iterator[None]:
-    """The pages are a registered buffer of io_uring: pinned for long."""
-    parameters = k.ffi.new("char[120]")  # struct io_uring_params
-    try:
-        ring = checked(SYS_IO_URING_SETUP, "io_uring_setup", 1, address_of(parameters))
-    except OSError as error:
-        missing("io_uring", str(error))
-    try:
-        buffers = vector(address, size)
-        what = "io_uring_register"
-        checked(SYS_IO_URING_REGISTER, what, ring, REGISTER_BUFFERS, address_of(buffers), 1)
-        try:
-            yield
-        finally:
-            checked(SYS_IO_URING_REGISTER, what, ring, UNREGISTER_BUFFERS, 0, 0)
-    finally:
-        os.close(ring)
-
-
-#: Name -> a context in which the pages at an address are in use.
-USES: dict[str, Callable[..., Any]] = {"vmsplice": in_a_pipe, "io_uring": in_io_uring}
 
 # -- the rig ---------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from kvmpriv.private.guest_memfd import GuestMemfd
 
 from .processes import child_status
 from .requirements import missing
-from .syscalls import GIB, MAP_SHARED, PAGE, PROT_READ, PROT_WRITE, address_of, answer, call
+from .syscalls import GIB, MAP_SHARED, PAGE, PROT_READ, PROT_WRITE, answer, call
 
 MMAP, INIT_SHARED = gm.GUEST_MEMFD_FLAG_MMAP, gm.GUEST_MEMFD_FLAG_INIT_SHARED
 #: Where the slot of a mapped guest is, and where it begins in its file: not at 0, so that an offset
@@ -80,11 +80,6 @@ def signal_of(work: Callable[[], object]) -> str:
     if isinstance(result, BaseException):
         raise result
     return signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else ""
-
-
-def vector_of(address: int, size: int = PAGE) -> Any:
-    """A struct iovec of one range."""
-    return k.ffi.new("__u64[2]", (address, size))
 
 
 class MappedGuest:
@@ -154,24 +149,3 @@ MADV = {
     "COLLAPSE": 25,
     "HWPOISON": 100,
 }
-
-
-class RegisteredBuffer:
-    """An io_uring that has registered a range as a fixed buffer, which pins its pages."""
-
-    def __init__(self, address: int, size: int) -> None:
-        parameters = k.ffi.new("char[120]")  # struct io_uring_params
-        try:
-            self._fd = call("io_uring_setup", 1, address_of(parameters))
-        except OSError as error:
-            missing("io_uring", f"io_uring_setup: {error}")
-        vector = vector_of(address, size)
-        try:
-            call("io_uring_register", self._fd, 0, address_of(vector), 1)  # IORING_REGISTER_BUFFERS
-        except BaseException:
-            os.close(self._fd)
-            raise
-
-    def close(self) -> None:
-        """Unpin the pages; the kernel does it a moment later."""
-        os.close(self._fd)

@@ -45,6 +45,7 @@ REQUIREMENTS = {
     "nested-paging": "a processor with SVM or VMX, so that KVM emulates no access to memory",
     "network": "the package index, or the right to make a network interface",
     "no-private-memory": "a way to take private memory away from this kernel",
+    "null-blk": "null_blk with configfs, and root: a disk that transfers when it is polled",
     "numa": "two NUMA nodes, as a kernel of scripts/kernel has with numa=fake=2",
     "numa-migration": "a kernel that moves pages between NUMA nodes (CONFIG_NUMA_MIGRATION)",
     "page-flags": "/proc/kpageflags, readable",

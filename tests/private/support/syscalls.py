@@ -64,6 +64,7 @@ NUMBERS = {
     "preadv2": 327,
     "pwritev2": 328,
     "io_uring_setup": 425,
+    "io_uring_enter": 426,
     "io_uring_register": 427,
 }
 #: An address that is not canonical.
@@ -106,3 +107,8 @@ def fallocate(file: Fd | int, mode: int, offset: int, length: int) -> None:
 def address_of(buffer: Any) -> int:
     """The address of a cffi object."""
     return int(k.ffi.cast("uintptr_t", buffer))
+
+
+def vector_of(address: int, size: int = PAGE) -> Any:
+    """A struct iovec of one range."""
+    return k.ffi.new("__u64[2]", (address, size))

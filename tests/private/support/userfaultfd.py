@@ -24,14 +24,14 @@ def set_with_late_flags(slots: Slots, late_flags: int, **changes: int) -> str:
     that does not.  Reading the flags alone does not fault, but copying the struct does.  The thread
     that serves the fault (userfaultfd) changes the flags before the copy continues.
     """
-    uffd = _open()
+    uffd = open_userfaultfd()
     data = bytes(k.ffi.buffer(slots.struct(**changes)))
     memory = HostMemory(2 * PAGE)
     source = HostMemory(PAGE)
     served: list[int] = []
     try:
         low = memory.userspace_addr
-        _register(uffd, low, PAGE, MISSING)
+        register_range(uffd, low, PAGE, MISSING)
         source.write(PAGE - 4, data[:4])
         memory.write(PAGE, data[4:])
 
@@ -59,21 +59,23 @@ def set_with_late_flags(slots: Slots, late_flags: int, **changes: int) -> str:
 
 def register(address: int, size: int, mode: int) -> str:
     """The answer of UFFDIO_REGISTER for a range; it ends at once."""
-    uffd = _open()
+    uffd = open_userfaultfd()
     try:
-        return answer(lambda: _register(uffd, address, size, mode))
+        return answer(lambda: register_range(uffd, address, size, mode))
     finally:
         os.close(uffd)
 
 
-def _open() -> int:
+def open_userfaultfd() -> int:
+    """A userfaultfd for faults of the kernel, too."""
     try:
         return call("userfaultfd", os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         missing("userfaultfd", str(error))
 
 
-def _register(uffd: int, address: int, size: int, mode: int) -> None:
+def register_range(uffd: int, address: int, size: int, mode: int) -> None:
+    """Have the faults of a range reported; closing `uffd` ends that."""
     _uffd(uffd, 0x3F, struct.pack("<QQQ", 0xAA, 0, 0))
     _uffd(uffd, 0x00, struct.pack("<QQQQ", address, size, mode, 0))
 
