@@ -27,6 +27,9 @@ class Kernel(NamedTuple):
     in_place: bool = False
     #: Words for its command line, before those of --append.
     words: str = ""
+    #: What its config and its words are for, as identifiers of KVMPRIV_REQUIRE: no test of the suite
+    #: may be skipped for lack of it.
+    has: tuple[str, ...] = ()
     #: The folders of its breaks, for `mutate`, and of the bugs that it has had, for `history`; and
     #: the file and the module that select one of them.
     breaks: str = ""
@@ -35,6 +38,8 @@ class Kernel(NamedTuple):
     module: str = ""
 
 
+#: What configs/newest.config and two nodes of memory are for.
+NEWEST_HAS = ("fault-injection", "null-blk", "numa", "numa-migration")
 KERNELS = {
     kernel.name: kernel
     for kernel in (
@@ -54,6 +59,7 @@ KERNELS = {
             "guest_memfd",
             suite="trixie-backports",
             words="numa=fake=2",
+            has=NEWEST_HAS,
             breaks="mainline/breaks",
             past="mainline/past",
             selecting="virt/kvm/guest_memfd.c",
@@ -67,6 +73,7 @@ KERNELS = {
             suite="trixie-backports",
             posted="in_place/abi",
             words="numa=fake=2",
+            has=NEWEST_HAS,
             in_place=True,
             breaks="in_place/breaks",
             selecting="virt/kvm/guest_memfd.c",
@@ -98,6 +105,12 @@ def abi_of(name: str, words: Iterable[str], own_tree: bool) -> str:
     kernel = KERNELS[name]
     can_switch = kernel.in_place or (own_tree and kernel.abi == "guest_memfd")
     return "guest_memfd_in_place" if can_switch and IN_PLACE in words else kernel.abi
+
+
+def required(name: str, words: Iterable[str], own_tree: bool) -> str:
+    """KVMPRIV_REQUIRE for a kernel that is booted with these words."""
+    has = () if own_tree else KERNELS[name].has
+    return ",".join(("host", abi_of(name, words, own_tree), *has))
 
 
 def is_image(name: str) -> bool:

@@ -135,8 +135,8 @@ class Runner:
         words = f"{self.kernel.words} {append}".strip()
         options = ["--quiet", "--append", words, "--env", "PYTHONUNBUFFERED=1"]
         options += ["--log", str(self.folder / f"{name}.log")]
-        abi = kernels.abi_of(self.kernel.name, append.split(), own_tree=False)
-        options += ["--env", f"KVMPRIV_REQUIRE=host,{abi}"]
+        required = kernels.required(self.kernel.name, append.split(), own_tree=False)
+        options += ["--env", f"KVMPRIV_REQUIRE={required}"]
         options += ["--env", f"KVMPRIV_KERNEL={self.kernel.name}"]
         with (
             said.open("w") as file,

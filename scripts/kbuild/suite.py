@@ -86,8 +86,19 @@ class Run(NamedTuple):
         """The ABI that the kernel must have; "" for an image, of which nothing is known."""
         if kernels.is_image(self.name):
             return ""
-        words = " ".join(self.options).replace("--append=", "").split()
-        return kernels.abi_of(self.name, words, self.source is not None)
+        return kernels.abi_of(self.name, self._words, self.source is not None)
+
+    @property
+    def required(self) -> str:
+        """The value of KVMPRIV_REQUIRE; the caller says what an image must have."""
+        if kernels.is_image(self.name):
+            return ",".join(filter(None, ("host", os.environ.get("KVMPRIV_REQUIRE"))))
+        return kernels.required(self.name, self._words, self.source is not None)
+
+    @property
+    def _words(self) -> list[str]:
+        """The words of the options, among them those of --append."""
+        return " ".join(self.options).replace("--append=", "").split()
 
 
 def parse(prog: str, description: str | None, arguments: list[str]) -> Run:
@@ -117,9 +128,8 @@ def start(run: Run, limit: int, options: list[str], environment: dict[str, str])
     """Run pytest in the VM; scripts/vm's exit status.  The options of `run` override `options`."""
     command = [run.name, "--timeout", str(limit), *options, *run.options]
     command += ["--source", str(run.source)] if run.source else []
-    required = run.abi or os.environ.get("KVMPRIV_REQUIRE", "")
     environment = {
-        "KVMPRIV_REQUIRE": ",".join(filter(None, ("host", required))),
+        "KVMPRIV_REQUIRE": run.required,
         "KVMPRIV_KERNEL": run.kernel,
         **environment,
     }

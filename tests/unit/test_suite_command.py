@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from kbuild import soak, suite, vm
+from kbuild import kernels, soak, suite, vm
 from kbuild.errors import Refused, Status
 from kbuild.process import exit_on
 from kbuild.recipe import Plan
+from private.support.requirements import REQUIREMENTS
 
 Main = Callable[[list[str]], int]
 NAME = "restrictedmem"
@@ -240,13 +241,23 @@ def test_a_parameter_that_replaces_the_abi(
 ) -> None:
     """The suite requires the ABI that the kernel has with its command line."""
     suite.main(["guest_memfd-in-place", *append])
-    assert f"KVMPRIV_REQUIRE=host,{required}" in asked
+    has = ",".join(kernels.NEWEST_HAS)
+    assert f"KVMPRIV_REQUIRE=host,{required},{has}" in asked
     asked.clear()
     suite.main(["--source", str(tmp_path), *append])
     assert f"KVMPRIV_REQUIRE=host,{required}" in asked
     asked.clear()
     suite.main(["guest_memfd", *append])
-    assert "KVMPRIV_REQUIRE=host,guest_memfd" in asked
+    assert f"KVMPRIV_REQUIRE=host,guest_memfd,{has}" in asked
+
+
+def test_what_a_kernel_has_is_required_of_it() -> None:
+    """Not of a tree of one's own, and not of the kernels whose config lacks it."""
+    for name, kernel in kernels.KERNELS.items():
+        assert set(kernel.has) <= set(REQUIREMENTS)
+        assert kernels.required(name, [], own_tree=True) == f"host,{kernel.abi}"
+    assert kernels.required("guest_memfd-6.12", [], own_tree=False) == "host,guest_memfd"
+    assert kernels.required("guest_memfd", [], own_tree=False).endswith(",numa,numa-migration")
 
 
 @pytest.mark.parametrize(
