@@ -10,6 +10,7 @@ import pytest
 
 from kvmpriv import HostMemory, Kvm
 from kvmpriv.cdefs import guest_memfd as gm
+from kvmpriv.cdefs import kvm as k
 from kvmpriv.guest.puppet import Puppet
 from kvmpriv.private import guest_memfd
 from kvmpriv.private.guest_memfd import GuestMemfd
@@ -77,6 +78,13 @@ def _punch(subject: Subject) -> None:
     subject.file.punch_hole(0, HUGE)
 
 
+def _log(subject: Subject) -> None:
+    with HostMemory(HUGE, reserve=False) as memory:
+        slot = subject.vm.map(memory, GPA, flags=k.KVM_MEM_LOG_DIRTY_PAGES)
+        subject.vm.get_dirty_log(slot.slot)
+        slot.delete()
+
+
 def _convert(subject: Subject) -> None:
     subject.convert(GIB, private=True)
     subject.convert(GIB, private=False)
@@ -99,6 +107,13 @@ def _populate(subject: Subject) -> None:
     call("madvise", mapping.address, HUGE, MADV["POPULATE_WRITE"])
 
 
+def _remove(subject: Subject) -> None:
+    with subject.mapping() as mapping:
+        mapping.write(0, b"x")
+        mapping.write(HUGE - PAGE, b"x")
+        call("madvise", mapping.address, HUGE, MADV["REMOVE"])
+
+
 def _lock(subject: Subject) -> None:
     call("mlock", subject.mapping().address, HUGE)
 
@@ -114,14 +129,16 @@ CALLS: dict[str, Callable[[Subject], None]] = {
     "bind": _bind,
     "allocate": _allocate,
     "punch": _punch,
+    "dirty log": _log,
     "convert": _convert,
     "pre-fault": _pre_fault,
     "run": _run,
     "populate": _populate,
+    "remove": _remove,
     "lock": _lock,
     "map": _map,
 }
-MAPPED = ("populate", "lock", "map")
+MAPPED = ("populate", "remove", "lock", "map")
 
 
 @rule("gm.killed")

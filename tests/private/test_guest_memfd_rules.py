@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from contextlib import nullcontext
+from struct import pack, pack_into
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -46,6 +47,7 @@ from .support.syscalls import (
     ZERO,
     address_of,
     answer,
+    call,
     errno_of,
     fallocate,
 )
@@ -972,6 +974,28 @@ def test_pre_fault_pointers(gm_slots: GuestMemfdSlots, gm_vcpu: Vcpu) -> None:
         assert errno_of(gm_vcpu.ioctl_errno(gm.KVM_PRE_FAULT_MEMORY, address_of(good))) == "ok"
 
 
+@rule("gm.prefault.read-only")
+def test_pre_fault_of_a_struct_that_is_read_only(gm_slots: GuestMemfdSlots, gm_vm: Vm) -> None:
+    """A struct that can't be written is EFAULT, and its pages are mapped; the twin can be."""
+    if not gm_vm.check_extension(gm.KVM_CAP_PRE_FAULT_MEMORY):
+        missing("pre-fault", "KVM_CAP_PRE_FAULT_MEMORY is 0")
+    base = gm_slots.good["guest_phys_addr"]
+    with HostMemory(PAGE) as holder, gm_vm.create_vcpu() as vcpu, gm_slots.held(flags=0):
+        mapped = gm_vm.stats()["pages_4k"]
+        for page, (protection, expected) in enumerate(
+            ((PROT_READ, "EFAULT"), (PROT_READ | PROT_WRITE, "ok")), 1
+        ):
+            struct = gm.ffi.new(
+                "struct kvm_pre_fault_memory *", {"gpa": base + page * PAGE, "size": PAGE}
+            )
+            holder.write(0, bytes(gm.ffi.buffer(struct)))
+            call("mprotect", holder.userspace_addr, PAGE, protection)
+            said = vcpu.ioctl_errno(gm.KVM_PRE_FAULT_MEMORY, holder.userspace_addr)
+            assert errno_of(said) == expected
+            assert gm_vm.stats()["pages_4k"] == mapped + page
+            call("mprotect", holder.userspace_addr, PAGE, PROT_READ | PROT_WRITE)
+
+
 @rule("gm.prefault.fills")
 def test_pre_fault_fills(attributes_vm: Vm, gm_vcpu: Vcpu) -> None:
     """A private range is filled from the file, and its pages stay when it becomes shared."""
@@ -1091,3 +1115,42 @@ def test_pre_fault_interrupted(gm_vm: Vm, memory: HostMemory) -> None:
                 assert pre_fault(vcpu, base, PAGE) == ("ok", base + PAGE, 0)
         finally:
             signal.signal(signal.SIGUSR2, before)
+
+
+#: A vCPU whose guest runs a guest of its own (<asm/kvm.h>, <asm/svm.h>): KVM_SET_NESTED_STATE, the
+#: feature in leaf 0x80000001, the bit in EFER.
+SET_NESTED_STATE, SVM, SVME = 0x4080AEBF, 1 << 2, 1 << 12
+GUEST_MODE, GIF_SET = 1, 0x100
+
+
+def nested_state(flags: int) -> bytes:
+    """A struct kvm_nested_state of SVM with a good VMCB, which has nested paging."""
+    control, save = bytearray(0x400), bytearray(0xC00)
+    for at, value in ((0x10, 1), (0x58, 1), (0x90, 1), (0xB0, GIB)):  # VMRUN, ASID, NP, nCR3
+        pack_into("<Q", control, at, value)
+    # EFER, CR0 with paging, DR7, DR6, RFLAGS
+    for at, value in ((0xD0, SVME), (0x158, 0x80000011), (0x160, 0x400), (0x168, 0), (0x170, 2)):
+        pack_into("<Q", save, at, value)
+    head = pack("<HHIQ", flags, 1, 128 + 0x1000, 2 * GIB)
+    return head.ljust(128, b"\0") + control + save
+
+
+@rule("gm.prefault.nested")
+def test_pre_fault_while_a_nested_guest_runs(
+    gm_slots: GuestMemfdSlots, gm_vcpu: Vcpu, kvm: Kvm
+) -> None:
+    """EOPNOTSUPP, since the page tables of the nested guest are indexed by its own addresses."""
+    cpuid = kvm.get_supported_cpuid()
+    if not any(entry.function == 0x80000001 and entry.ecx & SVM for entry in cpuid):
+        missing("nested-svm", "KVM_GET_SUPPORTED_CPUID has no SVM")
+    base = gm_slots.good["guest_phys_addr"]
+    gm_vcpu.set_cpuid2(cpuid)
+    with gm_vcpu.sregs() as sregs:
+        sregs.efer |= SVME
+    with gm_slots.held(flags=0):
+        for page in range(3):
+            assert pre_fault(gm_vcpu, base + page * PAGE, PAGE)[0] == "ok"
+            for flags, expected in ((GIF_SET | GUEST_MODE, "EOPNOTSUPP"), (GIF_SET, "ok")):
+                state = gm.ffi.new("char[]", nested_state(flags))
+                gm_vcpu.ioctl(SET_NESTED_STATE, address_of(state))
+                assert pre_fault(gm_vcpu, base + page * PAGE, PAGE)[0] == expected

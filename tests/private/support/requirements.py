@@ -43,6 +43,7 @@ REQUIREMENTS = {
     "memory": "as much memory as the test needs",
     "memory-cgroup": "cgroup v2 with the memory controller, and root",
     "nested-paging": "a processor with SVM or VMX, so that KVM emulates no access to memory",
+    "nested-svm": "a KVM for AMD whose guests can have guests of their own",
     "network": "the package index, or the right to make a network interface",
     "no-private-memory": "a way to take private memory away from this kernel",
     "null-blk": "null_blk with configfs, and root: a disk that transfers when it is polled",
