@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
@@ -15,9 +16,10 @@ from kvmpriv.guest.puppet import Puppet
 from kvmpriv.private import guest_memfd
 from kvmpriv.private.guest_memfd import GuestMemfd
 
-from .support.accounting import Unevictable, vms_alive
+from .support.accounting import BIG, Unevictable, vms_alive
 from .support.defects import mainline_defect
 from .support.mappings import INIT_SHARED, MADV, MMAP, Mapping, require_flags
+from .support.pins import OP_READ, OP_WRITE, Transfer, a_disk
 from .support.processes import killed_after
 from .support.races import eventually
 from .support.requirements import missing
@@ -161,6 +163,29 @@ def test_a_call_ends_when_its_process_is_killed(gm_vm: Vm, vm_type: int, name: s
 
     seconds = killed_after(work, WATCHED, BOUND)
     assert seconds < BOUND, f"{name} went on for {seconds:.1f} s after SIGKILL"
+    assert memory.is_about(0)
+    assert eventually(lambda: vms_alive() == vms)
+
+
+@rule("gm.killed.direct")
+@pytest.mark.parametrize("code", [OP_READ, OP_WRITE], ids=["read", "write"])
+def test_killed_during_a_direct_transfer(gm_vm: Vm, vm_type: int, code: int) -> None:
+    """The pages of a transfer that is under way are freed, and the disk has no request left."""
+    require_flags(gm_vm, MMAP | INIT_SHARED)
+    memory, vms = Unevictable(), vms_alive()
+    with a_disk(BIG) as disk:
+
+        def work(ready: Callable[[], None]) -> None:
+            subject = Subject(vm_type)
+            with subject.mapping() as mapping, ExitStack() as stack:
+                Transfer(stack, disk, mapping.address, BIG, code)
+                assert memory.is_about(BIG)
+                ready()
+                time.sleep(600)
+
+        seconds = killed_after(work, WATCHED, BOUND)
+        assert seconds < BOUND, f"the process went on for {seconds:.1f} s after SIGKILL"
+        assert eventually(lambda: disk.requests() == 0)
     assert memory.is_about(0)
     assert eventually(lambda: vms_alive() == vms)
 

@@ -183,10 +183,12 @@ def a_disk(size: int = MIB) -> Iterator[Disk]:
     """A disk that is removed at the end."""
     name = f"kvmpriv{os.getpid()}-{next(_NUMBERS)}"
     folder, queue = NULL_BLK / name, Path("/sys/block") / name / "queue"
+    if not NULL_BLK.is_dir():
+        missing("null-blk", f"there is no {NULL_BLK}")
     try:
         folder.mkdir()
     except OSError as error:
-        missing("null-blk", str(error))
+        missing("null-blk", f"no folder can be made in it: {os.strerror(error.errno or 0)}")
     try:
         for attribute, value in (
             ("size", -(-size // MIB)),
@@ -213,11 +215,9 @@ def a_disk(size: int = MIB) -> Iterator[Disk]:
 class Transfer:
     """An O_DIRECT transfer between pages and a disk, which is under way until `end`."""
 
-    def __init__(self, stack: ExitStack, address: int, size: int, code: int, data: bytes) -> None:
-        self._size, self._disk = size, stack.enter_context(a_disk(size))
-        self._disk.write(data)
+    def __init__(self, stack: ExitStack, disk: Disk, address: int, size: int, code: int) -> None:
+        self._size, self._disk, fd = size, disk, disk.fd
         self._parts = {at: min(REQUEST, size - at) for at in range(0, size, REQUEST)}
-        fd = self._disk.fd
         requests = [  # struct io_uring_sqe
             struct.pack("<BBHiQQII32x", code, 0, 0, fd, at, address + at, part, 0)
             for at, part in self._parts.items()
@@ -241,7 +241,8 @@ class Transfer:
 def in_a_direct_write(address: int, size: int = PAGE) -> Iterator[Transfer]:
     """The pages are being written to a disk, by O_DIRECT."""
     with ExitStack() as stack:
-        transfer = Transfer(stack, address, size, OP_WRITE, bytes(size))
+        disk = stack.enter_context(a_disk(size))
+        transfer = Transfer(stack, disk, address, size, OP_WRITE)
         yield transfer
         transfer.end()
 
@@ -252,8 +253,9 @@ def in_a_direct_read(
 ) -> Iterator[Transfer]:
     """The pages are being read from a disk, which has `data`, or what the pages have."""
     with ExitStack() as stack:
-        there = bytes_at(address, size) if data is None else data
-        transfer = Transfer(stack, address, size, OP_READ, there)
+        disk = stack.enter_context(a_disk(size))
+        disk.write(bytes_at(address, size) if data is None else data)
+        transfer = Transfer(stack, disk, address, size, OP_READ)
         yield transfer
         transfer.end()
 
