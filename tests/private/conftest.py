@@ -27,6 +27,7 @@ from .support.kernels import (
     VM_TYPES,
     MakeVm,
     accepts_private_slots,
+    can_convert,
     require_guest_memfd,
     require_private_slots,
     require_v9,
@@ -53,6 +54,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "rule(*ids): the rules of the kernel's ABI that the test checks",
         "known_defect(*names): on a kernel with one of these defects the test fails as that",
         "dangerous(why, safe=()): runs with --dangerous, on fixed kernels and on those in `safe`",
+        "converts: is not run for types of VMs that can't convert, if another type can",
     ):
         config.addinivalue_line("markers", line)
     check_required()
@@ -66,8 +68,8 @@ def pytest_report_header() -> list[str]:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     # Before the fixtures do: then all tests that lack the same are skipped with the same words.
-    wants = getattr(item, "fixturenames", ())
-    if "v9" in wants:
+    wants, params = getattr(item, "fixturenames", ()), _params(item)
+    if "v9" in wants or "restrictedmem" in (params.get("make_rig"), params.get("abi")):
         require_v9()
     if "guest_memfd_kvm" in wants:
         require_guest_memfd()
@@ -77,14 +79,25 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         missing("dangerous", f"{mark.args[0]} (--dangerous runs it)")
 
 
+def _params(item: pytest.Item) -> dict[str, object]:
+    """The parameters of a test, by name."""
+    return cast("pytest.Function", item).callspec.params if hasattr(item, "callspec") else {}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave out tests of two memories for ABIs that have one: there they have no meaning."""
+    """Leave out tests that have no meaning for a parameter.
+
+    They are about two memories for ABIs that have one, or convert memory of VMs that can't.
+    """
+    converting = {number for number in VM_TYPES.values() if can_convert(number)}
 
     def has_meaning(item: pytest.Item) -> bool:
+        converts = "attributes_vm" in getattr(item, "fixturenames", ())
+        if (converts or item.get_closest_marker("converts")) and converting:
+            return _params(item).get("vm_type") in converting
         if item.get_closest_marker("two_backings") is None:
             return True
-        abi = private.ABIS[str(cast("pytest.Function", item).callspec.params["make_rig"])]
-        return abi.traits.backings == 2
+        return private.ABIS[str(_params(item)["make_rig"])].traits.backings == 2
 
     items[:] = filter(has_meaning, items)
 

@@ -140,11 +140,14 @@ CALLS: dict[str, Callable[[Subject], None]] = {
     "lock": _lock,
     "map": _map,
 }
+PARAMETERS = [
+    pytest.param(name, marks=[pytest.mark.converts] if name == "convert" else []) for name in CALLS
+]
 MAPPED = ("populate", "remove", "lock", "map")
 
 
 @rule("gm.killed")
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", PARAMETERS)
 def test_a_call_ends_when_its_process_is_killed(gm_vm: Vm, vm_type: int, name: str) -> None:
     """The process is gone within seconds, and the VM and its memory with it."""
     if name in MAPPED:

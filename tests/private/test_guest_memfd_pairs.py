@@ -58,7 +58,13 @@ DELETIONS = ("rebind", "move", "close file")
 
 
 @rule("gm.race.pairs")
-@pytest.mark.parametrize("name", WORKS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.converts] if name == "convert" else [])
+        for name in WORKS
+    ],
+)
 def test_every_pair(vm_type: int, kvm: Kvm, name: str) -> None:
     """Each work against itself and the later ones of the table: every call ends, all works then."""
     memory, raced = Unevictable(), 0

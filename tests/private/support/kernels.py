@@ -105,6 +105,17 @@ def takes_guest_memfd(vm_type: int) -> int:
         return -1
 
 
+@cache
+def can_convert(vm_type: int) -> bool:
+    """Whether VMs of this type have an attribute that makes memory private."""
+    try:
+        with Kvm() as kvm, kvm.create_vm(vm_type) as vm:
+            attributes = vm.check_extension(gm.KVM_CAP_MEMORY_ATTRIBUTES)
+    except OSError:
+        return False
+    return bool(attributes & gm.KVM_MEMORY_ATTRIBUTE_PRIVATE)
+
+
 def require_guest_memfd() -> None:
     """Skip the test if no type of VM takes guest_memfd slots."""
     if not any(takes_guest_memfd(number) == 1 for number in VM_TYPES.values()):
