@@ -27,8 +27,8 @@ class Kernel(NamedTuple):
     in_place: bool = False
     #: Words for its command line, before those of --append.
     words: str = ""
-    #: What its config and its words are for, as identifiers of KVMPRIV_REQUIRE: no test of the suite
-    #: may be skipped for lack of it.
+    #: What its config and its words are for, as identifiers of KVMPRIV_REQUIRE: a skip for lack of
+    #: it is a failure.
     has: tuple[str, ...] = ()
     #: The folders of its breaks, for `mutate`, and of the bugs that it has had, for `history`; and
     #: the file and the module that select one of them.
