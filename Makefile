@@ -33,7 +33,7 @@ test-private:
 	$(BIN)/python -m pytest tests/guest tests/private
 
 # Tests that share a VM name it as their xdist_group, and run in one process.
-VM_TESTS = KVMPRIV_REQUIRE=restrictedmem,guest_memfd $(BIN)/python -m pytest -n 2 --dist loadgroup tests/vm
+VM_TESTS = KVMPRIV_REQUIRE=restrictedmem,guest_memfd $(BIN)/python -m pytest -n 2 --dist loadgroup --durations=15 tests/vm
 
 test-vm:
 	$(VM_TESTS) -m "not second_kernel"
