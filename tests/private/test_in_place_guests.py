@@ -473,7 +473,7 @@ def test_the_hosts_mappings_beside_the_range(one: FileRig) -> None:
     assert present() == [True] * PAGES
     one.to(4 * PAGE, 4 * PAGE, private=True)
     assert present() == [not 4 <= page < 8 for page in range(PAGES)]
-    one.to(4 * PAGE, 4 * PAGE, private=False)
+    one.to(2 * PAGE, 8 * PAGE, private=False)  # four of them are shared, and stay mapped
     assert present() == [not 4 <= page < 8 for page in range(PAGES)]
 
 
