@@ -840,6 +840,47 @@ def test_an_event_that_kvm_reports(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, ev
         assert (outcome.how, outcome.status) == ("exit", 5)
 
 
+@pytest.mark.parametrize(
+    ("suberror", "data", "goes_on"),
+    [
+        ("EMULATION", [0, 0x72, 0, 0, 0xB0E, 0], True),  # as Linux 7.3 reports it
+        ("EMULATION", [0, 0x72], True),
+        ("EMULATION", [0], False),
+        ("EMULATION", [0, 0x73], False),  # another exit of the guest
+        ("EMULATION", [1, 0x72], False),  # the words after a flag are the instruction
+        ("SIMUL_EX", [0, 0x72], False),
+    ],
+)
+def test_a_cpuid_that_kvm_can_not_skip(
+    kvm: Kvm, monkeypatch: pytest.MonkeyPatch, suberror: str, data: list[int], goes_on: bool
+) -> None:
+    """The guest goes on behind the instruction, whose result it has; any other one is a crash."""
+    run = Vcpu.run
+    told: list[Vcpu] = []
+
+    def tell_once(vcpu: Vcpu) -> int:
+        if told:
+            return run(vcpu)
+        told.append(vcpu)
+        internal = vcpu.kvm_run.internal
+        vcpu.kvm_run.exit_reason = uapi.kvm.KVM_EXIT_INTERNAL_ERROR
+        internal.suberror = getattr(uapi.kvm, f"KVM_INTERNAL_ERROR_{suberror}")
+        internal.ndata = len(data)
+        internal.data[0 : len(data)] = data
+        return uapi.kvm.KVM_EXIT_INTERNAL_ERROR
+
+    monkeypatch.setattr(Vcpu, "run", tell_once)
+    # ud2 in the place of the CPUID; mov $5, %al; out %al, $0xf4
+    image = load_linux(kernel(bytes.fromhex("0f0b b005 e6f4")))
+    with LinuxMachine(kvm, image, plan(32 << 20)) as machine:
+        outcome = machine.run(timeout=20)
+    if goes_on:
+        assert (outcome.how, outcome.status) == ("exit", 5)
+    else:
+        assert outcome.how == "crash"
+        assert suberror in outcome.why
+
+
 @pytest.mark.parametrize("readonly", [True, False])
 def test_registers_that_cost_no_exit(
     kvm: Kvm, monkeypatch: pytest.MonkeyPatch, readonly: bool

@@ -8,12 +8,16 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import pytest
+
 from kbuild.kernels import IN_PLACE
 from vm.test_kernels import image, run_examples, vm
 from vm.test_linux import hide_a_marker
 
 NAME, ABI = "guest_memfd-in-place", "guest_memfd_in_place"
 OPTIONS = ("--append", IN_PLACE)
+
+pytestmark = pytest.mark.timeout(1000)
 
 
 def test_the_examples() -> None:

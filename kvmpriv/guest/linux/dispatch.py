@@ -34,6 +34,9 @@ _IO = struct.Struct("<BBHIQ")  # direction, size, port, count, data_offset
 _MMIO = struct.Struct("<Q8sIB")  # phys_addr, data, len, is_write
 _MMIO_DATA = _UNION + 8
 
+_SVM_EXIT_CPUID = 0x72  # <asm/svm.h>
+_CPUID_SIZE = 2  # bytes of the instruction: 0f a2
+
 _int = int.from_bytes
 
 
@@ -186,7 +189,9 @@ class Dispatcher:
         ):
             self._reset()
             return
-        if reason == kvm_h.KVM_EXIT_INTERNAL_ERROR and _is_false_delivery(vcpu):
+        if reason == kvm_h.KVM_EXIT_INTERNAL_ERROR and (
+            _is_false_delivery(vcpu) or _finish_cpuid(vcpu)
+        ):
             return
         exit_ = vcpu.exit()
         if isinstance(self._vm, PrivateVm) and serve_conversion(self._vm, vcpu, exit_):
@@ -230,3 +235,23 @@ def _is_false_delivery(vcpu: Vcpu) -> bool:
         return False
     events = vcpu.get_vcpu_events()
     return not (events.exception.injected or events.interrupt.injected or events.nmi.injected)
+
+
+def _finish_cpuid(vcpu: Vcpu) -> bool:
+    """Go on after a CPUID instruction that KVM has executed and can't skip; whether it was one.
+
+    An AMD processor without NRIPS, such as the one that QEMU emulates, does not report where the
+    next instruction is.  KVM then reads the instruction, to learn its size, by the slot's
+    userspace_addr (svm_skip_emulated_instruction).  If that is a mapping of the guest_memfd, as in
+    conversion in place, KVM can't read a private page.  It has written the result to the registers
+    before, and only rip is left.
+    """
+    internal = vcpu.kvm_run.internal
+    if internal.suberror != kvm_h.KVM_INTERNAL_ERROR_EMULATION or internal.ndata < 2:
+        return False
+    flags, exit_code = internal.data[0], internal.data[1]
+    if flags or exit_code != _SVM_EXIT_CPUID:
+        return False
+    with vcpu.regs() as regs:
+        regs.rip += _CPUID_SIZE
+    return True
