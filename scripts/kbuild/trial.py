@@ -26,7 +26,8 @@ STUCK = 99
 
 
 def report(*words: object) -> None:
-    print("@@", *words, flush=True)
+    """Print a line for mutate.  A process that was killed may have left one without an end."""
+    print("\n@@", *words, flush=True)
 
 
 def run_tests(tests: list[str]) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
-from kbuild import breaks, literal, mutant, mutate
+from kbuild import breaks, literal, mutant, mutate, trial
 from kbuild.breaks import Break
 from kbuild.errors import Refused
 from kbuild.kernels import KERNELS
@@ -339,3 +339,17 @@ def test_the_table() -> None:
         "a.d 123456789abc (7.3) → a.rule: test_y.py::test",
         "a.e                    → not seen: There is no way.",
     ]
+
+
+@pytest.mark.parametrize("end", ["", "\n"], ids=["a line that has no end", "whole lines"])
+def test_what_a_killed_process_has_printed(end: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """The tests of a break are killed in the middle of a line; mutate reads the next line."""
+    trial.report("some.break")
+    print("tests/private/test_x.py::test_y ", end=end, flush=True)
+    trial.report("ended", -9)
+    trial.report("without", 0)
+    trial.report("other.break")
+    first, second = mutate.reports(capfd.readouterr().out)
+    assert (first.name, first.ended, first.without) == ("some.break", -9, 0)
+    assert first.failed()[0] == "test_x.py::test_y"
+    assert (second.name, second.ended) == ("other.break", None)
