@@ -120,17 +120,21 @@ class HostMemory(HeldBySlots):
         if not self._of_file:
             return mapped.find(data, start)
         before = b""
+        buffer = _ffi.new("char[]", _CHUNK)
+        step = _CHUNK
         while start < self.size:
-            size = min(_CHUNK, self.size - start)
-            buffer = _ffi.new("char[]", size)
+            size = min(step, self.size - start)
             done = max(0, copy_out(self.userspace_addr + start, size, _address(buffer)))
             seen = before + bytes(_ffi.buffer(buffer, done))
             if (found := seen.find(data)) >= 0:
                 return start + done - len(seen) + found
             start += done
             before = seen[max(0, len(seen) - len(data) + 1) :] if len(data) > 1 else b""
+            step = min(2 * step, _CHUNK)
             if done < size:  # what is found must not reach across a page that can't be read
                 start, before = start - start % PAGE_SIZE + PAGE_SIZE, b""
+                # The kernel pins all of the buffer, also where it can copy nothing to it.
+                step = PAGE_SIZE
         return -1
 
     def _copy(
