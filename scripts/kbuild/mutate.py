@@ -58,7 +58,7 @@ SOME, QUIET = 25, 600
 # scripts/vm's exit codes that are the kernel's doing: any of them is a failure of the suite.
 HUNG = 124
 DEATHS = {120: "the kernel complained", 121: "the kernel panicked", 122: "the VM was lost",
-          HUNG: "the VM hung"}  # fmt: skip
+          HUNG: "the VM hung", 128 + signal.SIGKILL: "the kernel ran out of memory"}  # fmt: skip
 
 # -- the runs --------------------------------------------------------------------------------------
 
