@@ -1,5 +1,5 @@
 /*
- * vhost: virtio devices in the host's kernel, /dev/vhost-net and its like.
+ * vhost: virtio devices in the host's kernel, /dev/vhost-net and /dev/vhost-vsock.
  * <linux/vhost.h>, <linux/vhost_types.h> of Linux 6.1.
  */
 #pragma once
@@ -52,6 +52,8 @@ struct vhost_memory {
 #define VHOST_SET_VRING_CALL	_IOW(VHOST_VIRTIO, 0x21, struct vhost_vring_file)
 #define VHOST_SET_VRING_ERR	_IOW(VHOST_VIRTIO, 0x22, struct vhost_vring_file)
 #define VHOST_NET_SET_BACKEND	_IOW(VHOST_VIRTIO, 0x30, struct vhost_vring_file)
+#define VHOST_VSOCK_SET_GUEST_CID	_IOW(VHOST_VIRTIO, 0x60, __u64)
+#define VHOST_VSOCK_SET_RUNNING	_IOW(VHOST_VIRTIO, 0x61, int)
 
 /* Bits of VHOST_GET_FEATURES that are not a virtio device's. */
 #define VHOST_F_LOG_ALL			26

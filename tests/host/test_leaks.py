@@ -7,6 +7,7 @@ import importlib
 import inspect
 import os
 import pkgutil
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
@@ -32,8 +33,16 @@ from kvmpriv.guest.linux.port import Console, Port
 from kvmpriv.guest.linux.protocol import Channel
 from kvmpriv.guest.linux.recording import RunRecorder
 from kvmpriv.guest.linux.tap import Tap
-from kvmpriv.guest.linux.vhost import VhostNet, VhostPath
+from kvmpriv.guest.linux.vhost import (
+    NET_DEVICE,
+    Vhost,
+    VhostNet,
+    VhostNetPath,
+    VhostVsock,
+    VhostVsockPath,
+)
 from kvmpriv.guest.linux.virtio import Transport
+from kvmpriv.guest.linux.vsock import Listener, Vsock
 from kvmpriv.private import guest_memfd, restrictedmem
 from kvmpriv.stats import StatsFd
 from kvmpriv.trace.record import Recorder
@@ -48,7 +57,7 @@ LARGE = 64 * MIB
 INITRD = initrd.pack({"init": b"#!/bin/sh\n"})
 
 #: They own nothing themselves: what is made of them, or what they are given, is in the table.
-BASES = {"HeldBySlots", "KvmFd", "PrivateFile", "VirtioDevice", "Cable"}
+BASES = {"HeldBySlots", "KvmFd", "PrivateFile", "VirtioDevice", "Cable", "VhostPath"}
 #: Their ends are in the guest, or they have no end: they have no descriptor, mapping or thread.
 OWN_NOTHING = {Channel, Device, Entropy, GuestProcess, Transport}
 
@@ -117,7 +126,7 @@ def _vhost(make: Callable[[], T]) -> T:
 
 def _vhost_path(place: Place) -> AbstractContextManager[object]:
     tap = place.stack.enter_context(_tap(place))
-    return closing(_vhost(lambda: VhostPath(tap.fileno(), 0, required=True)))
+    return closing(_vhost(lambda: VhostNetPath(tap.fileno(), 0, required=True)))
 
 
 def _block(place: Place) -> AbstractContextManager[object]:
@@ -167,8 +176,15 @@ OWNERS: dict[type, Callable[[Place], AbstractContextManager[object]]] = {
     Block: _block,
     Net: _net,
     Tap: _tap,
+    Vhost: lambda _: _vhost(lambda: Vhost(NET_DEVICE)),
     VhostNet: lambda _: _vhost(VhostNet),
-    VhostPath: _vhost_path,
+    VhostNetPath: _vhost_path,
+    VhostVsock: lambda _: _vhost(VhostVsock),
+    VhostVsockPath: lambda _: closing(_vhost(lambda: VhostVsockPath(required=True))),
+    Vsock: lambda _: closing(_vhost(lambda: Vsock(lambda data: None))),
+    Listener: lambda _: closing(
+        Listener(socket.create_server(("127.0.0.1", 0)), ("", 0), lambda data: None)
+    ),
     IoThread: _io_thread,
     GuestThread: lambda place: GuestThread(
         place.vcpu(), lambda *_: None, lambda: None, None, Gate()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from kvmpriv.commands import boot
-from kvmpriv.guest.linux.vhost import VhostPath
+from kvmpriv.guest.linux.vhost import VhostNetPath
 
 
 def test_a_signal_that_is_ignored_stays_ignored() -> None:
@@ -81,7 +81,7 @@ def test_a_network_that_must_be_the_kernels(
     monkeypatch.setattr(boot, "Tap", FakeTap)
     monkeypatch.setattr(fcntl, "ioctl", lambda *_: 0)
     absent = str(tmp_path / "vhost-net")
-    monkeypatch.setattr(VhostPath.__init__, "__kwdefaults__", {"device": absent})
+    monkeypatch.setattr(VhostNetPath.__init__, "__kwdefaults__", {"device": absent})
     options = argparse.Namespace(append="", disk=None, net=boot.NetOptions(None, None, vhost=True))
     with pytest.raises(
         boot._BootError, match="/dev/vhost-net can't be used: No such file"

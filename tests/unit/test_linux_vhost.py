@@ -1,4 +1,4 @@
-"""A network card's data path in the kernel, with a /dev/vhost-net that is simulated."""
+"""Data paths in the kernel, of a network card, with a vhost that is simulated."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kvmpriv import ArgumentError, uapi
 from kvmpriv.fd import Fd
 from kvmpriv.guest.linux import vhost
 from kvmpriv.guest.linux.net import Net
-from kvmpriv.guest.linux.vhost import VhostNet, VhostPath
+from kvmpriv.guest.linux.vhost import Vhost, VhostNet, VhostNetPath
 from kvmpriv.guest.linux.virtio import (
     ACCESS_PLATFORM,
     EVENT_INDEX,
@@ -45,7 +45,7 @@ STARTING = (
 
 
 class Kernel:
-    """What a simulated vhost-net knows; it refuses an ioctl for the ring `fails_at` and above."""
+    """What a simulated vhost knows; it refuses an ioctl for the ring `fails_at` and above."""
 
     def __init__(self) -> None:
         self.fails = ""
@@ -55,18 +55,21 @@ class Kernel:
         self.regions: list[tuple[int, int, int]] = []
         self.rings: list[dict[str, int]] = [{}, {}]
         self.calls: list[str] = []
-        self.opened: list[VhostNet] = []
+        self.opened: list[Vhost] = []
+        self.cids: list[int] = []  # that were asked for
+        self.cids_taken = 0  # how many of them another guest has
 
-    def open(self, device: VhostNet, path: str) -> None:
+    def open(self, device: Vhost, path: str) -> None:
         Fd.__init__(device, os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC))
         self.opened.append(device)
 
-    def ioctl(self, device: VhostNet, request: int, argument: Any = 0) -> int:
+    def ioctl(self, device: Vhost, request: int, argument: Any = 0) -> int:
         assert not device.closed
         Fd._address(request, argument)  # the size is that of the request
         name = uapi.vhost.REQUESTS[request]
         self.calls.append(name)
-        taken_back = getattr(argument, "fd", 0) == -1
+        stops = name == "VHOST_VSOCK_SET_RUNNING" and not argument[0]
+        taken_back = stops or getattr(argument, "fd", 0) == -1
         if name == self.fails and getattr(argument, "index", 1) >= self.fails_at and not taken_back:
             raise OSError(errno.EPERM, f"{name}: Operation not permitted")
         if name == "VHOST_GET_FEATURES":
@@ -78,6 +81,13 @@ class Kernel:
             self.regions = [
                 (each.guest_phys_addr, each.memory_size, each.userspace_addr) for each in entries
             ]
+        elif name == "VHOST_VSOCK_SET_GUEST_CID":
+            self.cids.append(argument[0])
+            if len(self.cids) <= self.cids_taken:
+                raise OSError(errno.EADDRINUSE, f"{name}: Address already in use")
+        elif name == "VHOST_VSOCK_SET_RUNNING":
+            for ring in self.rings:
+                ring["backend"] = argument[0] - 1
         elif name == "VHOST_GET_VRING_BASE":
             assert self.rings[argument.index]["backend"] == -1, "it is to be stopped first"
             argument.num = self.rings[argument.index]["base"]
@@ -97,18 +107,18 @@ class Kernel:
 
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
-    """/dev/vhost-net is simulated, and every descriptor is a tap's."""
+    """vhost is simulated, and every descriptor is a tap's."""
     made = Kernel()
     monkeypatch.setattr(fcntl, "ioctl", lambda *_: 0)
 
-    def open_(device: VhostNet, path: str) -> None:
+    def open_(device: Vhost, path: str) -> None:
         made.open(device, path)
 
-    def ioctl(device: VhostNet, request: int, argument: Any = 0) -> int:
+    def ioctl(device: Vhost, request: int, argument: Any = 0) -> int:
         return made.ioctl(device, request, argument)
 
-    monkeypatch.setattr(VhostNet, "__init__", open_)
-    monkeypatch.setattr(VhostNet, "ioctl", ioctl)
+    monkeypatch.setattr(Vhost, "__init__", open_)
+    monkeypatch.setattr(Vhost, "ioctl", ioctl)
     return made
 
 
@@ -268,7 +278,7 @@ def test_a_kernel_without_a_feature(kernel: Kernel, card: MakeCard) -> None:
 def test_a_host_without_vhost(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(fcntl, "ioctl", lambda *_: 0)
     absent = str(tmp_path / "vhost-net")
-    monkeypatch.setattr(vhost.VhostPath.__init__, "__kwdefaults__", {"device": absent})
+    monkeypatch.setattr(vhost.VhostNetPath.__init__, "__kwdefaults__", {"device": absent})
     cable = Cable()
     words: list[str] = []
     before = os.listdir("/proc/self/fd")
@@ -459,6 +469,6 @@ def test_the_binding(kernel: Kernel) -> None:
         }
         with pytest.raises(ArgumentError, match="num"):
             device.set_vring_num(0, 1 << 32)
-    path = VhostPath(1, F_MRG_RXBUF, required=False)
+    path = VhostNetPath(1, F_MRG_RXBUF, required=False)
     assert path.stop() == []
     path.close()

@@ -27,6 +27,7 @@ class IoThread(threading.Thread):
         self._failed = failed
         self._gate = gate
         self._queues: dict[int, tuple[Transport, int]] = {}
+        self._watched: dict[int, Callable[[], object]] = {}
         self._stopping = False
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         #: CPU time that the thread has used in all, in seconds; 0 until it has ended.
@@ -35,6 +36,10 @@ class IoThread(threading.Thread):
     def add(self, fd: int, transport: Transport, number: int) -> None:
         """Serve queue `number` when the eventfd `fd` is written to.  Call it before `start`."""
         self._queues[fd] = (transport, number)
+
+    def watch(self, fd: int, ready: Callable[[], object]) -> None:
+        """Call `ready` when `fd` is readable.  Call this before `start`."""
+        self._watched[fd] = ready
 
     def run(self) -> None:
         """Serve queues until `stop`; the thread that `start` starts calls it."""
@@ -47,11 +52,12 @@ class IoThread(threading.Thread):
     def _serve(self) -> None:
         poll = select.poll()
         poll.register(self._wake, select.POLLIN)
-        for fd in self._queues:
+        for fd in (*self._queues, *self._watched):
             poll.register(fd, select.POLLIN)
         transports = {transport for transport, _ in self._queues.values()}
         listening: dict[int, Transport] = {}
         engaged: set[Transport] = set()
+        passed_on: set[int] = set()  # to the host's kernel, which waits for these, and reads none
         while True:
             self._gate.enter()
             if self._stopping:
@@ -64,11 +70,13 @@ class IoThread(threading.Thread):
             listening = wanted
             now = {transport for transport in transports if transport.engaged}
             if now != engaged:
-                for fd, (transport, _) in self._queues.items():
-                    if transport in now - engaged:
-                        poll.unregister(fd)  # the host's kernel waits for it, and does not read it
-                    elif transport in engaged - now:
+                for fd, (transport, number) in self._queues.items():
+                    if fd not in passed_on and transport.path_serves(number):
+                        poll.unregister(fd)
+                        passed_on.add(fd)
+                    elif fd in passed_on and not transport.path_serves(number):
                         poll.register(fd, select.POLLIN)
+                        passed_on.remove(fd)
                 engaged = now
             for fd, _ in poll.poll():
                 if fd == self._wake:
@@ -80,6 +88,8 @@ class IoThread(threading.Thread):
                         os.eventfd_read(fd)
                     transport, number = self._queues[fd]
                     transport.serve(number)
+                elif fd in self._watched:
+                    self._watched[fd]()
                 else:
                     listening[fd].host_ready()
 

@@ -297,6 +297,8 @@ class LinuxMachine:
             self.vm.ioeventfd(fd, base + register, 4, datamatch=value, flags=matches)
         for queue, notify in enumerate(wires.notify):
             self._io.add(notify, transport, queue)
+        if device.own_fd >= 0:
+            self._io.watch(device.own_fd, device.own_ready)
         self._transports.append(transport)
         self._virtio.append((base, virtio.SIZE, gsi))
         self._bounced += device.bounced

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from ...errors import ArgumentError
 from .tap import HEADER_SIZE
-from .vhost import DEVICE, VhostPath
+from .vhost import NET_DEVICE, VhostNetPath
 from .virtio import EVENT_INDEX, INDIRECT, Chain, DataPath, Queue, RingError, VirtioDevice
 
 __all__ = ["Cable", "Net", "parse_mac"]
@@ -127,21 +127,21 @@ class Net(VirtioDevice):
         self._is_tap = self._offload(0)
         self.features: int = self._ALWAYS | (sum(_OFFLOADS) if self._is_tap else 0)
         self._gone = False
-        self._vhost: VhostPath | None = self._open_vhost(vhost)
+        self._vhost: VhostNetPath | None = self._open_vhost(vhost)
         self.data_path: DataPath | None = self._vhost
         if self._vhost is not None:
             self.name = f"{self.name} (vhost)"
         self._forget()
 
-    def _open_vhost(self, wanted: bool | None) -> VhostPath | None:
+    def _open_vhost(self, wanted: bool | None) -> VhostNetPath | None:
         if wanted and not self._is_tap:
             raise ArgumentError("vhost needs a tap, and the card's cable is another file")
         if wanted is False or not self._is_tap:
             return None
         try:
-            return VhostPath(self._cable.fileno(), _F_MRG_RXBUF, required=bool(wanted))
+            return VhostNetPath(self._cable.fileno(), _F_MRG_RXBUF, required=bool(wanted))
         except OSError as error:
-            why = f"{DEVICE} can't be used: {error.strerror or error}"
+            why = f"{NET_DEVICE} can't be used: {error.strerror or error}"
             if wanted:
                 raise OSError(error.errno, why) from error
             self._complain(f"{self.name}: {why}; this process serves the card's queues")

@@ -251,15 +251,20 @@ class DataPath(Protocol):
 
     #: Whether the device must not serve its queues itself.
     required: bool
+    #: How many of the device's queues it serves: the first ones.
+    queue_count: int
 
     def start(
         self, accepted: int, queues: Sequence[Queue], memory: GuestMemory, wires: Wires
     ) -> None:
-        """Serve `queues` from their `base` on.  OSError if it can't; `stop` must be called then."""
+        """Serve its part of `queues`, the device's, from their `base` on.
+
+        OSError if it can't; `stop` must be called then.
+        """
         ...
 
     def stop(self) -> list[int | None]:
-        """Serve them no more; for each queue the argument for `Queue.resume_at`."""
+        """Serve them no more; for each of them the argument for `Queue.resume_at`."""
         ...
 
     def fileno(self) -> int:
@@ -287,6 +292,11 @@ class VirtioDevice(ABC):
     config = b""
     #: What serves the queues instead of the device, when it can.
     data_path: DataPath | None = None
+    #: What becomes of the queues when it can't, for messages.
+    without_path: str = "this process serves its queues"
+    #: A descriptor for which the thread of the devices calls `own_ready` when it is readable,
+    #: whoever serves the queues; -1: none.
+    own_fd: int = -1
 
     def negotiated(self, accepted: int) -> None:  # noqa: B027  # most devices don't care
         """The driver has accepted these of the offered features; `reset` undoes it."""
@@ -301,6 +311,9 @@ class VirtioDevice(ABC):
     def host_fd(self) -> int:
         """A descriptor of the host: `host_queues` are served when it is readable.  -1: none."""
         return -1
+
+    def own_ready(self) -> None:  # noqa: B027  # most devices have no such descriptor
+        """Do what is to be done when `own_fd` is readable."""
 
     def reset(self) -> None:  # noqa: B027  # most devices have no state
         """Forget the requests under way: the driver starts again."""
@@ -385,6 +398,11 @@ class Transport:
         """Whether the device's data path serves the queues, and not the device."""
         return self._path is not None
 
+    def path_serves(self, number: int) -> bool:
+        """Whether the device's data path serves queue `number`, and not the device."""
+        path = self._path
+        return path is not None and number < path.queue_count
+
     def _engage(self) -> None:
         """Let the data path serve the queues, or the device where that can't be.
 
@@ -402,8 +420,8 @@ class Transport:
             if path.required:
                 raise
             self._complain(
-                f"{self.device.name}: vhost can't be used: {error.strerror or error}; this process"
-                " serves its queues"
+                f"{self.device.name}: vhost can't be used: {error.strerror or error};"
+                f" {self.device.without_path}"
             )
         else:
             self._path = path
@@ -450,7 +468,7 @@ class Transport:
         Without effect while its data path does that.
         """
         with self._lock:
-            if not self._works() or self._path is not None:
+            if not self._works() or self.path_serves(number):
                 return
             queue = self.queues[number]
             try:

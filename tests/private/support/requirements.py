@@ -76,7 +76,7 @@ REQUIREMENTS = {
     "test-vehicle": "the module parameter kvm.private_mem_testing of this project's v9 kernels",
     "two-backings": "an ABI by which a private page and a shared one are two pages",
     "userfaultfd": "userfaultfd(2) for faults of the kernel",
-    "vhost": "/dev/vhost-net, readable and writable",
+    "vhost": "/dev/vhost-net and /dev/vhost-vsock, readable and writable",
     "wall-clock": "the paravirtual wall clock",
 }
 
