@@ -615,8 +615,8 @@ def test_devices_are_closed_when_there_is_no_machine(kvm: Kvm, no_leak: object) 
         with pytest.raises(ArgumentError, match=words):
             LinuxMachine(kvm, image, plan(32 << 20), devices=[device], **options)
         assert device.closed
-    many = [Closed() for _ in range(9)]
-    with pytest.raises(ArgumentError, match="up to 8 virtio devices, not 9"):
+    many = [Closed() for _ in range(10)]
+    with pytest.raises(ArgumentError, match="up to 9 virtio devices, not 10"):
         LinuxMachine(kvm, image, plan(32 << 20), devices=many)
     assert all(device.closed for device in many)
 
@@ -793,7 +793,7 @@ def test_interrupt_lines(kvm: Kvm, no_leak: object) -> None:
             {"mmio": (32 << 20) - 1, "size": 2},
             "0x1ffffff…0x2000000 overlap RAM (RAM) (0x0",
         ),
-        ({"mmio": 0xD0007FFF, "size": 1}, "overlap the virtio devices (0xd0000000…0xd0007fff)"),
+        ({"mmio": 0xD0008FFF, "size": 1}, "overlap the virtio devices (0xd0000000…0xd0008fff)"),
         ({"mmio": 0xFEE00020, "size": 4}, "overlap the local APICs"),
     ],
 )
@@ -911,7 +911,7 @@ def test_registers_that_cost_no_exit(
 def test_virtio_devices_of_ones_own(kvm: Kvm, no_leak: object) -> None:
     """They are as those of the constructor: tables, addresses, closed in the end."""
     image = load_linux(kernel(UP))
-    made = [Closed() for _ in range(8)]
+    made = [Closed() for _ in range(9)]
     with LinuxMachine(kvm, image, plan(32 << 20), devices=[Closed()] * 3) as machine:
         wanted = machine.memory.read(boot_protocol.TABLES, 0x1000)
     with LinuxMachine(kvm, image, plan(32 << 20), devices=made[:1]) as machine:
@@ -921,9 +921,9 @@ def test_virtio_devices_of_ones_own(kvm: Kvm, no_leak: object) -> None:
         for device in made[3:]:
             machine.add_device(device)
         assert [each.start for each in machine.mmio.ranges] == [
-            0xD0000000 + 0x1000 * number for number in range(8)
+            0xD0000000 + 0x1000 * number for number in range(9)
         ]
-        with pytest.raises(ArgumentError, match="up to 8 virtio devices"):
+        with pytest.raises(ArgumentError, match="up to 9 virtio devices"):
             machine.add_device(Closed())
         with pytest.raises(ArgumentError, match="the machine chooses them"):
             machine.add_device(Closed(), port=0x500)
@@ -984,7 +984,7 @@ def test_a_virtio_console(kvm: Kvm) -> None:
         assert b"".join(printed) == b"up\n", "ttyS0 is there, too"
     with LinuxMachine(kvm, image, plan(32 << 20), console="virtio", cmdline="x") as machine:
         assert machine.cmdline == "earlycon=uart8250,io,0x3f8 console=hvc0 panic=-1 x"
-    with pytest.raises(ArgumentError, match="up to 7 virtio devices, not 8"):
-        LinuxMachine(kvm, image, plan(32 << 20), console="virtio", devices=[Closed()] * 8)
+    with pytest.raises(ArgumentError, match="up to 8 virtio devices, not 9"):
+        LinuxMachine(kvm, image, plan(32 << 20), console="virtio", devices=[Closed()] * 9)
     with pytest.raises(ArgumentError, match="console must be 'serial' or 'virtio', not 'vga'"):
         LinuxMachine(kvm, image, plan(32 << 20), console="vga")

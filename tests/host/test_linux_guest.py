@@ -10,6 +10,7 @@ import os
 import pickle
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -21,13 +22,19 @@ from pathlib import Path
 import pytest
 
 from host.test_boot import SPIN, UP, boot, kernel
-from kvmpriv import ArgumentError, ClosedError
+from kvmpriv import ArgumentError, ClosedError, trace
 from kvmpriv.guest.image import ImageError
 from kvmpriv.guest.linux import Device, GuestDied, LinuxGuest, Outcome, initrd, load_linux
 from kvmpriv.guest.linux.disk import Block, Entropy
 from kvmpriv.guest.linux.net import Net
 from kvmpriv.guest.linux.tap import Tap
+from kvmpriv.guest.linux.vsock import Vsock
 from private.support.requirements import missing
+from unit.test_linux_vhost import Kernel
+from unit.test_linux_vhost import kernel as vhost
+from unit.test_linux_vsock import Server, server
+
+__all__ = ["server", "vhost"]
 
 TRIPLE_FAULT = bytes.fromhex("0f0b")
 EXIT_7 = bytes.fromhex("b007 e6f4")
@@ -209,10 +216,100 @@ def test_bad_arguments(tmp_path: Path) -> None:
         LinuxGuest(image, initrd=INITRD, memory=4 << 20)
     with pytest.raises(ArgumentError):
         LinuxGuest(image, initrd=INITRD, cpus=0)
-    with pytest.raises(ArgumentError, match="virtio devices"):
+    with pytest.raises(ArgumentError, match="up to 6 virtio devices of its caller, not 7"):
         LinuxGuest(image, initrd=INITRD, devices=[Entropy() for _ in range(7)])
     with pytest.raises(FileNotFoundError):
         LinuxGuest(image, initrd=INITRD, device="/dev/none")
+
+
+# -- the way of the agent --------------------------------------------------------------------------
+
+
+def hello() -> bytes:
+    return struct.pack("<BBHII8sII", 64, 0, 0, 0, 16, b"kvmpriv\0", 1, 0)
+
+
+def started(made: LinuxGuest) -> threading.Thread:
+    thread = threading.Thread(target=made.start)
+    thread.start()
+    while b"up" not in made.console:
+        time.sleep(0.01)
+    return thread
+
+
+def marks(path: Path) -> list[str]:
+    return [event["mark"] for event in trace.read(path).events if "mark" in event]
+
+
+def test_an_agent_that_comes_over_vsock(vhost: Kernel, server: Server, tmp_path: Path) -> None:
+    before = in_use()[0]
+    made = guest(UP, trace=tmp_path / "trace", devices=[Entropy() for _ in range(6)])
+    assert "kvmpriv_vsock=12345" in made.machine.cmdline.split()
+    assert made.machine.mmio.ranges[7].name == "virtio-vsock (vhost)"
+    assert made.machine.mmio.ranges[1].name == "virtio-rng", "others have their place without it"
+    thread = started(made)
+    before_it_came = made.transport
+    connection = server.connect_from(vhost.cids[-1])
+    connection.sendall(hello())
+    thread.join(10)
+    assert (before_it_came, made.transport, made.alive) == (None, "vsock", True)
+    made._link.power_off()
+    assert connection.recv(100) == struct.pack("<BBHII", 8, 0, 0, 0, 0)
+    connection.close()
+    with pytest.raises(GuestDied, match="its connection was closed; the guest may run on"):
+        made.run("true")
+    made.close()
+    assert marks(tmp_path / "trace") == ["the agent uses vsock"]
+    assert in_use()[0] == before - 1, "the server is closed, too"
+
+
+@pytest.mark.parametrize("wanted", [None, True])
+def test_an_agent_that_does_not_come_over_vsock(
+    vhost: Kernel, server: Server, wanted: bool | None, tmp_path: Path
+) -> None:
+    """Its kernel has no vsock: then nobody can connect any more, and vsock=True ends the guest."""
+    made = guest(UP, vsock=wanted, trace=tmp_path / "trace")
+    thread = waiting(made)
+    made._streams._take("virtio-console", hello())
+    thread.join(10)
+    words = (
+        "the agent uses a port of a virtio console: the guest has not connected over vsock, for"
+        " which its kernel needs the driver vmw_vsock_virtio_transport"
+    )
+    assert made.transport == "virtio-console"
+    if wanted:
+        (died,) = thread.found  # type: ignore[attr-defined]
+        assert isinstance(died, GuestDied)
+        assert str(died).startswith(f"the guest can't go on: vsock=True, and {words}")
+        assert made.wait(10) == died.outcome
+    else:
+        assert made.alive
+        while server.fileno() >= 0:
+            time.sleep(0.01)
+    made.close()
+    assert marks(tmp_path / "trace") == [words]
+
+
+def test_a_host_without_vsock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    absent = str(tmp_path / "vhost-vsock")
+    monkeypatch.setattr(Vsock.__init__, "__kwdefaults__", {"required": False, "device": absent})
+    words: list[str] = []
+    with pytest.raises(FileNotFoundError, match=f"{absent} can't be used: No such file"):
+        guest(UP, vsock=True)
+    for wanted, why in (
+        (None, f"{absent} can't be used: No such file or directory"),
+        (False, "vsock=False"),
+    ):
+        made = guest(UP, vsock=wanted, complain=words.append, trace=tmp_path / "trace")
+        assert "vsock" not in made.machine.cmdline
+        thread = waiting(made)
+        made._streams._take("virtio-console", hello())
+        thread.join(10)
+        assert (made.transport, made.alive) == ("virtio-console", True)
+        made.close()
+        (mark,) = marks(tmp_path / "trace")
+        assert mark == f"the agent uses a port of a virtio console: {why}"
+    assert words == []
 
 
 def test_it_is_watched(tmp_path: Path) -> None:
@@ -429,9 +526,9 @@ def test_devices_of_ones_own() -> None:
     made.add_device(Ends(), port=0x500, size=1)
     with pytest.raises(ArgumentError, match="overlaps Ends"):
         made.add_device(Ends(), port=0x500, size=1)
-    for _ in range(6):
+    for _ in range(9 - len(made.machine._virtio)):
         made.add_device(Entropy())
-    with pytest.raises(ArgumentError, match="up to 8 virtio devices"):
+    with pytest.raises(ArgumentError, match="up to 9 virtio devices"):
         made.add_device(Entropy())
     with pytest.raises(GuestDied, match="by a device"):
         made.start()

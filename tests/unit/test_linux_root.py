@@ -13,7 +13,7 @@ import pytest
 from kvmpriv.errors import ArgumentError
 from kvmpriv.guest.image import ImageError
 from kvmpriv.guest.linux import initrd
-from kvmpriv.guest.linux.modules import CONSOLE, find_modules
+from kvmpriv.guest.linux.modules import CONSOLE, VSOCK, find_modules
 from kvmpriv.guest.linux.outcome import Ending, Outcome
 from kvmpriv.guest.linux.root import check_root
 from kvmpriv.guest.linux.supervisor import Supervisor
@@ -109,6 +109,8 @@ kernel/virtio_ring.ko: kernel/virtio.ko
 kernel/virtio_mmio.ko: kernel/virtio_ring.ko kernel/virtio.ko
 kernel/drivers/char/virtio_console.ko.xz: kernel/virtio_ring.ko kernel/virtio.ko
 kernel/drivers/net/other.ko:
+kernel/net/vmw_vsock/vsock.ko:
+kernel/net/vmw_vsock/vmw_vsock_virtio_transport.ko: kernel/virtio.ko kernel/net/vmw_vsock/vsock.ko
 """
 
 
@@ -130,6 +132,9 @@ def test_modules_of_a_stock_kernel(modules: Path) -> None:
     found = find_modules("6.1", modules)
     assert [module.name for module in found] == ["virtio", "virtio_ring", "virtio_mmio", CONSOLE]
     assert found[-1].contents == b"virtio_console.ko.xz"
+    drivers = ["virtio_mmio", VSOCK]
+    others = [module.name for module in find_modules("6.1", modules, drivers=drivers)]
+    assert others == ["virtio", "virtio_ring", "virtio_mmio", "vsock", VSOCK]
     assert find_modules("6.2", modules) == []
     for release in ("", "../6.1", ".", "..", str(modules / "6.1")):
         assert find_modules(release, modules) == [], release

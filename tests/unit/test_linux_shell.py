@@ -182,6 +182,10 @@ def test_an_initrd_with_the_agent() -> None:
     assert with_agent(b"1234", "root=/dev/vda")[1] == (
         "rdinit=/.kvmpriv/init kvmpriv_wait_for_root=1 root=/dev/vda"
     )
+    assert with_agent(b"1234", "rdinit=/a root=/dev/vda -- x", vsock_port=77)[1] == (
+        "rdinit=/.kvmpriv/init kvmpriv_vsock=77 kvmpriv_init=/a kvmpriv_wait_for_root=1"
+        " root=/dev/vda -- x"
+    )
     many, _ = with_agent(b"1234", "", [b"a module", b"another module"])
     assert many.index(b".kvmpriv/modules/0\0") < many.index(b"a module")
     assert many.index(b".kvmpriv/modules/1\0") < many.index(b"another module")
@@ -189,5 +193,6 @@ def test_an_initrd_with_the_agent() -> None:
         with_agent(b"1234", "", [b""] * 33)
     own, cmdline = with_agent(None, "quiet")
     assert cmdline == "quiet"
+    assert with_agent(None, "quiet -- x", vsock_port=77)[1] == "kvmpriv_vsock=77 quiet -- x"
     assert b"bin/busybox\0" in own
     assert b"\nexec /.kvmpriv/agent\n" in own

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gc
 import hashlib
 import io
 import os
@@ -16,6 +17,7 @@ import pty
 import random
 import re
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -30,27 +32,51 @@ from typing import Any
 import pytest
 
 from conftest import ROOT
-from kvmpriv.guest.linux import GuestDied, LinuxGuest, ProtocolError, agent_ready, initrd
+from kvmpriv import ClosedError, Kvm, trace
+from kvmpriv.guest.linux import (
+    GuestDied,
+    LinuxGuest,
+    LinuxMachine,
+    ProtocolError,
+    agent_ready,
+    initrd,
+    load_linux,
+    plan,
+)
 from kvmpriv.guest.linux.disk import Block, Entropy
 from kvmpriv.guest.linux.net import Net
 from kvmpriv.guest.linux.tap import GUEST_ADDRESS, HOST_ADDRESS, Tap
+from kvmpriv.guest.linux.vhost import VhostVsock
+from kvmpriv.guest.linux.vsock import Vsock
 from kvmpriv.pytest import MakeLinuxGuest
+from private.support.leaks import open_fds
 
 MIB = 1 << 20
 
 pytestmark = pytest.mark.linux_guest(memory=256 * MIB)
-#: The tests share a guest; with `both` they run in one with private memory, too.
+#: The tests share a guest, whose agent comes over vsock.
 shared = pytest.mark.linux_guest(scope="module")
-private = pytest.mark.linux_guest(scope="module", private=True)
-KINDS = {"shared": shared, "private": private}
-both = pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=mark) for kind, mark in KINDS.items()], indirect=True
-)
+#: With `both` they run in one with private memory, too, and in one without vsock.
+KINDS = {
+    "shared": shared,
+    "private": pytest.mark.linux_guest(scope="module", private=True),
+    "port": pytest.mark.linux_guest(scope="module", vsock=False),
+}
+TRANSPORTS = {"shared": "vsock", "private": "vsock", "port": "virtio-console"}
+
+
+def in_kinds(*kinds: str) -> pytest.MarkDecorator:
+    """The test runs in guests of these kinds."""
+    marked = [pytest.param(kind, marks=KINDS[kind]) for kind in kinds]
+    return pytest.mark.parametrize("kind", marked, indirect=True)
+
+
+both = in_kinds(*KINDS)
 
 
 @pytest.fixture(autouse=True)
 def kind(request: pytest.FixtureRequest) -> str:
-    """Which guest a test with `both` has."""
+    """Which guest a test with `in_kinds` has."""
     return getattr(request, "param", "")
 
 
@@ -76,11 +102,12 @@ def within(seconds: float, true: Callable[[], object]) -> None:
         time.sleep(0.05)
 
 
-# -- in one guest, and in one with private memory --------------------------------------------------
+# -- in one guest, in one with private memory, and in one without vsock ----------------------------
 
 
 @both
-def test_commands(linux_guest: LinuxGuest) -> None:
+def test_commands(linux_guest: LinuxGuest, kind: str) -> None:
+    assert linux_guest.transport == TRANSPORTS[kind]
     done = linux_guest.run(["sh", "-c", "cat; echo err >&2; exit 3"], input=b"\0\xff\r\n")
     assert (done.returncode, done.stdout, done.stderr) == (3, b"\0\xff\r\n", b"err\n")
     assert linux_guest.run("uname -s", text=True, check=True).stdout == "Linux\n"
@@ -597,6 +624,26 @@ exec /bin/busybox sleep 100000
 """
 
 
+#: The same over vsock, after two connections that are not the agent's.
+HOSTILE_VSOCK = """\
+#!/bin/busybox sh
+/bin/busybox mknod /said c 4 65
+/bin/busybox mkfifo /fifo
+for port in 0 1022; do
+echo intruder | /.kvmpriv/connect $port $kvmpriv_vsock >/out
+echo "$port: $? $(/bin/busybox wc -c </out)" >/said
+done
+{
+/bin/busybox cat /.kvmpriv/hello
+/bin/busybox head -c 1 >/dev/null
+/bin/busybox cat /.kvmpriv/answer
+/bin/busybox sleep 100000
+} </fifo | /.kvmpriv/connect 1023 $kvmpriv_vsock >/fifo
+exec /bin/busybox sleep 100000
+"""
+HOSTILES = {"virtio-console": HOSTILE, "vsock": HOSTILE_VSOCK}
+
+
 def frame(kind: int, channel: int, payload: bytes = b"", stream: int = 0) -> bytes:
     return struct.pack("<BBHII", kind, stream, 0, channel, len(payload)) + payload
 
@@ -605,21 +652,27 @@ def entry(kind: str, name: bytes = b"", data: bytes = b"") -> bytes:
     return struct.pack("<BBHIQ", ord(kind), 0, len(name), 0o777, len(data)) + name + data
 
 
-def test_hostile(kernel: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("transport", HOSTILES)
+def test_hostile(transport: str, kernel: str, connect: bytes, tmp_path: Path) -> None:
     """A guest whose agent is another program; this process refuses what it sends, and goes on."""
     hello = frame(64, 0, struct.pack("<8sII", b"kvmpriv\0", 1, 0))
     started = frame(65, 1, bytes(4))
     evil = entry("d") + entry("f", b"../../evil") + entry("c", b"", b"x") + entry("e") + entry("z")
     target = tmp_path / "deep/er/to"
     target.parent.mkdir(parents=True)
-    for answer, words in (
+    answers = (
         (random.Random(6).randbytes(200_000), "the agent sent"),
         (started + frame(2, 1, b"\xff" * 100, 1), "a damaged record"),
         (started + frame(2, 1, evil, 1), "a file with the name"),
-    ):
-        real, agent_ready.AGENT = agent_ready.AGENT, HOSTILE.encode()
+    )
+    for answer, words in answers[: 1 if transport == "vsock" else 3]:
+        real, agent_ready.AGENT = agent_ready.AGENT, HOSTILES[transport].encode()
         try:
-            files = {".kvmpriv/hello": hello, ".kvmpriv/answer": answer}
+            files = {
+                ".kvmpriv/hello": hello,
+                ".kvmpriv/answer": answer,
+                ".kvmpriv/connect": connect,
+            }
             root = initrd.busybox("sleep 100000", files)
             guest = LinuxGuest(kernel, initrd=root, memory=256 * MIB)
         finally:
@@ -627,12 +680,242 @@ def test_hostile(kernel: str, tmp_path: Path) -> None:
         with raises(ProtocolError, words):
             guest.start()
             guest.get("/etc", target)
+        assert guest.transport == transport
+        if transport == "vsock":
+            assert guest.machine.said == ["0: 0 0", "1022: 0 0"], "closed, without a byte"
         guest.close()
         assert list(target.parent.iterdir()) == []
         assert not (tmp_path / "evil").exists()
 
 
-@shared
+# -- the way of the agent --------------------------------------------------------------------------
+
+
+def vhost_threads() -> int:
+    """The threads of vhost for this process: of the process itself since Linux 6.4."""
+    found = [*Path("/proc").glob("[0-9]*/comm"), *Path("/proc/self/task").glob("*/comm")]
+    count = 0
+    for path in found:
+        with suppress(OSError):  # it has ended
+            count += path.read_text().strip() == f"vhost-{os.getpid()}"
+    return count
+
+
+@pytest.fixture(scope="module")
+def connect(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A program that connects to the host over vsock."""
+    made = tmp_path_factory.mktemp("vsock") / "connect"
+    source = ROOT / "tests/vm/vsock_connect.c"
+    subprocess.run(["cc", "-static", "-O1", "-Wall", "-Werror", "-o", made, source], check=True)
+    return made.read_bytes()
+
+
+def test_vsock(make_linux_guest: MakeLinuxGuest, connect: bytes, tmp_path: Path) -> None:
+    """The host's kernel moves the bytes; nobody else can have the connection; a pause stops it."""
+    before = len(os.listdir("/proc/self/fd")), threading.active_count(), vhost_threads()
+    devices = [Entropy() for _ in range(6)]
+    trace_file = tmp_path / "trace"
+    guest = make_linux_guest(vsock=True, devices=devices, trace=trace_file)
+    vsock = guest._vsock
+    assert vsock is not None
+    assert guest.transport == "vsock"
+    assert vhost_threads() == before[2] + 1
+    # The console is the last of nine devices, and has the last interrupt.
+    interrupts = guest.run("cat /proc/interrupts", text=True).stdout
+    assert re.search(r"^ *13:.* virtio8$", interrupts, re.MULTILINE), interrupts
+    guest.run("echo on the console >/dev/console", check=True)
+    within(20, lambda: b"on the console" in guest.console)
+    # Nobody listens any more, and a user of the guest can't have the agent's port.
+    guest.put(connect, "/bin/connect", mode=0o755)
+    for own in (0, 1022):
+        assert guest.run(f"connect {own} {vsock.port}").returncode == errno.ECONNRESET
+    assert guest.run(f"connect 1023 {vsock.port}").returncode == errno.EADDRINUSE
+    guest.run("mkdir -p /etc; echo user:x:7:7::/:/bin/sh >/etc/passwd", check=True)
+    assert guest.run(f"su user -c 'connect 1021 {vsock.port}'").returncode == errno.EACCES
+    with socket.socket(socket.AF_VSOCK) as stranger, raises(OSError):
+        stranger.connect((socket.VMADDR_CID_HOST, vsock.port))
+    data = random.Random(9).randbytes(8 * MIB)
+    paused = 0
+    found: list[bytes] = []
+    work = threading.Thread(target=lambda: found.append(guest.run(["cat"], input=data).stdout))
+    work.start()
+    while work.is_alive():
+        guest.pause()
+        time.sleep(0.1)
+        guest.resume()
+        paused += 1
+        time.sleep(0.3)
+    assert found == [data]
+    assert paused > 1
+    assert guest.shutdown().how == "off"
+    assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before[:2]
+    assert vhost_threads() == before[2]
+    marks = [event["mark"] for event in trace.read(trace_file).events if "mark" in event]
+    assert "the agent uses vsock" in marks
+
+
+def test_vsock_of_others(kernel: str, connect: bytes) -> None:
+    """Another guest, and the host itself, can connect where the agent will, and get nothing."""
+    image = load_linux(Path(kernel).read_bytes())
+    guest = LinuxGuest(image, memory=256 * MIB, vsock=True)
+    assert guest._vsock is not None
+    got = bytearray()
+
+    def received(data: bytes) -> None:
+        got.extend(data)
+        vsock.stop()
+
+    vsock = Vsock(received)
+    assert vsock.cid != guest._vsock.cid
+    script = f"""\
+for port in {guest._vsock.port} {vsock.port}; do
+echo a line | connect 1023 $port >/out
+echo "$? $(wc -c </out)" >/dev/ttyS1
+done
+poweroff -f"""
+    root = initrd.busybox(script, {"bin/connect": connect})
+    with (
+        Kvm() as kvm,
+        LinuxMachine(kvm, image, plan(256 * MIB), initrd=root, devices=[vsock]) as machine,
+        socket.socket(socket.AF_VSOCK) as stranger,
+    ):
+        stranger.settimeout(10)
+        with suppress(OSError):  # a host without the transport for itself
+            stranger.connect((socket.VMADDR_CID_HOST, guest._vsock.port))
+        running = threading.Thread(target=machine.run, args=(240,))
+        running.start()
+
+        def said() -> list[str]:
+            assert guest._vsock is not None
+            guest._vsock.own_ready()  # as the guest's thread does it
+            return machine.said
+
+        within(240, said)
+        with suppress(OSError):
+            assert stranger.recv(1) == b""
+        running.join(240)
+        assert machine.said == ["0 0", "0 0"]
+        assert bytes(got) == b"a line\n", "its own device takes the same"
+    assert not guest._vsock._listener.connected
+    guest.start()
+    assert guest.transport == "vsock"
+    assert guest.run(["echo", "mine"]).stdout == b"mine\n"
+    guest.close()
+
+
+def test_vsock_of_a_killed_process(kernel: str) -> None:
+    """Its CID is free again, and its thread of vhost has ended."""
+    program = (
+        "import sys, time\n"
+        "from kvmpriv.guest.linux import LinuxGuest\n"
+        "guest = LinuxGuest(sys.argv[1], memory=256 << 20, vsock=True)\n"
+        "guest.start()\n"
+        "print(guest._vsock.cid, flush=True)\n"
+        "guest.run('sleep 1000')\n"
+    )
+    command = [sys.executable, "-c", program, kernel]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process, VhostVsock() as device:
+        assert process.stdout is not None
+        cid = int(process.stdout.readline())
+        with raises(OSError, "Address already in use") as taken:
+            device.set_guest_cid(cid)
+        assert taken[0].errno == errno.EADDRINUSE
+        process.kill()
+        process.wait()
+
+        def is_free() -> bool:
+            with suppress(OSError):
+                device.set_guest_cid(cid)
+                return True
+            return False
+
+        within(20, is_free)
+
+
+def test_vsock_and_a_forked_process(make_linux_guest: MakeLinuxGuest) -> None:
+    """A process that was forked can't use the guest, and does not keep it from its end."""
+    guest = make_linux_guest(vsock=True)
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if not pid:
+        status = 1
+        try:
+            with raises(ClosedError):
+                guest.run(["true"])
+            guest.close()
+            os.close(writing)
+            status = os.read(reading, 1) != b""
+        finally:
+            os._exit(status)
+    try:
+        assert guest.run(["echo", "parent"]).stdout == b"parent\n"
+        assert guest.shutdown().how == "off"
+        assert make_linux_guest(vsock=True).run(["true"]).returncode == 0
+    finally:
+        os.close(reading)
+        os.close(writing)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+def test_without_vsock(kernel: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without the device, the permission or the guest's driver the agent uses the port."""
+    image = load_linux(Path(kernel).read_bytes())
+    gc.collect()
+    before = open_fds()
+    words: list[str] = []
+
+    def made(cmdline: str = "quiet", vsock: bool | None = None) -> LinuxGuest:
+        return LinuxGuest(
+            image, memory=256 * MIB, cmdline=cmdline, vsock=vsock, complain=words.append
+        )
+
+    def works(guest: LinuxGuest) -> None:
+        with guest:
+            assert guest.transport == "virtio-console"
+            assert guest.run(["cat"], input=b"\0\xff").stdout == b"\0\xff"
+            guest.close()
+
+    absent = str(tmp_path / "absent")
+    with monkeypatch.context() as patch:
+        patch.setattr(Vsock.__init__, "__kwdefaults__", {"required": False, "device": absent})
+        works(made())
+        with raises(FileNotFoundError, f"{absent} can't be used: No such file or directory"):
+            made(vsock=True)
+    Path("/dev/kvm").chmod(0o666)  # of this VM
+    os.seteuid(65534)
+    try:
+        with raises(PermissionError, "/dev/vhost-vsock can't be used: Permission denied"):
+            made(vsock=True)
+        guest = made()
+    finally:
+        os.seteuid(0)
+    works(guest)
+    line = "quiet initcall_blacklist=virtio_vsock_init"
+    works(made(line))
+    with (
+        raises(GuestDied, "vsock=True, and the agent uses a port of a virtio console"),
+        made(line, vsock=True),
+    ):
+        pass
+    assert words == []
+    real = VhostVsock.set_running
+
+    def fails(self: VhostVsock, running: bool) -> None:
+        if running:
+            raise OSError(errno.EPERM, "VHOST_VSOCK_SET_RUNNING: Operation not permitted")
+        real(self, running)
+
+    monkeypatch.setattr(VhostVsock, "set_running", fails)
+    works(made())
+    why = "VHOST_VSOCK_SET_RUNNING: Operation not permitted"
+    assert words == [f"virtio-vsock (vhost): vhost can't be used: {why}; the guest has no vsock"]
+    with raises(GuestDied, why), made(vsock=True):
+        pass
+    gc.collect()  # a traceback has the vCPU that the exception has ended
+    assert open_fds() == before
+
+
+@in_kinds("shared", "port")
 def test_64_mib(linux_guest: LinuxGuest) -> None:
     """64 MiB in, and 64 MiB out, byte for byte."""
     piece = random.Random(5).randbytes(MIB)
@@ -656,6 +939,8 @@ def names() -> list[str]:
     found = []
     for name, test in globals().items():
         if name.startswith("test_"):
-            marks = {mark.name for mark in getattr(test, "pytestmark", [])}
-            found += [f"{name}[{kind}]" for kind in KINDS] if "parametrize" in marks else [name]
+            marks = {mark.name: mark for mark in getattr(test, "pytestmark", [])}
+            given = marks["parametrize"].args[1] if "parametrize" in marks else []
+            ids = [one if isinstance(one, str) else one.values[0] for one in given]
+            found += [f"{name}[{one}]" for one in ids] or [name]
     return found

@@ -23,10 +23,14 @@ pytestmark = pytest.mark.timeout(2000)
 EIGHT = "test_several"
 #: The example for which only v9's kernel has /dev/port and /dev/mem.
 DEVICES = "test_own_devices"
+#: What an older kernel's vsock must do, too.
+VSOCK = "test_vsock"
 #: Kernel -> the tests that run in it: all others in one, in v9's those of both kinds of guests.
 WANTED = {
     "restrictedmem": [
-        name for name in talk.names() if name.endswith("]") or name in (EIGHT, DEVICES)
+        name
+        for name in talk.names()
+        if name.endswith(("[shared]", "[private]")) or name in (EIGHT, DEVICES, VSOCK)
     ],
     "guest_memfd": [name for name in talk.names() if name != EIGHT],
 }

@@ -17,6 +17,9 @@
  * As PID 1 it first loads the modules /.kvmpriv/modules/0, 1, ... that the initrd brings along.  It
  * answers the host when there is a /bin/sh; with $kvmpriv_wait_for_root not before PID 1 has another
  * root directory than the initrd's.  The module virtio_console may be on that one.
+ *
+ * With $kvmpriv_vsock it connects to that port of the host over vsock, if the kernel has vsock by
+ * then; else it opens the port of the virtio console.  The bytes are the same.
  */
 
 #include <errno.h>
@@ -28,6 +31,8 @@
 #include <stdint.h>
 #include <sys/ioctl.h>
 #include <sys/mount.h>
+#include <sys/socket.h>
+#include <linux/vm_sockets.h>	/* needs sys/socket.h */
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -49,6 +54,8 @@ enum { IN_CHDIR = 1, IN_EXEC, IN_START };		/* where FAILED happened */
 #define ANSWER_MAX 4096	/* the least room for the answers to one frame, and for all EXITED */
 #define PATH_SIZE 4096
 #define PORT_NAME "kvmpriv.agent\n"
+#define VSOCK_DRIVER "bus/virtio/drivers/vmw_vsock_virtio_transport"
+#define OWN_VSOCK_PORT 1023	/* for root only: the host takes no other program's connection */
 #define DEFAULT_PATH "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 struct frame {
@@ -84,6 +91,7 @@ static size_t received_size;
 static uint8_t sending[128 << 10];
 static size_t sending_at, sending_end;
 static int port, signals = -1, proc = -1, in_guest;
+static int ends;	/* whether the other end of `port` can be closed for good */
 static unsigned turn;
 static char **environment;
 
@@ -988,7 +996,7 @@ static void loop(void)
 		look_for_ends();
 		if (polled[0].revents & (POLLIN | POLLHUP | POLLERR) &&
 		    received_size < sizeof(received) && !receive()) {
-			if (!in_guest)
+			if (ends)
 				return;
 			sleep_ms(5);	/* the host does not listen yet */
 		}
@@ -1075,6 +1083,49 @@ static int open_port(int sysfs)
 	return found;
 }
 
+/* Connects to `host_port` of the host; -1 if the kernel can't, or has not found its device yet.
+ * What fails otherwise is not tried again: `host_port` is 0 then.
+ */
+static int connect_to_host(int sysfs, uint32_t *host_port)
+{
+	struct sockaddr_vm ours = {
+		.svm_family = AF_VSOCK, .svm_port = OWN_VSOCK_PORT, .svm_cid = VMADDR_CID_ANY
+	};
+	struct sockaddr_vm host = {
+		.svm_family = AF_VSOCK, .svm_port = *host_port, .svm_cid = VMADDR_CID_HOST
+	};
+	struct stat found;
+	long made, error;
+
+	/* Without a driver, each socket would make the kernel start /sbin/modprobe. */
+	if (!*host_port || sys(newfstatat, sysfs, VSOCK_DRIVER, &found, 0))
+		return -1;
+	made = sys(socket, AF_VSOCK, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	if (made < 0)
+		return -1;
+	error = sys(bind, made, &ours, sizeof(ours));
+	if (!error)
+		error = sys(connect, made, &host, sizeof(host));	/* waits 2 s at most */
+	if (!error) {
+		nonblocking(made);
+		ends = 1;
+		return made;
+	}
+	sys(close, made);
+	if (error != -ENODEV)
+		*host_port = 0;
+	return -1;
+}
+
+static uint32_t decimal(const char *text)
+{
+	uint32_t value = 0;
+
+	while (text && *text >= '0' && *text <= '9')
+		value = value * 10 + (*text++ - '0');
+	return value;
+}
+
 /* Loads what the initrd has brought along, in the order of ASCII; what fails is built in, or missed
  * by find_port. */
 static void load_modules(void)
@@ -1114,8 +1165,8 @@ static void wait_for_shell(void)
 	}
 }
 
-/* Waits for the port.  A guest that is nothing but the agent can't get it later: it ends. */
-static void find_port(int wait_for_root, int alone)
+/* Waits for a way to the host.  A guest that is nothing but the agent can't get one later: it ends. */
+static void find_port(int wait_for_root, int alone, uint32_t host_port)
 {
 	int sysfs = mounted("sysfs");
 	long passed = 0, settled = 0, step;
@@ -1126,6 +1177,8 @@ static void find_port(int wait_for_root, int alone)
 	for (;;) {
 		int there = !wait_for_root || has_left_initrd();
 
+		if (port < 0)
+			port = connect_to_host(sysfs, &host_port);
 		if (port < 0)
 			port = open_port(sysfs);
 		if (there && port >= 0)
@@ -1178,6 +1231,7 @@ __attribute__((noreturn, used)) static void begin(long *stack)
 	environment = variables;
 	if (*stack == 2 && same(arguments[1], "-", 2)) {
 		port = 0;
+		ends = 1;
 		nonblocking(0);
 	} else {
 		if (sys(getpid) == 1) {
@@ -1195,7 +1249,8 @@ __attribute__((noreturn, used)) static void begin(long *stack)
 			;
 		alone = !is_init(arguments[0]);
 		arguments[0][0] = '@';
-		find_port(!!variable(variables, "kvmpriv_wait_for_root="), alone);
+		find_port(!!variable(variables, "kvmpriv_wait_for_root="), alone,
+			  decimal(variable(variables, "kvmpriv_vsock=")));
 		wait_for_shell();
 		for (char **at = variables; *at; at++)
 			if (same(*at, "kvmpriv_", 8)) {

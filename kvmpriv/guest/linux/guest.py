@@ -7,9 +7,11 @@
         guest.put("program", "/bin/program")
         log = guest.get("/proc/kallsyms")
 
-The initrd brings an agent along (agent.c), which has the other end of a port of a virtio console.
-The guest needs nothing but a kernel with the drivers virtio_mmio and virtio_console: built in, or
-as modules.  Modules come from this host's /lib/modules, or the guest's own init loads them.
+The initrd brings an agent along (agent.c).  It connects to this process over vsock where the host
+has /dev/vhost-vsock and the guest's kernel has the driver; else it has the other end of a port of a
+virtio console.  The guest needs nothing but a kernel with the drivers virtio_mmio and
+virtio_console: built in, or as modules.  Modules come from this host's /lib/modules, or the guest's
+own init loads them.
 
 A distribution's disk is booted with the distribution's kernel and initrd:
 
@@ -20,7 +22,7 @@ A distribution's disk is booted with the distribution's kernel and initrd:
         guest.run(["systemctl", "is-system-running", "--wait"])
 
 With ``root=`` in its command line a guest is ready when init has changed from the initrd to that
-root file system, and the agent has its port.  Services may still be starting.
+root file system, and the agent has come.  Services may still be starting.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...errors import ClosedError
+from ...errors import ArgumentError, ClosedError
 from ...exit_status import ExitStatus
 from ...kvm import Kvm
 from ...private import PrivateAbi, choose
@@ -40,14 +42,16 @@ from . import initrd as _initrd
 from .agent import Agent
 from .disk import Block
 from .kernel import LinuxImage, load_linux
-from .layout import plan
+from .layout import VIRTIO_MAX, plan
 from .machine import LinuxMachine
-from .modules import CONSOLE, find_modules
+from .modules import CONSOLE, DRIVERS, VSOCK, find_modules
 from .outcome import EXIT_STATUSES, Outcome
 from .port import Port
 from .protocol import Link
 from .root import check_root
+from .streams import Streams
 from .usage import Cost
+from .vsock import Vsock
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,6 +63,8 @@ __all__ = ["PORT_NAME", "GuestDied", "LinuxGuest"]
 
 #: The name of the agent's port in the guest.
 PORT_NAME = "kvmpriv.agent"
+#: What the agent uses: `LinuxGuest.transport`.
+_BY_PORT, _BY_VSOCK = "virtio-console", "vsock"
 _CONSOLE_KEPT = 64 << 10
 _LINES_SHOWN = 10
 _SETTLES = 1.0  # seconds after the agent's end in which the guest may end, too
@@ -110,6 +116,10 @@ class LinuxGuest(Agent):
     `pin`: for each vCPU the CPU of the host that it runs on; empty: any.
     `output`: called with what the guest prints on its console, in a thread of the guest.
     `complain`: called with a line of text when a device stops, from any thread.
+    `vsock`: whether the agent connects over vsock (/dev/vhost-vsock).  None: where the host and the
+    guest's kernel can, else it uses a port of a virtio console.  True: it must, or the constructor
+    raises an OSError, or `start` GuestDied, with the reason.  False: never.  `transport` says which
+    of them it is.  A guest with vsock can also connect to what else listens on vsock on this host.
     `trace`: a file to record the run in.
     `device`: KVM's device node.
 
@@ -142,6 +152,7 @@ class LinuxGuest(Agent):
         pin: Sequence[int] = (),
         output: Callable[[bytes], object] = lambda data: None,
         complain: Callable[[str], object] = lambda text: None,
+        vsock: bool | None = None,
         trace: str | os.PathLike[str] | None = None,
         device: str = "/dev/kvm",
     ) -> None:
@@ -151,21 +162,34 @@ class LinuxGuest(Agent):
             image = kernel if isinstance(kernel, LinuxImage) else load_linux(_contents(kernel))
             for disk in [one for one in devices if isinstance(one, Block)][:1]:
                 check_root(cmdline, disk.path)
-            modules = find_modules(image.version)
+            super().__init__(Link(self._send))
+            self._streams = Streams(self._link.received, self._agent_has_ended, self._agent_came)
+            self._vsock_required = bool(vsock)
+            self._vsock = self._open_vsock(vsock)
+            if self._vsock is not None:
+                stack.callback(self._vsock.close)
+            own = [VSOCK] if self._vsock is not None else []
+            modules = find_modules(image.version, drivers=(*DRIVERS, *own))
             root, cmdline = _initrd.with_agent(
                 None if initrd is None else _initrd.check(_contents(initrd)),
                 cmdline,
                 [module.contents for module in modules],
+                vsock_port=None if self._vsock is None else self._vsock.port,
             )
             self._own_root = initrd is not None and _initrd.has_root(cmdline)
             late = self._own_root or any(module.name == CONSOLE for module in modules)
+            most = VIRTIO_MAX - (2 if late else 3)
+            if len(devices) > most:
+                raise ArgumentError(
+                    f"a guest with an agent can have up to {most} virtio devices of its caller, not"
+                    f" {len(devices)}"
+                )
             kvm = stack.enter_context(Kvm(device))
             abi: PrivateAbi | None = None
             if private:
                 abi = choose(kvm, private if isinstance(private, str) else None)
-            super().__init__(Link(self._send))
-            self._port = Port(PORT_NAME, self._link.received, self._agent_has_ended)
-            stack.callback(self._port.close)
+            port = self._streams.add(_BY_PORT, lambda *calls: Port(PORT_NAME, *calls))
+            stack.callback(port.close)
             ranges = plan(memory, private=abi is not None)
             stack.pop_all()  # the machine closes the devices, also if it can't be made
             with ExitStack() as made:
@@ -179,7 +203,7 @@ class LinuxGuest(Agent):
                         cmdline=cmdline,
                         cpus=cpus,
                         abi=abi,
-                        devices=[self._port, *devices],
+                        devices=[port, *devices, *([self._vsock] if self._vsock else [])],
                         complain=complain,
                         output=self._print,
                         pin=pin,
@@ -199,8 +223,38 @@ class LinuxGuest(Agent):
 
     # -- in the guest's own threads ------------------------------------------------------------
 
+    def _open_vsock(self, wanted: bool | None) -> Vsock | None:
+        """The vsock device; None without one, and then `_no_vsock` has the reason."""
+        self._no_vsock = "vsock=False"
+        if wanted is False:
+            return None
+        try:
+            made = self._streams.add(_BY_VSOCK, lambda *calls: Vsock(*calls, required=bool(wanted)))
+        except OSError as error:
+            if wanted:
+                raise
+            self._no_vsock = str(error.strerror)
+            return None
+        self._no_vsock = (
+            f"the guest has not connected over vsock, for which its kernel needs the driver {VSOCK}"
+        )
+        return made
+
     def _send(self, data: bytes) -> None:
-        self._port.send(data)
+        self._streams.send(data)
+
+    def _agent_came(self, transport: str) -> None:
+        if transport == _BY_VSOCK:
+            self.machine.mark("the agent uses vsock")
+            return
+        how = f"the agent uses a port of a virtio console: {self._no_vsock}"
+        self.machine.mark(how)
+        if self._vsock is not None:
+            self._vsock.stop()
+        if self._vsock_required:
+            outcome = Outcome("error", ExitStatus.UNABLE, f"vsock=True, and {how}")
+            self.machine.end(outcome)
+            self._link.fail(lambda: GuestDied(outcome, self._last_lines()))
 
     def _print(self, data: bytes) -> None:
         self._console += data
@@ -223,8 +277,9 @@ class LinuxGuest(Agent):
         return died
 
     def _agent_has_ended(self) -> None:
-        """The port was closed.  A guest that ends does that, too; then it has an outcome soon."""
-        why = "its port was closed; the guest may run on"
+        """A guest that ends does that, too; then it has an outcome soon."""
+        what = "connection" if self._streams.chosen == _BY_VSOCK else "port"
+        why = f"its {what} was closed; the guest may run on"
         outcome = Outcome("agent", ExitStatus.UNABLE, why)
 
         def died() -> Exception:
@@ -250,6 +305,11 @@ class LinuxGuest(Agent):
     def outcome(self) -> Outcome | None:
         """How the guest ended; None while it runs."""
         return self._outcome
+
+    @property
+    def transport(self) -> str | None:
+        """What the agent uses: "vsock" or "virtio-console"; None until it has answered."""
+        return self._streams.chosen
 
     @property
     def alive(self) -> bool:

@@ -84,7 +84,11 @@ def busybox(
 
 
 def with_agent(
-    initrd: bytes | None, cmdline: str, modules: Sequence[bytes] = ()
+    initrd: bytes | None,
+    cmdline: str,
+    modules: Sequence[bytes] = (),
+    *,
+    vsock_port: int | None = None,
 ) -> tuple[bytes, str]:
     """An initrd with the agent of `LinuxGuest`, and a kernel's command line that starts it.
 
@@ -93,19 +97,22 @@ def with_agent(
     one after the other, also if the first of them is compressed.  With ``root=`` in the command
     line the agent answers once init has changed to that root file system.
 
-    `modules` are kernel modules, which the agent loads first, in this order.
+    `modules` are kernel modules, which the agent loads first, in this order.  `vsock_port` is the
+    port of the host that it connects to if the guest's kernel has vsock.
     """
     from .agent_ready import AGENT
 
     if len(modules) > _MODULES_MAX:
         raise ArgumentError(f"the agent loads up to {_MODULES_MAX} modules, not {len(modules)}")
     files = {_MODULE.format(chr(ord("0") + at)): data for at, data in enumerate(modules)}
+    told = [f"kvmpriv_vsock={vsock_port}"] if vsock_port is not None else []
     if initrd is None:
-        return busybox(_AGENT_SCRIPT, {_AGENT: AGENT, **files}), cmdline
+        return busybox(_AGENT_SCRIPT, {_AGENT: AGENT, **files}), " ".join([*told, cmdline])
     words = cmdline.split()
     own = [word.partition("=")[2] for word in words if word.startswith("rdinit=")]
     kept = [word for word in words if not word.startswith("rdinit=")]
-    told = [f"kvmpriv_init={own[-1]}"] if own else []
+    if own:
+        told.append(f"kvmpriv_init={own[-1]}")
     if has_root(cmdline):
         told.append("kvmpriv_wait_for_root=1")
     aligned = initrd + bytes(-len(initrd) % 4)

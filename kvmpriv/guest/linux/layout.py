@@ -36,7 +36,7 @@ _BOUNCE_SLOT, _BOUNCE_MIN = 2048, 1 << 20
 #: The guest physical address of the virtio devices' registers, one page for each device.
 MMIO = 0xD0000000
 #: At most so many virtio devices, and the first address after theirs.
-VIRTIO_MAX = 8
+VIRTIO_MAX = 9
 VIRTIO_END = MMIO + VIRTIO_MAX * PAGE_SIZE
 #: Where the RAM of the first megabyte ends; from there to 1 MiB are ACPI's tables.
 CONVENTIONAL_END = 0x9F000

@@ -69,7 +69,8 @@ DEFAULT_CMDLINE = CONSOLES["serial"]
 CPUS_MAX = 254
 
 _COM1, _COM2 = (0x3F8, 4), (0x2F8, 3)  # port, interrupt
-_VIRTIO_GSI = 16  # the first of the inputs of the IOAPIC that no legacy device uses
+# Inputs of the IOAPIC that no other device uses: 13 was that of a separate FPU.
+_VIRTIO_GSIS = (*range(16, 24), 13)
 _TSS_ADDRESS, _IDENTITY_MAP_ADDRESS = 0xFFFBD000, 0xFFFBC000
 
 
@@ -101,7 +102,7 @@ class LinuxMachine:
     `cmdline`: what the kernel's command line contains after DEFAULT_CMDLINE.
     `cpus`: the number of vCPUs, 1 to CPUS_MAX.
     `abi`: the ABI for the private ranges; needed if there are any.
-    `devices`: at most 8 virtio devices.  The machine owns them: it closes them, also when it can't
+    `devices`: at most 9 virtio devices.  The machine owns them: it closes them, also when it can't
     be made.
     `output`: called with the bytes that the guest prints, in the thread that calls `run`.
     `complain`: called with a line of text when a device stops, from any thread.
@@ -267,7 +268,7 @@ class LinuxMachine:
             return made.fileno()
 
         number = len(self._virtio)
-        base, gsi = MMIO + number * PAGE_SIZE, _VIRTIO_GSI + number
+        base, gsi = MMIO + number * PAGE_SIZE, _VIRTIO_GSIS[number]
         wires = Wires(eventfd(), [eventfd() for _ in range(device.queue_count)])
         self.vm.irqfd(wires.interrupt, gsi)
         page: HostMemory | None = stack.enter_context(HostMemory(PAGE_SIZE))
@@ -391,8 +392,7 @@ class LinuxMachine:
 
     def _complained(self, text: str) -> None:
         """A device complains: tell the caller, and record it."""
-        if self._mark is not None:
-            self._mark(mark=text)
+        self.mark(text)
         self._complain(text)
 
     def _io_failed(self, error: BaseException) -> None:
@@ -439,6 +439,11 @@ class LinuxMachine:
         The guest sets it by the line ``exit N`` on COM2; 0 until then.
         """
         return self._said.status
+
+    def mark(self, text: str) -> None:
+        """Mark this moment of the recording with `text`; without effect without a recording."""
+        if self._mark is not None:
+            self._mark(mark=text)
 
     def reset(self) -> None:
         """End the guest as one that reset itself.  Callable from any thread."""

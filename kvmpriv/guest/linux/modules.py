@@ -7,15 +7,16 @@ import lzma
 import shutil
 import subprocess
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from ..image import ImageError
 
-__all__ = ["CONSOLE", "DRIVERS", "Module", "find_modules"]
+__all__ = ["CONSOLE", "DRIVERS", "VSOCK", "Module", "find_modules"]
 
-#: The driver of the agent's port.
-CONSOLE = "virtio_console"
+#: The drivers of the agent's port, and of its vsock.
+CONSOLE, VSOCK = "virtio_console", "vmw_vsock_virtio_transport"
 #: What a guest of kvmpriv can need.
 DRIVERS = ("virtio_mmio", CONSOLE, "virtio_blk", "virtio_net", "virtio_rng")
 _FOLDER = Path("/lib/modules")
@@ -28,8 +29,10 @@ class Module(NamedTuple):
     contents: bytes
 
 
-def find_modules(release: str, folder: Path = _FOLDER) -> list[Module]:
-    """Those of DRIVERS that the kernel `release` has as modules, in the order to load them.
+def find_modules(
+    release: str, folder: Path = _FOLDER, *, drivers: Sequence[str] = DRIVERS
+) -> list[Module]:
+    """Those of `drivers` that the kernel `release` has as modules, in the order to load them.
 
     [] if `folder` has no modules for it: the kernel may have the drivers built in, or the initrd
     may bring them along.  ImageError for a module that can't be unpacked.
@@ -46,7 +49,7 @@ def find_modules(release: str, folder: Path = _FOLDER) -> list[Module]:
         path, _, others = line.partition(":")
         needs[_name(path)] = [path, *others.split()]
     found: dict[str, Module] = {}
-    for driver in DRIVERS:
+    for driver in drivers:
         for path in reversed(needs.get(driver, [])):  # depmod lists the first to load last
             if path not in found:
                 found[path] = Module(_name(path), _contents(here / path))
