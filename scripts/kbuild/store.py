@@ -21,17 +21,26 @@ from .recipe import MODULES_GIB, PLAIN_GIB, Plan, make_kernel
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-KEEP = 4  # kernels per variant; the older ones are from before a patch was edited
+KEEP = 4  # kernels of a name; the older ones are from before a patch was edited
 
 
-def sweep(cache: Path, variant: str) -> None:
-    """Remove the folders of interrupted builds, and all but the newest kernels of this variant."""
+def name_of(plan: Plan) -> str:
+    """What the folders of a plan's kernels are called, before the key.
+
+    Kernels of a developer's own trees have names of their own: a bisection builds many of them, and
+    must not remove those of Debian's sources.
+    """
+    return f"{plan.variant}-tree" if plan.source else plan.variant
+
+
+def sweep(cache: Path, kind: str) -> None:
+    """Remove the folders of interrupted builds, and all but the newest kernels of this name."""
     for scratch in cache.glob("*.building"):
         with if_free(scratch.with_suffix(".lock")) as free:
             if free:
                 say(f"removing the folder of an interrupted build: {scratch}")
                 shutil.rmtree(scratch, ignore_errors=True)
-    done = [path for path in cache.glob(f"{variant}.*") if (path / "bzImage").exists()]
+    done = [path for path in cache.glob(f"{kind}.*") if (path / "bzImage").exists()]
     done.sort(key=lambda path: path.stat().st_mtime)
     for old in done[: -KEEP or None]:
         shutil.rmtree(old, ignore_errors=True)
@@ -72,7 +81,7 @@ def find_or_build(
         needs[os.environ["CC"].split()[0]] = os.environ["CC"].split()[0]
     ensure(needs)
     plan = with_source(plan, look)
-    name = f"{plan.variant}.{plan.key()}"
+    name = f"{name_of(plan)}.{plan.key()}"
     entry, scratch = cache / name, cache / f"{name}.building"
     if (entry / "bzImage").exists():
         os.utime(entry)
@@ -82,7 +91,7 @@ def find_or_build(
             return entry
         # We have the lock, so a folder that exists is from an interrupted build.
         shutil.rmtree(scratch, ignore_errors=True)
-        sweep(cache, plan.variant)
+        sweep(cache, name_of(plan))
         check_space(cache, plan)
         out = scratch / "out"
         out.mkdir(parents=True)

@@ -19,7 +19,7 @@ from kbuild.errors import Refused
 from kbuild.locks import locked
 from kbuild.packages import DEB_TOOLS, TOOLS, absent, ensure
 from kbuild.recipe import Plan, options, unmet
-from kbuild.store import find_or_build
+from kbuild.store import KEEP, find_or_build, name_of, sweep
 from private.support.requirements import missing
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -167,7 +167,7 @@ def test_literal_leaves_out_the_fixes(build: Build, scripts: Path) -> None:
     literal = image_of(build("restrictedmem", "--literal"))
     assert fixed.read_text().split()[1] == "2"
     assert literal.read_text().split()[1] == "TWO"
-    assert literal.parent.name.startswith("restrictedmem-literal.")
+    assert literal.parent.name.startswith("restrictedmem-literal-tree.")
 
 
 def test_option_that_did_not_survive_is_an_error(build: Build, scripts: Path) -> None:
@@ -332,6 +332,22 @@ def test_no_space(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tree: Path) -
     with pytest.raises(Refused, match=r"needs 3\.5 GiB in .*, which has 1\.0") as refused:
         find_or_build(Plan("guest_memfd", source=tree))
     assert refused.value.code == 7
+
+
+def test_a_bisection_leaves_the_kernels_of_debian(tmp_path: Path, tree: Path) -> None:
+    """Of a developer's trees the newest kernels are kept, and all those of other names."""
+    own, debian = name_of(Plan("guest_memfd", source=tree)), name_of(Plan("guest_memfd"))
+    names = [f"{debian}.0", *(f"{own}.{number}" for number in range(KEEP + 2)), f"{debian}-6.12.0"]
+    for seconds, name in enumerate(names):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "bzImage").touch()
+        os.utime(folder, (seconds, seconds))
+    for kind in (debian, own):
+        sweep(tmp_path, kind)
+    assert sorted(path.name for path in tmp_path.iterdir() if path != tree) == sorted(
+        [names[0], *names[3:]]
+    )
 
 
 def test_key_follows_what_decides(
