@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -249,6 +250,9 @@ def test_many_writers(tmp_path: Path) -> None:
         writer.start()
     try:
         seen = {path.read_text() for _ in range(300)}
+        deadline = time.monotonic() + 60
+        while len(seen) < 2 and time.monotonic() < deadline:  # the writers got no processor yet
+            seen.add(path.read_text())
     finally:
         stop.set()
         for writer in writers:
