@@ -267,7 +267,7 @@ def test_an_agent_that_comes_over_vsock(vhost: Kernel, server: Server, tmp_path:
 def test_an_agent_that_does_not_come_over_vsock(
     vhost: Kernel, server: Server, wanted: bool | None, tmp_path: Path
 ) -> None:
-    """Its kernel has no vsock: then nobody can connect any more, and vsock=True ends the guest."""
+    """Its kernel has no vsock: then the listener is closed, and vsock=True ends the guest."""
     made = guest(UP, vsock=wanted, trace=tmp_path / "trace")
     thread = waiting(made)
     made._streams._take("virtio-console", hello())

@@ -45,7 +45,7 @@ def test_the_first_bytes_choose() -> None:
     assert (one.first.sent, one.second.sent) == ([], [b"1", b"2", b"3"])
     one.first.take(b"another program")
     one.first.end()
-    assert one.log == [("came", "second"), b"hello"], "the other stream is none of the agent's"
+    assert one.log == [("came", "second"), b"hello"], "the other stream is not the agent's"
     one.second.take(b"more")
     one.second.end()
     assert one.log[2:] == [b"more", "end"]

@@ -274,7 +274,7 @@ def test_a_host_without_vhost(tmp_path: Any) -> None:
 def test_a_kernel_that_refuses_in_the_middle(
     kernel: Kernel, guest: MakeGuest, fails: str, ring: int
 ) -> None:
-    """Whatever it has been told until then is taken back, and nobody can connect."""
+    """The kernel's settings are taken back, and no connection can be made."""
     one = guest()
     kernel.fails, kernel.fails_at = fails, ring
     one.driver.start()
@@ -410,11 +410,11 @@ def test_who_may_connect(guest: MakeGuest) -> None:
         stranger = one.server.connect_from(*address)
         stranger.sendall(b"not the agent")
         one.serve()
-        with pytest.raises(ConnectionResetError):  # with bytes that nobody has read
+        with pytest.raises(ConnectionResetError):  # with bytes that were not read
             stranger.recv(1)
         stranger.close()
     connection = one.connect()
-    assert one.server.fileno() == -1, "nobody else can connect"
+    assert one.server.fileno() == -1, "no other connection can be made"
     with pytest.raises(ConnectionRefusedError):
         one.connect()
     connection.sendall(b"the agent")
@@ -476,7 +476,7 @@ def test_a_peer_that_does_not_read(guest: MakeGuest) -> None:
     connection.close()
     one.serve()
     assert one.ended == 1
-    assert not one.vsock._listener._outgoing, "nothing is kept for nobody"
+    assert not one.vsock._listener._outgoing, "no data is kept without a connection"
     one.vsock.send(b"late")
     assert not one.ready()
 

@@ -711,7 +711,7 @@ def connect(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 def test_vsock(make_linux_guest: MakeLinuxGuest, connect: bytes, tmp_path: Path) -> None:
-    """The host's kernel moves the bytes; nobody else can have the connection; a pause stops it."""
+    """The host's kernel moves the bytes, for this process alone; a pause stops it."""
     before = len(os.listdir("/proc/self/fd")), threading.active_count(), vhost_threads()
     devices = [Entropy() for _ in range(6)]
     trace_file = tmp_path / "trace"

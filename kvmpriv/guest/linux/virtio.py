@@ -295,7 +295,7 @@ class VirtioDevice(ABC):
     #: What becomes of the queues when it can't, for messages.
     without_path: str = "this process serves its queues"
     #: A descriptor for which the thread of the devices calls `own_ready` when it is readable,
-    #: whoever serves the queues; -1: none.
+    #: what serves the queues; -1: none.
     own_fd: int = -1
 
     def negotiated(self, accepted: int) -> None:  # noqa: B027  # most devices don't care

@@ -30,7 +30,7 @@ _PIECE = 128 << 10
 class Listener:
     """Takes one connection to the socket `server`, from the address `peer`: a stream of bytes.
 
-    Other connections are closed at once; when there is the one, nobody can connect any more.
+    Other connections are closed at once.  After the guest's one the listener is closed.
     `received` is called with the bytes that have come, and `ended` at the connection's end, both in
     the thread that calls `ready`; they must not block or raise.  `server` belongs to the listener,
     also if this raises an exception.
@@ -73,7 +73,7 @@ class Listener:
         return self._epoll.fileno()
 
     def send(self, data: bytes) -> None:
-        """Send `data` once there is a connection, from any thread; after its end, to nobody."""
+        """Send `data` once there is a connection, or drop it after its end; from any thread."""
         with self._lock:
             if not self._over:
                 self._outgoing.append(memoryview(data))
