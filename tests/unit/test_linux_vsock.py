@@ -532,7 +532,7 @@ def test_close(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
         one.vsock.send(b"late")
         one.vsock.stop()
         assert kernel.serving == [False, False]
-        assert one.ended == 0, "the machine's own end is no end of the connection"
+        assert one.ended == 0, "the end of the machine is not reported as the connection's"
         del one
         assert fds() == before
 

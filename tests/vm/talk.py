@@ -725,7 +725,7 @@ def test_vsock(make_linux_guest: MakeLinuxGuest, connect: bytes, tmp_path: Path)
     assert re.search(r"^ *13:.* virtio8$", interrupts, re.MULTILINE), interrupts
     guest.run("echo on the console >/dev/console", check=True)
     within(20, lambda: b"on the console" in guest.console)
-    # Nobody listens any more, and a user of the guest can't have the agent's port.
+    # The listener is closed, and a user of the guest can't have the agent's port.
     guest.put(connect, "/bin/connect", mode=0o755)
     for own in (0, 1022):
         assert guest.run(f"connect {own} {vsock.port}").returncode == errno.ECONNRESET
