@@ -489,19 +489,35 @@ def test_slot_deletion_under_access(make: MakeGuest) -> None:
 
 
 @rule("race.slot-against-fault.gone")
-def test_nothing_stays_mapped_of_a_deleted_slot(make: MakeGuest) -> None:
-    """One vCPU accesses a slot while it is deleted; then an access of the other one is an exit."""
+@pytest.mark.parametrize("is_private", [True, False], ids=["private", "shared"])
+def test_nothing_stays_mapped_of_a_deleted_slot(make: MakeGuest, is_private: bool) -> None:
+    """One vCPU accesses a slot while it is deleted; then an access of the other one is an exit.
+
+    A shared access without a slot is MMIO, and never a fault exit or an error of KVM_RUN.
+    """
     private = make(cpus=2)
+    if not is_private:
+        private.convert(GPA, SIZE, private=False)
+    mmio = not is_private or private.behaviour.mmio_without_slot
+    expected = k.KVM_EXIT_MMIO if mmio else private.abi.fault_layout.reason
     other = private.guest.cpus[1]
-    other.serve = lambda _cpu, _exit: True
+    reasons: list[int] = []
+
+    def serve(_cpu: object, exit_: Exit) -> bool:
+        reasons.append(exit_.reason)
+        return True
+
+    other.serve = serve
     with beside(lambda: other.touch(GPA, PAGE, 16)):
-        for turn in rounds(50):
+        for turn in rounds(50, until=lambda: reasons):
             private.slot.delete()
-            with pytest.raises(GuestExit):
+            with pytest.raises(GuestExit) as stopped:
                 private.guest.load(GPA + turn % 16 * PAGE, 8)
+            assert stopped.value.exit.reason == expected
             private.slot = private.bind_again(1, GPA, SIZE, OFFSET, private.shared)
             private.guest.resume()
     assert turn + 1 >= ROUNDS
+    assert set(reasons) == {expected}
 
 
 @rule("gm.fault.after-mmio", "gip.fault.after-mmio")
