@@ -217,14 +217,17 @@ def _sleeps() -> str | None:
 
 @_detects("kind-read-twice")
 def _read_twice() -> str | None:
-    """A guest that has stated nothing accesses each page as what it is: no access is a fault."""
+    """A guest that has stated nothing accesses each page as what it is: no access is a fault.
+
+    It accesses so many pages that a fault is under way at almost each conversion.
+    """
     with detector_rig(cpus=2) as b, HostMemory(MIB) as memory:
         b.bind_at_gpa(MIB, memory=memory)
         other = b.guest.cpus[1]
         other.serve = lambda _cpu, exit_: isinstance(exit_, MemoryFaultExit)  # run it again
-        with beside(lambda: other.touch(GPA, PAGE, 16)) as touched:
-            for turn in rounds(20000, seconds=8, until=lambda: touched[0] > 0):
-                b.convert(GPA, 16 * PAGE, private=bool(turn % 2))
+        with beside(lambda: other.touch(GPA, PAGE, MIB // PAGE)) as touched:
+            for turn in rounds(20000, seconds=8, least=5000, until=lambda: touched[0] > 0):
+                b.convert(GPA, MIB, private=bool(turn % 2))
                 if other.exits:
                     break
         return f"{other.exits[0]} after {turn + 1} conversions" if other.exits else None
