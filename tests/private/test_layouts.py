@@ -101,6 +101,7 @@ def test_each_page_has_its_place(rig: Rig, layout: Layout) -> None:
 
 
 @rule("private.layout.holes")
+@pytest.mark.known_defect("private-prefetch")
 @holes
 @layouts
 def test_each_hole_has_its_place(rig: Rig, layout: Layout) -> None:
@@ -216,6 +217,7 @@ def test_both_ends_of_the_address_space(rig: Rig, kvm: Kvm) -> None:
 
 
 @rule("private.layout.across-slots")
+@pytest.mark.known_defect("private-prefetch")
 @holes
 @two_backings
 def test_ranges_across_slots(rig: Rig) -> None:
@@ -280,7 +282,9 @@ def large_slot(rig: Rig, offset: int = OFFSET) -> None:
 
 
 @rule("v9.large-pages.made", "v9.large-pages.broken", "v9.large-pages.joined")
-@pytest.mark.known_defect("notified-in-bytes", "mixed-large-page", "split-loses-pages")
+@pytest.mark.known_defect(
+    "notified-in-bytes", "mixed-large-page", "split-loses-pages", "private-prefetch"
+)
 @only("restrictedmem")
 def test_large_pages(rig: Rig) -> None:
     """2 MiB mappings, by KVM's counters: conversions and holes split them, and no data is lost."""

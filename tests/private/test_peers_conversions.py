@@ -120,6 +120,7 @@ machines = pytest.mark.parametrize(
 
 
 @rule("convert.explicit", "convert.odd-pages", "convert.vcpus-and-slots")
+@pytest.mark.known_defect("private-prefetch")
 @machines
 @pytest.mark.parametrize("allocate", [False, True], ids=["on demand", "fallocate"])
 @fresh
@@ -344,6 +345,7 @@ def found(state: list[bool], private_side: list[int], shared_side: list[int]) ->
 
 
 @rule("convert.window-in-parts")
+@pytest.mark.known_defect("private-prefetch")
 @ways
 @fresh
 def test_a_window_in_parts(window: Window) -> None:

@@ -380,7 +380,7 @@ def test_reads_against_the_hosts_own_holes(make_rig: MakeRig) -> None:
 
 
 @rule("private.race.read-against-conversion")
-@pytest.mark.known_defect("kind-read-twice")
+@pytest.mark.known_defect("kind-read-twice", "private-prefetch")
 @two_backings
 def test_reads_against_conversions(make_rig: MakeRig) -> None:
     """Reads during a conversion leave no mapping of the other memory."""
