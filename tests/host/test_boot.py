@@ -12,6 +12,7 @@ import sys
 import termios
 import threading
 import time
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -809,27 +810,43 @@ def test_a_place_that_a_device_can_not_have(
     assert not device.closed, "it stays its caller's"
 
 
+def first_run_fails(
+    monkeypatch: pytest.MonkeyPatch,
+    suberror: str,
+    data: list[int],
+    before: Callable[[Vcpu], object] = lambda _vcpu: None,
+) -> None:
+    """The first KVM_RUN ends with this internal error, after `before`; the later ones are KVM's."""
+    run = Vcpu.run
+    failed: list[Vcpu] = []
+
+    def fail_once(vcpu: Vcpu) -> int:
+        if failed:
+            return run(vcpu)
+        failed.append(vcpu)
+        before(vcpu)
+        internal = vcpu.kvm_run.internal
+        vcpu.kvm_run.exit_reason = uapi.kvm.KVM_EXIT_INTERNAL_ERROR
+        internal.suberror = getattr(uapi.kvm, f"KVM_INTERNAL_ERROR_{suberror}")
+        internal.ndata = len(data)
+        internal.data[0 : len(data)] = data
+        return uapi.kvm.KVM_EXIT_INTERNAL_ERROR
+
+    monkeypatch.setattr(Vcpu, "run", fail_once)
+
+
 @pytest.mark.parametrize("event", ["", "exception", "interrupt", "nmi"])
 def test_an_event_that_kvm_reports(kvm: Kvm, monkeypatch: pytest.MonkeyPatch, event: str) -> None:
     """The report of a delivery that failed ends the guest, if there is an event to deliver."""
-    run = Vcpu.run
-    told: list[Vcpu] = []
 
-    def tell_once(vcpu: Vcpu) -> int:
-        if told:
-            return run(vcpu)
-        told.append(vcpu)
+    def put_event(vcpu: Vcpu) -> None:
         if event:
             events = vcpu.get_vcpu_events()
             getattr(events, event).injected = 1
             events.exception.nr = 14
             vcpu.set_vcpu_events(events)
-        vcpu.kvm_run.exit_reason = uapi.kvm.KVM_EXIT_INTERNAL_ERROR
-        vcpu.kvm_run.internal.suberror = uapi.kvm.KVM_INTERNAL_ERROR_DELIVERY_EV
-        vcpu.kvm_run.internal.ndata = 0
-        return uapi.kvm.KVM_EXIT_INTERNAL_ERROR
 
-    monkeypatch.setattr(Vcpu, "run", tell_once)
+    first_run_fails(monkeypatch, "DELIVERY_EV", [], put_event)
     image = load_linux(kernel(bytes.fromhex("b005 e6f4")))  # mov $5, %al; out %al, $0xf4
     with LinuxMachine(kvm, image, plan(32 << 20)) as machine:
         outcome = machine.run(timeout=20)
@@ -855,21 +872,7 @@ def test_a_cpuid_that_kvm_can_not_skip(
     kvm: Kvm, monkeypatch: pytest.MonkeyPatch, suberror: str, data: list[int], goes_on: bool
 ) -> None:
     """The guest goes on behind the instruction, whose result it has; any other one is a crash."""
-    run = Vcpu.run
-    told: list[Vcpu] = []
-
-    def tell_once(vcpu: Vcpu) -> int:
-        if told:
-            return run(vcpu)
-        told.append(vcpu)
-        internal = vcpu.kvm_run.internal
-        vcpu.kvm_run.exit_reason = uapi.kvm.KVM_EXIT_INTERNAL_ERROR
-        internal.suberror = getattr(uapi.kvm, f"KVM_INTERNAL_ERROR_{suberror}")
-        internal.ndata = len(data)
-        internal.data[0 : len(data)] = data
-        return uapi.kvm.KVM_EXIT_INTERNAL_ERROR
-
-    monkeypatch.setattr(Vcpu, "run", tell_once)
+    first_run_fails(monkeypatch, suberror, data)
     # ud2 in the place of the CPUID; mov $5, %al; out %al, $0xf4
     image = load_linux(kernel(bytes.fromhex("0f0b b005 e6f4")))
     with LinuxMachine(kvm, image, plan(32 << 20)) as machine:
