@@ -6,12 +6,10 @@ What each ABI has for itself is in the lifetimes of restrictedmem and of guest_m
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -30,7 +28,7 @@ from .support.accounting import BIG, Unevictable, vms_alive
 from .support.arch_hook import hook
 from .support.behaviour import behaviour_of
 from .support.kernels import takes_guest_memfd
-from .support.processes import in_child
+from .support.processes import in_child, killed_after
 from .support.races import eventually, rounds
 from .support.requirements import missing
 from .support.rig import MakeRig, Rig
@@ -398,22 +396,7 @@ def test_killed_in_the_middle(make_rig: MakeRig) -> None:
     with_rig = vms_alive()
     killed = 0
     for turn in rounds(8, 6, least=2):
-        read_end, write_end = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            try:
-                _live(abi, write_end)
-            finally:
-                os._exit(1)
-        os.close(write_end)
-        try:
-            assert os.read(read_end, 1) == b"x", "the child has begun"
-            time.sleep(0.002 * turn)
-        finally:
-            os.close(read_end)
-            os.kill(pid, signal.SIGKILL)
-            _, status = os.waitpid(pid, 0)
-        assert os.WIFSIGNALED(status), "it went on until it was killed"
+        assert killed_after(partial(_live, abi), 0.002 * turn, 20) < 20
         killed += 1
         assert eventually(lambda: vms_alive() == with_rig, 20)
     assert killed >= 2
@@ -421,7 +404,7 @@ def test_killed_in_the_middle(make_rig: MakeRig) -> None:
     assert before <= with_rig
 
 
-def _live(abi: PrivateAbi, write_end: int) -> None:
+def _live(abi: PrivateAbi, ready: Callable[[], None]) -> None:
     """Runs a guest, and converts, punches and fills its memory, until the process is killed."""
     with Kvm() as kvm:
         with hook(on=True):
@@ -441,7 +424,7 @@ def _live(abi: PrivateAbi, write_end: int) -> None:
 
         for cpu in (0, 1):
             threading.Thread(target=touch, args=(cpu,), daemon=True).start()
-        os.write(write_end, b"x")
+        ready()
         while True:
             abi.convert(vm, GPA, MIB, private=False)
             file.punch_hole(MIB, 2 * MIB)

@@ -104,6 +104,20 @@ class Kernel:
     def serving(self) -> list[bool]:
         return [ring.get("backend", -1) >= 0 for ring in self.rings]
 
+    def checks_rings(self, driver: Driver, wires: Wires) -> None:
+        """The kernel knows the guest's memory and the driver's rings, and was notified of each."""
+        start = driver.host.userspace_addr
+        assert self.regions == [(BASE, SIZE, start)], "what is private is not in the table"
+        assert len(self.rings) == 2
+        for number, ring in enumerate(self.rings):
+            places = [address - BASE + start for address in driver.rings(number)]
+            fields = ("desc_user_addr", "avail_user_addr", "used_user_addr")
+            assert [ring[field] for field in fields] == places
+            assert (ring["num"], ring["base"]) == (8, 0)
+            assert (ring["kick"], ring["call"]) == (wires.notify[number], wires.interrupt)
+            assert ring["err"] == driver.transport.host_fd()
+            assert os.eventfd_read(ring["kick"]) == 1, "for requests that are there already"
+
 
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
@@ -186,17 +200,8 @@ def test_the_kernel_serves_the_rings(kernel: Kernel, card: MakeCard) -> None:
     one.start()
     assert kernel.serving == [True, True]
     assert kernel.accepted == FEATURES, "the kernel is not to translate addresses"
-    start = driver.host.userspace_addr
-    assert kernel.regions == [(BASE, SIZE, start)], "what is private is not in the table"
-    for number, ring in enumerate(kernel.rings):
-        places = [address - BASE + start for address in driver.rings(number)]
-        fields = ("desc_user_addr", "avail_user_addr", "used_user_addr")
-        assert [ring[field] for field in fields] == places
-        assert (ring["num"], ring["base"]) == (8, 0)
-        assert (ring["kick"], ring["call"]) == (one.wires.notify[number], one.wires.interrupt)
-        assert ring["backend"] == one.cable.fileno()
-        assert ring["err"] == one.transport.host_fd()
-        assert os.eventfd_read(ring["kick"]) == 1, "for requests that are there already"
+    kernel.checks_rings(driver, one.wires)
+    assert [ring["backend"] for ring in kernel.rings] == [one.cable.fileno()] * 2
     assert one.transport.engaged
     assert one.words == driver.words == []
     # The kernel interrupts, and this process does not know when.
