@@ -122,9 +122,12 @@ def suite(part: str) -> int:
     return int(not ended or found != expected or bool(unnamed))
 
 
-def alone(kernel: list[str], one: Defect) -> tuple[int, list[str]]:
-    """Look for a dangerous defect in a VM: its exit status, and what it said of the defect."""
-    command = ["scripts/vm", *kernel, "--timeout", "900", "--", PYTHON, "-m", "pytest", "-q"]
+def alone(kernel: list[str], one: Defect, seconds: int = 900) -> tuple[int, list[str]]:
+    """Look for a dangerous defect in a VM: its exit status, and what it said of the defect.
+
+    A defect that makes the kernel hang ends the VM after `seconds`.
+    """
+    command = ["scripts/vm", *kernel, "--timeout", str(seconds), "--", PYTHON, "-m", "pytest", "-q"]
     command += ["-p", "no:cacheprovider", "--dangerous", "--timeout", "60"]
     done = subprocess.run(
         [*command, test_of(one.name)],
@@ -171,7 +174,7 @@ def without(chosen: list[breaks.Break]) -> int:
         row = f"{patch} {name} → exit code {seen.code}, {len(seen.failed)} failures"
         row += "".join(f", {found}" for found in sorted(seen.found))
         if known[name].dangerous:
-            code, said = alone(kernel, known[name])
+            code, said = alone(kernel, known[name], 300)
             good = good and (code != 0 or bool(one.unseen))
             row += f"; alone: exit code {code}, {said[0][:100] if said else 'nothing'}"
         print(row if good else f"{row}  WRONG", flush=True)
