@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import TypeVar
 
 __all__ = ["TAINT", "TROUBLE", "KernelLog", "complaints"]
+
+_Self = TypeVar("_Self", bound="KernelLog")
 
 TAINT = Path("/proc/sys/kernel/tainted")
 
@@ -35,6 +38,18 @@ class KernelLog:
             self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         except OSError:
             self._fd = -1
+
+    def __enter__(self: _Self) -> _Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; complaints() returns nothing from now on."""
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = -1
 
     def mark(self) -> None:
         """Later calls of complaints() leave out what is in the log now."""

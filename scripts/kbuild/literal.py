@@ -137,7 +137,8 @@ def alone(kernel: list[str], one: Defect, seconds: int = 900) -> tuple[int, list
         check=False,
     )
     both = (done.stdout + done.stderr).splitlines()
-    words = [line.strip() for line in both if re.search(r"known defect: |vm: the |BUG|WARN", line)]
+    told = re.compile(r"known defect: |^vm: the |\bBUG: |\bWARNING: ")
+    words = [line.strip() for line in both if told.search(line)]
     return done.returncode, words
 
 

@@ -109,3 +109,15 @@ def test_a_log_that_can_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     }  # fmt: skip
     assert report.heading(host, note).splitlines()[1] == note
     assert report.ktap_plan(Plan((), host, {}), note).splitlines()[2] == f"# {note}"
+
+
+def test_the_log_is_closed(tmp_path: Path, no_leak: object) -> None:
+    """After close(), by hand or at the end of `with`, there is nothing to read."""
+    path = tmp_path / "log"
+    path.write_text(f"4,12,345,-;{WARNING}\n")
+    with KernelLog(str(path)) as log:
+        record = os.read(log._fd, 1 << 14)
+        assert WARNING.encode() in record
+    assert log.complaints() == []
+    log.mark()
+    log.close()

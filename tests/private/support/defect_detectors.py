@@ -204,8 +204,7 @@ def _sleeps() -> str | None:
     Allocations that may not wait fail, so that the kernel makes one that may.
     """
     need_kernel_symbol("__might_sleep", "atomic-sleep")
-    log = KernelLog()
-    with detector_rig() as b:
+    with KernelLog() as log, detector_rig() as b:
         b.convert(GPA, PAGE, private=False)
         log.mark()
         with failing_allocations(**{"ignore-gfp-wait": "Y"}):
@@ -457,19 +456,19 @@ def _flag_cleared() -> str | None:
 def _path() -> str | None:
     """Nothing shows while the freed memory is intact: only KASAN reports each access to it."""
     need_kernel_symbol("kasan_report", "kasan")
-    log = KernelLog()
-    log.mark()
-    for _ in range(4):
-        file = RestrictedMem()
-        path = os.open(f"/proc/self/fd/{file.fileno()}", os.O_PATH)
-        try:
-            file.close()
-            said = answer(functools.partial(os.truncate, f"/proc/self/fd/{path}", PAGE))
-        finally:
-            os.close(path)
-        if said not in ("ok", "EPERM"):
-            return f"truncate by it: {said}"
-    seen = log.complaints()
+    with KernelLog() as log:
+        log.mark()
+        for _ in range(4):
+            file = RestrictedMem()
+            path = os.open(f"/proc/self/fd/{file.fileno()}", os.O_PATH)
+            try:
+                file.close()
+                said = answer(functools.partial(os.truncate, f"/proc/self/fd/{path}", PAGE))
+            finally:
+                os.close(path)
+            if said not in ("ok", "EPERM"):
+                return f"truncate by it: {said}"
+        seen = log.complaints()
     return seen[0] if seen else None
 
 
