@@ -6,6 +6,7 @@ import mmap
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from kvmpriv.cdefs import kvm as k
 from kvmpriv.guest.puppet import Puppet
 
 from .support.kernels import require_nested_paging, require_scripts_vm
-from .support.ordinary import GPAS, PAGES, SIZE, stale_page, words_in, words_of
+from .support.ordinary import GPAS, PAGES, SIZE, discard, stale_page, words_in, words_of
 from .support.races import eventually
 from .support.requirements import missing
 from .support.rig import LARGE
@@ -41,7 +42,7 @@ def stack() -> Iterator[ExitStack]:
 @pytest.fixture
 def guest(vm: Vm, kvm: Kvm, stack: ExitStack) -> Puppet:
     """A guest of two vCPUs in a default VM."""
-    return stack.enter_context(Puppet(vm, cpus=2, cpuid=kvm.get_supported_cpuid()))
+    return stack.enter_context(Puppet(vm, cpus=3, cpuid=kvm.get_supported_cpuid()))
 
 
 def pages_of(bitmap: bytes) -> set[int]:
@@ -59,15 +60,13 @@ def test_two_slots_on_one_host_range(vm: Vm, guest: Puppet, stack: ExitStack, ch
     """Pages that the host frees are unmapped from both slots, while a vCPU faults on them."""
     memory = stack.enter_context(HostMemory(SIZE))
 
-    def discard() -> None:
-        memory.discard(0, SIZE)
-
     def unmap() -> None:
         """The old mapping goes and another one comes in one call, so that no access fails."""
         how = MAP_PRIVATE | MAP_FIXED | MAP_ANONYMOUS
         call("mmap", memory.userspace_addr, SIZE, PROT_READ | PROT_WRITE, how, -1, 0)
 
-    assert not stale_page(vm, guest, memory, discard if change == "MADV_DONTNEED" else unmap)
+    free = unmap if change == "munmap" else partial(discard, memory)
+    assert not stale_page(vm, guest, memory, free)
     for number, gpa in enumerate(GPAS):
         for page in range(PAGES):
             guest.store(gpa + page * PAGE, 8, 0x3300 * number + page)

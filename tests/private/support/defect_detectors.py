@@ -519,8 +519,8 @@ def _one_slot() -> str | None:
     """In a VM without private memory."""
     with Kvm() as kvm, kvm.create_vm() as vm, HostMemory(ordinary.SIZE) as memory:
         cpuid = kvm.get_supported_cpuid()
-        with Puppet(vm, cpus=2, cpuid=cpuid) as guest:
-            discard = functools.partial(memory.discard, 0, memory.size)
+        with Puppet(vm, cpus=3, cpuid=cpuid) as guest:
+            discard = functools.partial(ordinary.discard, memory)
             return ordinary.stale_page(vm, guest, memory, discard) or None
 
 

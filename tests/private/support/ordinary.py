@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from functools import partial
 
 from kvmpriv import HostMemory, Vm
 from kvmpriv.guest.puppet import Puppet
 
 from .races import beside, rounds
-from .syscalls import GIB, PAGE
+from .syscalls import GIB, PAGE, call
 
 #: Where the two slots are.
 GPAS = 4 * GIB, 5 * GIB
@@ -27,23 +30,27 @@ def words_of(memory: HostMemory, pages: Iterable[int], start: int = 0) -> list[i
     return [int.from_bytes(word, "little") for word in read]
 
 
+def discard(memory: HostMemory) -> None:
+    """Free the pages of SIZE bytes by madvise(2); other threads run meanwhile."""
+    call("madvise", memory.userspace_addr, SIZE, mmap.MADV_DONTNEED)
+
+
 def stale_page(vm: Vm, guest: Puppet, memory: HostMemory, change: Callable[[], object]) -> str:
-    """Free the pages by `change` while the second vCPU reads them through both slots.
+    """Free the pages by `change` while a vCPU of each slot reads them, the second and the third.
 
     Returns what the guest saw of a freed page, or "".  The guest never writes, since a freed page
     may be in use by another process: it reads what the host has written to the fresh ones.
+    `change` must let other threads run (as mmap.madvise does not), or nothing is read meanwhile.
     """
     for gpa in GPAS:
         vm.map(memory, gpa, size=SIZE)
-    other, reads, turns = guest.cpus[1], [0, 0], 0
-
-    def read() -> None:
-        for number, gpa in enumerate(GPAS):
-            other.touch(gpa, PAGE, PAGES)
-            reads[number] += 1
-
-    with beside(read):
-        for turn in rounds(100, seconds=3, until=lambda: min(reads) > 1):
+    turns = 0
+    with ExitStack() as stack:
+        reads = [
+            stack.enter_context(beside(partial(cpu.touch, gpa, PAGE, PAGES)))
+            for cpu, gpa in zip(guest.cpus[1:], GPAS, strict=True)
+        ]
+        for turn in rounds(100, seconds=3, until=lambda: min(read[0] for read in reads) > 1):
             memory.write(0, bytes([1 + turn % 100]) * SIZE)
             change()
             fresh = 101 + turn % 100
