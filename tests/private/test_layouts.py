@@ -283,7 +283,11 @@ def large_slot(rig: Rig, offset: int = OFFSET) -> None:
 
 @rule("v9.large-pages.made", "v9.large-pages.broken", "v9.large-pages.joined")
 @pytest.mark.known_defect(
-    "notified-in-bytes", "mixed-large-page", "split-loses-pages", "private-prefetch"
+    "notified-in-bytes",
+    "mixed-large-page",
+    "split-loses-pages",
+    "private-prefetch",
+    "pages-not-zeroed",
 )
 @only("restrictedmem")
 def test_large_pages(rig: Rig) -> None:
