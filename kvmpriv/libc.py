@@ -35,6 +35,7 @@ __all__ = [
     "ioctl",
     "kcmp_file",
     "last_errno",
+    "madvise",
     "os_error",
     "pthread_sigmask_unblock",
     "run_signal_handlers",
@@ -67,6 +68,10 @@ _syscall.restype = c_long
 _fallocate = _libc.fallocate  # off_t has 64 bits on x86-64; musl has no fallocate64
 _fallocate.argtypes = (c_int, c_int, ctypes.c_int64, ctypes.c_int64)
 _fallocate.restype = c_int
+
+_madvise = _libc.madvise
+_madvise.argtypes = (c_void_p, c_ulong, c_int)
+_madvise.restype = c_int
 
 _unshare = _libc.unshare
 _unshare.argtypes = (c_int,)
@@ -105,6 +110,11 @@ def syscall(number: int, *arguments: int) -> int:
 def fallocate(fd: int, mode: int, offset: int, length: int) -> int:
     """``fallocate(2)``; `offset` and `length` in bytes."""
     return _call(_fallocate, fd, mode, offset, length)
+
+
+def madvise(address: int, size: int, advice: int) -> int:
+    """``madvise(2)``; `size` in bytes.  Unlike mmap.madvise, other threads run meanwhile."""
+    return _call(_madvise, address, size, advice)
 
 
 _SYS_process_vm_readv, _SYS_process_vm_writev = 310, 311  # x86-64

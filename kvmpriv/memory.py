@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from .cdefs import kvm as kvm_h
 from .errors import ArgumentError, ClosedError
-from .libc import copy_in, copy_out
+from .libc import copy_in, copy_out, madvise, os_error
 from .slots import HeldBySlots
 
 __all__ = ["PAGE_SIZE", "HostMemory"]
@@ -155,20 +155,25 @@ class HostMemory(HeldBySlots):
     def madvise(self, advice: int, offset: int = 0, size: int | None = None) -> None:
         """madvise(2) with one of ``mmap.MADV_*``; bytes, page aligned; `size` None: to the end."""
         size = self.size - offset if size is None else size
-        self._checked(offset, size).madvise(advice, offset, size)
+        self._advise(self._checked(offset, size), advice, offset, size)
 
     def discard(self, offset: int, size: int) -> None:
         """Give pages back to the system; they read as zeros afterwards.  Bytes, page aligned.
 
-        A mapped file loses them too.  OSError: EINVAL where they are locked, EOPNOTSUPP for a file
-        that can have no holes.
+        A mapped file loses them too.  Other threads run meanwhile.  OSError: EINVAL where they are
+        locked, EOPNOTSUPP for a file that can have no holes.
         """
         self._checked(offset, size)
         self.discard_held(offset, size)
 
     def discard_held(self, offset: int, size: int) -> None:
         """As :meth:`discard`, for a slot that holds the mapping: works after :meth:`close`."""
-        self._mapped(offset, size).madvise(self._discard, offset, size)
+        self._advise(self._mapped(offset, size), self._discard, offset, size)
+
+    def _advise(self, _mapping: mmap.mmap, advice: int, offset: int, size: int) -> None:
+        # The caller's reference keeps the mapping, should another thread close this object.
+        if error := madvise(self.userspace_addr + offset, size, advice):
+            raise os_error(-error, f"madvise({size:#x} bytes at {offset:#x} of {self!r})")
 
     def _checked(self, offset: int = 0, size: int = 0) -> mmap.mmap:
         if not self._open:

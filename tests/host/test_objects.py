@@ -11,6 +11,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -203,6 +204,46 @@ def test_pages_are_given_back() -> None:
     assert not mapped(memory)
     with pytest.raises(ClosedError, match="host memory is closed"):
         memory.discard_held(0, 0x1000)
+
+
+@pytest.mark.parametrize("how", ["discard", "madvise"])
+def test_other_threads_run_while_pages_are_given_back(how: str) -> None:
+    """A vCPU's thread can go on: no thread gets the interpreter here unless it is released."""
+    interval, gate, ran = sys.getswitchinterval(), threading.Lock(), threading.Event()
+
+    def other() -> None:
+        with gate:
+            ran.set()
+
+    gate.acquire()
+    thread = threading.Thread(target=other, daemon=True)
+    thread.start()
+    with HostMemory(0x1000) as memory:
+        sys.setswitchinterval(1000)
+        try:
+            end = time.monotonic() + 30
+            gate.release()
+            while not ran.is_set() and time.monotonic() < end:
+                if how == "discard":
+                    memory.discard(0, 0x1000)
+                else:
+                    memory.madvise(mmap.MADV_DONTNEED)
+            assert ran.is_set()
+        finally:
+            sys.setswitchinterval(interval)
+            thread.join(30)
+
+
+def test_advice_that_the_kernel_refuses() -> None:
+    """OSError has the kernel's errno, and the place; the twin is a whole page."""
+    with HostMemory(0x2000) as memory:
+        with pytest.raises(OSError, match=r"madvise\(0x1000 bytes at 0x800 of .*\): ") as refused:
+            memory.madvise(mmap.MADV_DONTNEED, 0x800, 0x1000)
+        assert refused.value.errno == errno.EINVAL
+        memory.write(0x1000, b"x")
+        memory.madvise(mmap.MADV_DONTNEED, 0x1000, 0x1000)
+        assert memory.read(0x1000, 1) == b"\0"
+        memory.madvise(mmap.MADV_DONTNEED, 0x2000, 0)
 
 
 def test_a_view_keeps_the_mapping() -> None:

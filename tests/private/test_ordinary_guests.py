@@ -16,7 +16,7 @@ from kvmpriv.cdefs import kvm as k
 from kvmpriv.guest.puppet import Puppet
 
 from .support.kernels import require_nested_paging, require_scripts_vm
-from .support.ordinary import GPAS, PAGES, SIZE, discard, stale_page, words_in, words_of
+from .support.ordinary import GPAS, PAGES, SIZE, stale_page, words_in, words_of
 from .support.races import eventually
 from .support.requirements import missing
 from .support.rig import LARGE
@@ -65,7 +65,7 @@ def test_two_slots_on_one_host_range(vm: Vm, guest: Puppet, stack: ExitStack, ch
         how = MAP_PRIVATE | MAP_FIXED | MAP_ANONYMOUS
         call("mmap", memory.userspace_addr, SIZE, PROT_READ | PROT_WRITE, how, -1, 0)
 
-    free = unmap if change == "munmap" else partial(discard, memory)
+    free = unmap if change == "munmap" else partial(memory.discard, 0, SIZE)
     assert not stale_page(vm, guest, memory, free)
     for number, gpa in enumerate(GPAS):
         for page in range(PAGES):

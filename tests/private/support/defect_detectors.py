@@ -520,7 +520,7 @@ def _one_slot() -> str | None:
     with Kvm() as kvm, kvm.create_vm() as vm, HostMemory(ordinary.SIZE) as memory:
         cpuid = kvm.get_supported_cpuid()
         with Puppet(vm, cpus=3, cpuid=cpuid) as guest:
-            discard = functools.partial(ordinary.discard, memory)
+            discard = functools.partial(memory.discard, 0, memory.size)
             return ordinary.stale_page(vm, guest, memory, discard) or None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
@@ -11,7 +10,7 @@ from kvmpriv import HostMemory, Vm
 from kvmpriv.guest.puppet import Puppet
 
 from .races import beside, rounds
-from .syscalls import GIB, PAGE, call
+from .syscalls import GIB, PAGE
 
 #: Where the two slots are.
 GPAS = 4 * GIB, 5 * GIB
@@ -30,17 +29,12 @@ def words_of(memory: HostMemory, pages: Iterable[int], start: int = 0) -> list[i
     return [int.from_bytes(word, "little") for word in read]
 
 
-def discard(memory: HostMemory) -> None:
-    """Free the pages of SIZE bytes by madvise(2); other threads run meanwhile."""
-    call("madvise", memory.userspace_addr, SIZE, mmap.MADV_DONTNEED)
-
-
 def stale_page(vm: Vm, guest: Puppet, memory: HostMemory, change: Callable[[], object]) -> str:
     """Free the pages by `change` while a vCPU of each slot reads them, the second and the third.
 
     Returns what the guest saw of a freed page, or "".  The guest never writes, since a freed page
     may be in use by another process: it reads what the host has written to the fresh ones.
-    `change` must let other threads run (as mmap.madvise does not), or nothing is read meanwhile.
+    `change` must let other threads run, or nothing is read meanwhile.
     """
     for gpa in GPAS:
         vm.map(memory, gpa, size=SIZE)
