@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -37,15 +36,6 @@ abi = kvmpriv.declare("""
     #define KVM_CAP_DISABLE_QUIRKS2    213
     #define KVM_X86_QUIRK_SLOT_ZAP_ALL (1 << 7)
 """)
-
-
-@pytest.fixture
-def one_cpu() -> Iterator[None]:
-    """Keep this process on one CPU: KVM's wait for all readers of its slots is short then."""
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(before)})
-    yield
-    os.sched_setaffinity(0, before)
 
 
 def slots_of(rig: Rig, file: private.PrivateFile, userspace_addr: int) -> Slots:

@@ -76,6 +76,7 @@ def test_vm_closed_with_slots(make_private_vm: Callable[[], Vm]) -> None:
 
 
 @rule("v9.life.vm_before_file")
+@pytest.mark.usefixtures("one_cpu")
 def test_vm_closed_before_the_file(make_private_vm: Callable[[], Vm]) -> None:
     """A file outlives the VMs that used it and can still be allocated and punched."""
     memory, before = Unevictable(), vms_alive()
@@ -85,7 +86,7 @@ def test_vm_closed_before_the_file(make_private_vm: Callable[[], Vm]) -> None:
         assert RestrictedSlots(vm, file, 0).set() == "ok"
         vm.close()
         assert eventually(lambda: name not in vms_alive()), "the file must not keep the VM"
-        # Until another process runs, the processor can still reach the memory of a VM that is gone.
+        # The processor can reach the memory of the VM that is gone until it runs another process.
         assert in_child(lambda: 7) == 7
         fallocate(file, 0, 0, BIG)
         assert memory.is_about(BIG)

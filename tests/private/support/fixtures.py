@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -31,6 +32,18 @@ def vm(kvm: kvmpriv.Kvm) -> Iterator[kvmpriv.Vm]:
     """A default VM without memory."""
     with kvm.create_vm() as made:
         yield made
+
+
+@pytest.fixture
+def one_cpu() -> Iterator[None]:
+    """Keep this process and its children on one CPU: KVM's wait for readers of its slots is short.
+
+    The CPU also forgets the translations of freed memory when it runs another process.
+    """
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    yield
+    os.sched_setaffinity(0, before)
 
 
 @pytest.fixture
