@@ -44,6 +44,7 @@ from kvmpriv.guest.linux.vhost import (
 from kvmpriv.guest.linux.virtio import Transport
 from kvmpriv.guest.linux.vsock import Listener, Vsock
 from kvmpriv.private import guest_memfd, restrictedmem
+from kvmpriv.selftest.kernel_log import KernelLog
 from kvmpriv.stats import StatsFd
 from kvmpriv.trace.record import Recorder
 from private.support.leaks import open_fds
@@ -155,6 +156,11 @@ def _io_thread(_: Place) -> Iterator[object]:
     thread.close()
 
 
+def _kernel_log(place: Place) -> KernelLog:
+    place.path.touch()
+    return KernelLog(str(place.path))
+
+
 #: Class -> how an object of it is made; its block's end is to give everything back.
 OWNERS: dict[type, Callable[[Place], AbstractContextManager[object]]] = {
     Fd: lambda _: Fd(os.eventfd(0, os.EFD_CLOEXEC)),
@@ -192,6 +198,7 @@ OWNERS: dict[type, Callable[[Place], AbstractContextManager[object]]] = {
     InterruptLine: lambda _: closing(InterruptLine()),
     Ending: lambda _: closing(Ending()),
     Recorder: lambda place: closing(Recorder(place.path.open("w"), {})),
+    KernelLog: _kernel_log,
     RunRecorder: lambda place: closing(
         RunRecorder(place.path, place.stack.enter_context(place.linux()), lambda text: None)
     ),

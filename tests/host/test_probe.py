@@ -495,10 +495,10 @@ def test_kvm_that_lacks_something(kvm: kvmpriv.Kvm, request_: int, number: int) 
 def test_no_memory(kvm: kvmpriv.Kvm) -> None:
     """Less and less address space: the right verdict, or exit status 3 with a reason.
 
-    Limits in KiB.  The range in which a probe starts and can't end is a few hundred KiB wide.
+    Limits in KiB.  A process may also fail to load kvmpriv, with Python's exit status.
     """
     verdict = probe().verdict
-    statuses = set()
+    reached = 0
     for limit in (*range(40 << 10, 20 << 10, -1024), *range(20 << 10, 0, -64)):
         process = run("-q", preexec_fn=limited(resource.RLIMIT_AS, limit << 10))
         if process.returncode == 3:
@@ -506,12 +506,34 @@ def test_no_memory(kvm: kvmpriv.Kvm) -> None:
             assert "memory" in process.stderr, limit
         elif "Traceback" not in process.stderr:
             assert process.stdout == f"{verdict}\n", limit
-        else:  # it has failed to load kvmpriv; Python's exit status
+            reached += 1
+        else:
             assert process.stdout == "", limit
             break
-        statuses.add(process.returncode)
-    assert 3 in statuses
-    assert len(statuses) == 2
+    assert reached
+
+
+def test_no_more_memory_once_loaded(kvm: kvmpriv.Kvm) -> None:
+    """Exit status 3 with a reason; the twin may have 64 MiB more than it has, and succeeds."""
+    code = (
+        "import contextlib, io, resource, sys; from kvmpriv.cli import main\n"
+        "with contextlib.redirect_stdout(io.StringIO()): main(['probe', '-q'])\n"
+        "held = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "limit = held + int(sys.argv[1])\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
+        "sys.exit(main(['probe', '-q']))"
+    )
+
+    def with_more(size: int) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", code, str(size)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+    refused, twin = with_more(0), with_more(64 << 20)
+    assert (refused.returncode, refused.stdout) == (3, "could not probe\n")
+    assert "ENOMEM" in refused.stderr
+    assert "raise it by ulimit -v" in refused.stderr
+    assert twin.stdout == f"{probe().verdict}\n"
+    assert (twin.returncode, twin.stderr) == (run("-q").returncode, "")
 
 
 @pytest.mark.parametrize("hard", [1, 2])
